@@ -1,0 +1,139 @@
+//! Reading a tree of files, wherever it is kept.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+
+use crate::Result;
+
+/// Extended attributes: names and values, sorted by name. POSIX ACLs are `system.posix_acl_access` and `…_default`.
+pub type Xattrs = Vec<(OsString, Vec<u8>)>;
+
+/// One directory of a tree that can be read: of a live volume, of a mounted snapshot, of a store's own records.
+///
+/// Handles, not paths: a tree may be deeper than any path can say, and no lookup ever leaves it. Names are any bytes
+/// but `/` and NUL. Nothing here follows a symbolic link.
+pub trait Dir: fmt::Debug + Send + Sync {
+    /// The attributes of the directory itself.
+    fn meta(&self) -> Result<FileMeta>;
+
+    /// The extended attributes of the directory itself.
+    fn own_xattrs(&self) -> Result<Xattrs>;
+
+    /// All entries, sorted by the bytes of their names, without `.` and `..`.
+    fn entries(&self) -> Result<Vec<Entry>>;
+
+    /// One entry; `None` if there is no such name.
+    fn entry(&self, name: &OsStr) -> Result<Option<Entry>>;
+
+    /// Opens the directory `name`.
+    fn open_dir(&self, name: &OsStr) -> Result<Box<dyn Dir>>;
+
+    /// Opens the content of the regular file `name`.
+    fn open_file(&self, name: &OsStr) -> Result<Box<dyn Content>>;
+
+    /// The target of the symbolic link `name`, as it was written.
+    fn read_link(&self, name: &OsStr) -> Result<OsString>;
+
+    /// The extended attributes of the entry `name`, a symbolic link's own included.
+    fn xattrs(&self, name: &OsStr) -> Result<Xattrs>;
+
+    /// A token that two directories share only if everything in and below them is equal; `None` if not known.
+    ///
+    /// Lets a comparison skip what is the same without reading it.
+    fn token(&self) -> Option<[u8; 32]> {
+        None
+    }
+}
+
+/// The content of a regular file, open for reading.
+pub trait Content: fmt::Debug + Send + Sync {
+    /// Its length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether it has no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads at `offset` into `buffer` and returns how many bytes there were; 0 only at the end or for an empty buffer.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// The first range at or after `offset` that is not a hole; `None` if only holes follow.
+    fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+
+    /// The file that holds exactly these bytes, if there is one: it can be reflinked, or passed through.
+    fn as_file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// One entry of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name: any bytes but `/` and NUL.
+    pub name: OsString,
+    /// Its attributes.
+    pub meta: FileMeta,
+}
+
+/// What `statx(2)` says of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileMeta {
+    /// What kind of file it is.
+    pub kind: FileKind,
+    /// Its number within the tree; two names of one file share it.
+    pub ino: u64,
+    /// How many names it has.
+    pub nlink: u32,
+    /// Permission, set-id and sticky bits: `07777` at the most.
+    pub mode: u32,
+    /// The owner.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// The device that a device node stands for, as `makedev(3)` numbers it; 0 for others.
+    pub rdev: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Last access.
+    pub atime: Timestamp,
+    /// Last change of the content.
+    pub mtime: Timestamp,
+    /// Last change of the content or the attributes.
+    pub ctime: Timestamp,
+    /// Birth, where the file system records it.
+    pub btime: Option<Timestamp>,
+}
+
+/// What kind of file an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Dir,
+    /// A symbolic link.
+    Symlink,
+    /// A named pipe.
+    Fifo,
+    /// A UNIX-domain socket's node.
+    Socket,
+    /// A character device's node.
+    CharDevice,
+    /// A block device's node.
+    BlockDevice,
+}
+
+/// A moment: seconds since 1970, negative before it, and nanoseconds.
+///
+/// Not a `SystemTime`, whose arithmetic panics on the dates that hostile trees hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Timestamp {
+    /// Whole seconds, rounded towards the past.
+    pub seconds: i64,
+    /// 0 to 999,999,999.
+    pub nanoseconds: u32,
+}
