@@ -1,0 +1,161 @@
+//! Making a snapshot durable, and telling whether one that was cut short is whole.
+//!
+//! `snapshot` writes its manifest last, so where processes die the manifest's presence is enough. A power cut may leave
+//! the manifest and lose what it names. Therefore an unsettled manifest names the start of the system that wrote it; under
+//! another, everything that the snapshot added is read and checked before it counts as whole.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use fsnap_backend::{Error, IoContext, Locator, Result, Snapshot};
+
+use crate::content::{self, BUFFER, contents_of};
+use crate::format::{self, Reader};
+use crate::manifest::{Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, encode_sums};
+use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::snapshot::{boot_id, snapshot_of};
+use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, try_lock, write_file};
+
+/// Makes the snapshot at `at` durable, if it is whole.
+pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
+    if !is_snapshot(at) {
+        return Err(no_image(at));
+    }
+    let manifest = || match store.manifest(at) {
+        Err(Error::Damaged { .. }) => Err(no_image(at)),
+        manifest => manifest?.ok_or_else(|| no_image(at)),
+    };
+    let found = manifest()?;
+    if found.unsettled.is_none() {
+        return Ok(snapshot_of(at, &found));
+    }
+    // A removal meanwhile is told that the snapshot is busy; a second call waits for the first.
+    let path = store.manifest_path(at);
+    let held = File::open(&path).context("open", &path)?;
+    try_lock(held.try_lock_shared(), &path, || format!("the snapshot {at}"), "it is being removed")?;
+    let _batch = store.wait_for_batch(found.batch)?;
+    let manifest = manifest()?;
+    match &manifest.unsettled {
+        None => Ok(snapshot_of(at, &manifest)),
+        Some(unsettled) => {
+            let sums = match new_sums(store, &manifest, unsettled) {
+                Err(Error::Damaged { .. }) => return Err(no_image(at)),
+                sums => sums?,
+            };
+            make_durable(store, at, manifest, &sums)
+        }
+    }
+}
+
+/// Whether what an unsettled manifest names can be there without looking.
+pub(crate) fn is_of_this_boot(unsettled: &Unsettled) -> bool {
+    boot_id() == Some(unsettled.boot)
+}
+
+fn make_durable(store: &Inner, at: &Locator, mut manifest: Manifest, sums: &Sums) -> Result<Snapshot> {
+    let dir = store.batch_dir(manifest.batch);
+    drop_superseded(store, manifest.batch, sums)?;
+    write_file(&dir.join("sums"), &format::seal(SUMS_MAGIC, encode_sums(sums)), false)?;
+    // One flush of the file system instead of one for each content, and only then the manifest that relies on it.
+    store.sync()?;
+    manifest.unsettled = None;
+    write_file(&store.manifest_path(at), &format::seal(Manifest::MAGIC, manifest.encode()), true)?;
+    remove_file(&dir.join("table"))?;
+    write_file(&store.hint_path(&manifest.volume), at.as_str().as_bytes(), false)?;
+    Ok(snapshot_of(at, &manifest))
+}
+
+/// The sums of all contents that a snapshot added and uses, while it is unsettled.
+pub(crate) fn sums_of(store: &Inner, manifest: &Manifest) -> Result<Sums> {
+    manifest.unsettled.as_ref().map_or_else(|| Ok(Sums::new()), |unsettled| new_sums(store, manifest, unsettled))
+}
+
+/// The sums of all contents that a snapshot added and uses. [`Error::Damaged`] where the snapshot is not whole.
+fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result<Sums> {
+    let path = store.batch_dir(manifest.batch).join("table");
+    let table = read_file(&path)?;
+    let damaged = |reason: &str| Error::Damaged { what: path.display().to_string(), reason: reason.to_owned() };
+    if blake3::hash(&table).as_bytes() != &unsettled.table {
+        return Err(damaged("its hash is wrong"));
+    }
+    let mut reader = Reader::new(&table);
+    let mut made = BTreeMap::new();
+    while !reader.is_empty() {
+        let one = Made::decode(&mut reader).map_err(|malformed| malformed.of(path.display().to_string()))?;
+        made.insert(one.number, one);
+    }
+    let trusted = is_of_this_boot(unsettled);
+    let mut sums = Sums::new();
+    let mut unknown = Vec::new();
+    for (content, length) in new_contents(store, manifest.batch, manifest.root)? {
+        match made.get(&content.number) {
+            Some(&Made { length: found, hash: Some(hash), .. }) if trusted && found == length => {
+                sums.insert(content.number, Sum { length, hash });
+            }
+            Some(made) if made.length == length => unknown.push((content, *made)),
+            _ => return Err(damaged("a content is missing in it")),
+        }
+    }
+    sums.extend(compute(store, &unknown)?);
+    Ok(sums)
+}
+
+/// The contents of one batch that a tree uses. Only records of that batch can refer to them.
+fn new_contents(store: &Inner, batch: BatchId, root: RecordRef) -> Result<Vec<(ContentRef, u64)>> {
+    let mut found = BTreeMap::new();
+    let mut waiting = vec![root];
+    let mut seen = HashSet::new();
+    while let Some(at) = waiting.pop() {
+        if at.batch != batch || !seen.insert(at.offset) {
+            continue;
+        }
+        for item in store.record(&at)?.items {
+            match item.body {
+                Body::Dir(below) => waiting.push(below),
+                Body::File(Some(content)) if content.batch == batch => {
+                    found.insert(content, item.meta.size);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(found.into_iter().collect())
+}
+
+/// Reads contents and computes their sums, two at a time; checks those that are known.
+fn compute(store: &Inner, contents: &[(ContentRef, Made)]) -> Result<Vec<(u64, Sum)>> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(Vec::with_capacity(contents.len()));
+    let work = || -> Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        while let Some((content, made)) = contents.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let path = store.content_path(content);
+            let opened = content::open(store, content, made.length)?;
+            let hash = content::sum(&*opened, &mut buffer).context("read", &path)?;
+            if made.hash.is_some_and(|known| known != hash) {
+                let reason = "its sum is wrong".to_owned();
+                return Err(Error::Damaged { what: path.display().to_string(), reason });
+            }
+            let sum = (content.number, Sum { length: made.length, hash });
+            results.lock().unwrap_or_else(PoisonError::into_inner).push(sum);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        let done = work();
+        other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(done)
+    })?;
+    Ok(results.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Removes contents that `prime` made and `snapshot` replaced, or that a call left that was cut short.
+fn drop_superseded(store: &Inner, batch: BatchId, sums: &Sums) -> Result<()> {
+    let used = |content: &ContentRef| sums.contains_key(&content.number);
+    for content in contents_of(store, batch)?.into_iter().filter(|content| !used(content)) {
+        remove_file(&store.content_path(&content))?;
+    }
+    Ok(())
+}

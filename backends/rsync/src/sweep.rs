@@ -1,0 +1,208 @@
+//! Removing images, and what nobody needs any more.
+//!
+//! A snapshot is removed in two steps. Its manifest is moved to `doomed`, which is the instant at which it is gone. Then
+//! everything that its tree used and no other tree uses is removed: *live* is what a manifest, or a snapshot that was
+//! begun, leads to. Cut short in between, the next removal finishes it.
+//!
+//! Only snapshots of one family share anything, so only their manifests are read. What a batch has is removed as a whole
+//! when nothing of it is live; else its dead contents are removed one by one, and its records stay.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io;
+
+use fsnap_backend::{Error, IoContext, Locator, Result, beneath};
+
+use crate::content::contents_of;
+use crate::manifest::Manifest;
+use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::restore;
+use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, sync_dir, try_lock};
+
+/// Removes the image at `at`, whole or partial.
+pub(crate) fn delete(store: &Inner, at: &Locator) -> Result<()> {
+    if is_volume(at) {
+        return delete_volume(store, at);
+    }
+    if !is_snapshot(at) {
+        return Err(no_image(at));
+    }
+    let _sweep = store.sweep_lock()?;
+    withdraw(store, at)?;
+    for doomed in store.snapshots_in("doomed")? {
+        let path = store.path("doomed", doomed.as_str());
+        let manifest = match store.read_frame(&path, Manifest::MAGIC, Manifest::decode) {
+            // It tells nothing of what it used: everything is looked at.
+            Err(Error::Damaged { .. }) => None,
+            manifest => manifest?,
+        };
+        if sweep(store, &doomed, manifest.as_ref())? {
+            remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn delete_volume(store: &Inner, at: &Locator) -> Result<()> {
+    let volumes = store.dir.join("volumes");
+    let dir = File::open(&volumes).context("open", &volumes)?;
+    let part = restore::remove(store, &dir, at)?;
+    match fs::rename(volumes.join(at.as_str()), volumes.join(&part)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        renamed => {
+            renamed.context("remove", volumes.join(at.as_str()))?;
+            beneath::remove_tree(&dir, &part).context("remove", volumes.join(&part))?;
+            sync_dir(&volumes)
+        }
+    }
+}
+
+/// Takes a snapshot out of sight.
+fn withdraw(store: &Inner, at: &Locator) -> Result<()> {
+    let _lock = store.withdraw_lock()?;
+    let path = store.manifest_path(at);
+    match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        opened => {
+            let manifest = opened.context("open", &path)?;
+            try_lock(manifest.try_lock(), &path, || format!("the snapshot {at}"), "a clone is being made of it")?;
+            let doomed = store.path("doomed", at.as_str());
+            fs::rename(&path, &doomed).context("remove", &path)?;
+            sync_dir(&store.dir.join("snapshots"))?;
+        }
+    }
+    let path = store.partial_path(at);
+    match store.partial(at) {
+        Ok(None) => Ok(()),
+        Ok(Some(partial)) => {
+            let manifest = store.path("doomed", at.as_str());
+            let batch = store.batch_dir(partial.batch);
+            // Nothing else can refer to a batch whose snapshot was never whole.
+            if fs::symlink_metadata(&manifest).is_err() && fs::symlink_metadata(&batch).is_ok() {
+                let _batch = store.lock_batch(partial.batch, at)?;
+                remove_batch(store, partial.batch)?;
+            }
+            remove_file(&path)
+        }
+        // A power cut left it empty; its batch is found by the next sweep of everything.
+        Err(Error::Damaged { .. }) => remove_file(&path),
+        Err(error) => Err(error),
+    }
+}
+
+/// What trees lead to.
+#[derive(Default)]
+struct Used {
+    /// Offsets of records, by batch.
+    records: HashMap<BatchId, HashSet<u64>>,
+    contents: HashMap<BatchId, HashSet<ContentRef>>,
+}
+
+impl Used {
+    fn mark(&mut self, store: &Inner, root: RecordRef) -> Result<()> {
+        let mut waiting = vec![root];
+        while let Some(at) = waiting.pop() {
+            // A record that was seen has led to everything below it.
+            if !self.records.entry(at.batch).or_default().insert(at.offset) {
+                continue;
+            }
+            for item in store.record(&at)?.items {
+                match item.body {
+                    Body::Dir(below) => waiting.push(below),
+                    Body::File(Some(content)) => self.mark_content(store, content)?,
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn mark_content(&mut self, _store: &Inner, content: ContentRef) -> Result<()> {
+        self.contents.entry(content.batch).or_default().insert(content);
+        Ok(())
+    }
+
+    fn batches(self) -> HashSet<BatchId> {
+        self.records.into_keys().chain(self.contents.into_keys()).collect()
+    }
+}
+
+/// Removes what only the snapshot `at` used; returns whether all of it could go.
+fn sweep(store: &Inner, at: &Locator, doomed: Option<&Manifest>) -> Result<bool> {
+    let known = match doomed.map(|doomed| used_by(store, doomed)) {
+        Some(Err(Error::Damaged { .. })) | None => None,
+        Some(used) => Some(used?),
+    };
+    // Locked, so that no batch is seen whose snapshot is not yet written down.
+    let lock = store.withdraw_lock()?;
+    let candidates = known.map_or_else(|| all_batches(store), Ok)?;
+    let mut begun = Vec::new();
+    for at in store.snapshots_in("partials")? {
+        begun.extend(store.partial(&at)?);
+    }
+    drop(lock);
+    let mut live = Used::default();
+    for partial in &begun {
+        if let Some(primed) = &partial.primed {
+            live.mark(store, primed.root)?;
+        }
+        if let Some(base) = &partial.base {
+            let withdrawn = store.path("doomed", base.as_str());
+            for path in [store.manifest_path(base), withdrawn] {
+                if let Some(manifest) = store.read_frame(&path, Manifest::MAGIC, Manifest::decode)? {
+                    live.mark(store, manifest.root)?;
+                }
+            }
+        }
+    }
+    for at in store.snapshots_in("snapshots")? {
+        match store.manifest(&at)? {
+            Some(manifest) if doomed.is_none_or(|doomed| doomed.family == manifest.family) => {
+                live.mark(store, manifest.root)?;
+            }
+            _ => {}
+        }
+    }
+    for batch in candidates.into_iter().filter(|batch| begun.iter().all(|begun| begun.batch != *batch)) {
+        match live.contents.get(&batch) {
+            None if !live.records.contains_key(&batch) => remove_batch(store, batch)?,
+            contents => remove_dead_contents(store, batch, contents)?,
+        }
+    }
+    // While one that was begun may still use it, the manifest stays as a reminder for the next sweep.
+    Ok(begun.iter().all(|begun| begun.base.as_ref() != Some(at)))
+}
+
+/// The batches that a snapshot may have been the last to use.
+fn used_by(store: &Inner, doomed: &Manifest) -> Result<HashSet<BatchId>> {
+    let mut used = Used::default();
+    used.mark(store, doomed.root)?;
+    let mut batches = used.batches();
+    // Where nothing had changed, nothing in the snapshot's own batch is used.
+    batches.insert(doomed.batch);
+    Ok(batches)
+}
+
+fn all_batches(store: &Inner) -> Result<HashSet<BatchId>> {
+    let names = store.names("batches")?;
+    let id = |name: &String| {
+        let digits = (name.len() == 32).then(|| u128::from_str_radix(name, 16).ok()).flatten()?;
+        Some(BatchId(digits.to_be_bytes()))
+    };
+    Ok(names.iter().filter_map(id).collect())
+}
+
+fn remove_batch(store: &Inner, batch: BatchId) -> Result<()> {
+    store.forget(batch);
+    let batches = store.dir.join("batches");
+    let dir = File::open(&batches).context("open", &batches)?;
+    beneath::remove_tree(&dir, batch.to_string().as_ref()).context("remove", store.batch_dir(batch))
+}
+
+fn remove_dead_contents(store: &Inner, batch: BatchId, live: Option<&HashSet<ContentRef>>) -> Result<()> {
+    let is_live = |content: &ContentRef| live.is_some_and(|live| live.contains(content));
+    for content in contents_of(store, batch)?.into_iter().filter(|content| !is_live(content)) {
+        remove_file(&store.content_path(&content))?;
+    }
+    Ok(())
+}

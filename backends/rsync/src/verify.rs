@@ -1,0 +1,144 @@
+//! Reading all of a snapshot and naming what is damaged.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use fsnap_backend::{Damage, Error, Result, Snapshot};
+
+use crate::content::{self, BUFFER};
+use crate::manifest::{SUMS_MAGIC, Sum, Sums, decode_sums};
+use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::settle;
+use crate::store::Inner;
+
+/// Reads the whole snapshot; each damaged file is named once for every name that it has there.
+pub(crate) fn verify(store: &Inner, snapshot: &Snapshot) -> Result<Vec<Damage>> {
+    let manifest = match store.whole(snapshot) {
+        Err(Error::Damaged { what, reason }) => return Ok(vec![whole(format!("{what}: {reason}"))]),
+        manifest => manifest?,
+    };
+    let mut found = Vec::new();
+    let files = collect(store, manifest.root, &mut found)?;
+    let mut sums = HashMap::new();
+    if manifest.unsettled.is_some() {
+        // Its sums are not computed yet; the table has those that are known.
+        match settle::sums_of(store, &manifest) {
+            Ok(of_new) => drop(sums.insert(manifest.batch, Some(of_new))),
+            Err(error) => {
+                sums.insert(manifest.batch, None);
+                found.push(whole(reason_of(error)?));
+            }
+        }
+    }
+    for batch in files.keys().map(|content| content.batch) {
+        if let Entry::Vacant(entry) = sums.entry(batch) {
+            match read_sums(store, batch) {
+                Ok(read) => drop(entry.insert(Some(read))),
+                Err(error) => {
+                    entry.insert(None);
+                    found.push(whole(reason_of(error)?));
+                }
+            }
+        }
+    }
+    let work: Vec<_> = files.iter().collect();
+    let next = AtomicUsize::new(0);
+    let damaged = Mutex::new(Vec::new());
+    let check_all = || -> Result<()> {
+        let mut buffer = vec![0; BUFFER];
+        while let Some((content, users)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let Some(Some(sums)) = sums.get(&content.batch) else { continue };
+            if let Some(what) = check(store, content, users.length, sums.get(&content.number), &mut buffer)? {
+                let mut damaged = damaged.lock().unwrap_or_else(PoisonError::into_inner);
+                damaged.extend(users.paths.iter().map(|path| Damage { path: path.clone(), what: what.clone() }));
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let other = scope.spawn(check_all);
+        let done = check_all();
+        other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).and(done)
+    })?;
+    found.extend(damaged.into_inner().unwrap_or_else(PoisonError::into_inner));
+    found.sort_by(|one, other| one.path.as_bytes().cmp(other.path.as_bytes()));
+    Ok(found)
+}
+
+/// What uses one content.
+struct Users {
+    length: u64,
+    paths: Vec<OsString>,
+}
+
+/// All contents of a tree; directories whose records are damaged are named in `found`.
+fn collect(store: &Inner, root: RecordRef, found: &mut Vec<Damage>) -> Result<BTreeMap<ContentRef, Users>> {
+    let mut files: BTreeMap<ContentRef, Users> = BTreeMap::new();
+    let mut waiting = vec![(root, PathBuf::new())];
+    while let Some((at, path)) = waiting.pop() {
+        let record = match store.record(&at) {
+            Ok(record) => record,
+            Err(error) => {
+                found.push(Damage { path: path.into(), what: format!("the directory: {}", reason_of(error)?) });
+                continue;
+            }
+        };
+        for item in record.items {
+            let path = path.join(&item.name);
+            match item.body {
+                Body::Dir(below) => waiting.push((below, path)),
+                Body::File(Some(content)) => {
+                    let users = files.entry(content).or_insert(Users { length: item.meta.size, paths: Vec::new() });
+                    users.paths.push(path.into());
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(files)
+}
+
+fn check(
+    store: &Inner,
+    content: &ContentRef,
+    length: u64,
+    sum: Option<&Sum>,
+    buffer: &mut [u8],
+) -> Result<Option<String>> {
+    let Some(sum) = sum.filter(|sum| sum.length == length) else {
+        return Ok(Some("its content has no sum, or one of another length".into()));
+    };
+    let opened = match content::open(store, content, length) {
+        Ok(opened) => opened,
+        Err(error) => return reason_of(error).map(Some),
+    };
+    Ok(match content::sum(&*opened, buffer) {
+        Ok(hash) if hash == sum.hash => None,
+        Ok(_) => Some("its content changed below fsnap: the sum is wrong".into()),
+        // A medium that cannot read it has damaged it.
+        Err(error) => Some(format!("its content cannot be read: {error}")),
+    })
+}
+
+fn read_sums(store: &Inner, batch: BatchId) -> Result<Sums> {
+    let path = store.batch_dir(batch).join("sums");
+    let missing = || Error::Damaged { what: path.display().to_string(), reason: "it is missing".into() };
+    store.read_frame(&path, SUMS_MAGIC, decode_sums)?.ok_or_else(missing)
+}
+
+fn whole(what: String) -> Damage {
+    Damage { path: OsString::new(), what }
+}
+
+/// The text of an error that means damage; other errors say nothing about the snapshot.
+fn reason_of(error: Error) -> Result<String> {
+    match error {
+        Error::Damaged { .. } => Ok(error.to_string()),
+        error => Err(error),
+    }
+}
