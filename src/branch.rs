@@ -1,0 +1,39 @@
+//! A branch: a named writable line of work grown from a checkpoint.
+
+use fsnap_backend::{Identity, Locator};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{CheckpointId, PathText};
+use crate::name::Name;
+
+/// A branch, as the catalog records it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Branch {
+    /// Its name.
+    pub name: Name,
+    /// The checkpoint it grew from.
+    pub checkpoint: CheckpointId,
+    /// When it was made; for people only.
+    pub time: jiff::Timestamp,
+    /// One writable volume per member of the checkpoint, sorted by the volume's name.
+    pub members: Vec<BranchMember>,
+}
+
+/// One writable volume of a branch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BranchMember {
+    /// The name of the volume that it continues.
+    pub volume: Name,
+    /// The backend's name.
+    pub backend: String,
+    /// The store that holds it.
+    pub store: Identity,
+    /// Where it lives in the store.
+    pub at: Locator,
+    /// Where its files can be read and written.
+    pub path: PathText,
+    /// What it is, for comparison before each use.
+    pub identity: Identity,
+    /// Where the volume's files were when the checkpoint was taken: a restored process finds the branch there.
+    pub origin: PathText,
+}

@@ -1,0 +1,214 @@
+//! The catalog: the durable record of stores, volumes, checkpoints, branches, holds and intents.
+//!
+//! One SQLite database in write-ahead mode, because a hook, a command and a file server open it at the same time, and
+//! because it survives being killed at any instruction. [`format`](mod@format) is its specification.
+//!
+//! * A change of the world outside is preceded by an [`Intent`], committed durably, and followed by a transaction that
+//!   replaces the intent by its result. No backend is called inside a transaction.
+//! * An image may be deleted only if nothing holds it and a removal intent names it.
+//! * A commit on a catalog opened with [`Access::Frozen`] does no fsync: it survives fsnap's death, and a power cut
+//!   falls back to the intent, which was durable before the processes froze.
+//! * Each record carries a digest, so that a flipped byte is an error and never another record.
+
+pub mod format;
+mod intent;
+mod lock;
+mod query;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
+
+pub use intent::{ImageRef, Intent, IntentId, PendingCheckpoint, PlannedMember, Taken};
+pub use lock::IntentLock;
+pub use query::Removal;
+
+/// Why the catalog could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The database refused.
+    #[error("the catalog {} cannot be used: {source}", path.display())]
+    Database {
+        /// The catalog's file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// Another fsnap kept the catalog locked for longer than the deadline.
+    #[error("the catalog {} is locked by another fsnap", path.display())]
+    Locked {
+        /// The catalog's file.
+        path: PathBuf,
+    },
+    /// The file system of the catalog is full.
+    #[error("the catalog {} cannot grow: its file system is full", path.display())]
+    Full {
+        /// The catalog's file.
+        path: PathBuf,
+    },
+    /// The file is not what a catalog was when fsnap last wrote it.
+    #[error("the catalog {} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The catalog's file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A later fsnap wrote it.
+    #[error(
+        "the catalog {} has format version {found}, and this fsnap reads version {}: use the newer fsnap",
+        path.display(), format::VERSION
+    )]
+    NewerVersion {
+        /// The catalog's file.
+        path: PathBuf,
+        /// The version found.
+        found: i64,
+    },
+    /// There is none, and it may not be made.
+    #[error("there is no catalog at {}", path.display())]
+    Missing {
+        /// Where it was expected.
+        path: PathBuf,
+    },
+    /// A system call on one of the catalog's files failed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried: a verb.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+}
+
+/// The result of a call of the catalog.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What a catalog is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To read only; writes nothing, not even recovery.
+    Read,
+    /// To read and change; each commit is durable. Makes the catalog if there is none.
+    Write,
+    /// To read and change while processes stand frozen: commits survive the death of fsnap, but nothing is synced.
+    Frozen,
+}
+
+/// The open catalog.
+#[derive(Debug)]
+pub struct Catalog {
+    db: Connection,
+    state: PathBuf,
+    access: Access,
+}
+
+impl Catalog {
+    /// Opens the catalog in the directory `state`.
+    ///
+    /// `patience` bounds the wait for another writer: [`Error::Locked`] after it.
+    pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
+        let path = state.join(format::FILE);
+        if access == Access::Write {
+            format::create_if_missing(state)?;
+        }
+        format::check_file(&path)?;
+        let how = match access {
+            Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
+            Access::Write | Access::Frozen => OpenFlags::SQLITE_OPEN_READ_WRITE,
+        };
+        let opened = Connection::open_with_flags(&path, how | OpenFlags::SQLITE_OPEN_NO_MUTEX);
+        let db = opened.map_err(|source| translate(&path, source))?;
+        let catalog = Self { db, state: state.to_owned(), access };
+        catalog.configure(patience).map_err(|source| catalog.failed(source))?;
+        format::check_version(&catalog.db, &path)?;
+        Ok(catalog)
+    }
+
+    fn configure(&self, patience: Duration) -> rusqlite::Result<()> {
+        self.db.busy_timeout(patience)?;
+        self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+        self.db.pragma_update(None, "trusted_schema", false)?;
+        match self.access {
+            Access::Read => {}
+            Access::Write => {
+                self.db.pragma_update(None, "synchronous", "FULL")?;
+                self.db.pragma_update(None, "foreign_keys", true)?;
+            }
+            Access::Frozen => {
+                // In write-ahead mode NORMAL syncs only when the log is copied back; so it must not be, neither after
+                // a commit nor on close.
+                self.db.pragma_update(None, "synchronous", "NORMAL")?;
+                self.db.pragma_update(None, "wal_autocheckpoint", 0)?;
+                self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The directory that holds the catalog and what belongs to it.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// What it was opened for.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    fn path(&self) -> PathBuf {
+        self.state.join(format::FILE)
+    }
+
+    fn failed(&self, source: rusqlite::Error) -> Error {
+        translate(&self.path(), source)
+    }
+
+    fn damaged(&self, reason: impl Into<String>) -> Error {
+        Error::Damaged { path: self.path(), reason: reason.into() }
+    }
+
+    /// Runs `change` as one transaction: all of it, or none.
+    ///
+    /// Nothing but the catalog may be touched in it.
+    fn transact<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let begun = Transaction::new_unchecked(&self.db, TransactionBehavior::Immediate);
+        let transaction = begun.map_err(|source| self.failed(source))?;
+        let value = change(&transaction)?;
+        transaction.commit().map_err(|source| self.failed(source))?;
+        Ok(value)
+    }
+
+    /// Reads every page and record; returns what is damaged.
+    pub fn verify(&self) -> Result<Vec<String>> {
+        let mut statement = self.db.prepare("PRAGMA integrity_check").map_err(|source| self.failed(source))?;
+        let rows = statement.query_map([], |row| row.get::<_, String>(0)).map_err(|source| self.failed(source))?;
+        let mut damage: Vec<String> = Vec::new();
+        for row in rows {
+            let line = row.map_err(|source| self.failed(source))?;
+            if line != "ok" {
+                damage.push(line);
+            }
+        }
+        damage.extend(self.damaged_records()?);
+        Ok(damage)
+    }
+}
+
+fn translate(path: &Path, source: rusqlite::Error) -> Error {
+    use rusqlite::ErrorCode;
+    let path = path.to_owned();
+    match source.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Error::Locked { path },
+        Some(ErrorCode::DiskFull) => Error::Full { path },
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            Error::Damaged { path, reason: source.to_string() }
+        }
+        _ => Error::Database { path, source },
+    }
+}

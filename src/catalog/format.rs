@@ -1,0 +1,162 @@
+//! The catalog's format, version 1.
+//!
+//! The file `catalog.db` in the state directory is an [SQLite 3 database](https://www.sqlite.org/fileformat2.html) in
+//! write-ahead mode, with `application_id` 0x66736e70 ("fsnp") and `user_version` 1. Its tables:
+//!
+//! | table | one row is | columns |
+//! |---|---|---|
+//! | `store` | a place where snapshots are kept | `identity`, `body`, `digest` |
+//! | `volume` | a registered volume | `name`, `body`, `digest` |
+//! | `checkpoint` | a sealed checkpoint | `seq`, `id`, `parent`, `body`, `digest` |
+//! | `branch` | a branch | `seq`, `name`, `checkpoint`, `body`, `digest` |
+//! | `tag` | a name for a checkpoint | `name`, `checkpoint` |
+//! | `tip` | the newest checkpoint of a volume on a line of work (`line` is a branch's name, or empty) | `line`, `volume`, `checkpoint` |
+//! | `hold` | a reason why an image may not be deleted | `store`, `locator`, `holder` |
+//! | `intent` | a change that was begun | `seq`, `body`, `digest` |
+//!
+//! A `body` is the JSON of the record of the same name in this crate, and `digest` the first 16 bytes of its BLAKE3
+//! hash. `seq` grows and is never used again; all order goes by it, because clocks go backwards. A `holder` is
+//! `checkpoint ID`, `branch NAME` or `intent SEQ`.
+//!
+//! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
+//! version, and a release refuses a version above its own.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::Path;
+
+use rusqlite::Connection;
+use rustix::fs::{Mode, OFlags};
+
+use super::{Error, Result, translate};
+
+/// The version that this release writes.
+pub const VERSION: i64 = 1;
+
+/// The catalog's file in the state directory.
+pub const FILE: &str = "catalog.db";
+
+const APPLICATION_ID: i64 = 0x6673_6e70;
+
+const SCHEMA: &str = "
+CREATE TABLE store (identity TEXT PRIMARY KEY, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
+CREATE TABLE volume (name TEXT PRIMARY KEY, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
+CREATE TABLE checkpoint (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, parent TEXT, body TEXT NOT NULL, digest BLOB NOT NULL
+) STRICT;
+CREATE INDEX checkpoint_parent ON checkpoint (parent);
+CREATE TABLE branch (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, checkpoint TEXT NOT NULL,
+    body TEXT NOT NULL, digest BLOB NOT NULL
+) STRICT;
+CREATE INDEX branch_checkpoint ON branch (checkpoint);
+CREATE TABLE tag (name TEXT PRIMARY KEY, checkpoint TEXT NOT NULL REFERENCES checkpoint (id)) STRICT;
+CREATE INDEX tag_checkpoint ON tag (checkpoint);
+CREATE TABLE tip (line TEXT NOT NULL, volume TEXT NOT NULL, checkpoint TEXT NOT NULL, PRIMARY KEY (line, volume)) STRICT;
+CREATE INDEX tip_checkpoint ON tip (checkpoint);
+CREATE TABLE hold (
+    store TEXT NOT NULL, locator TEXT NOT NULL, holder TEXT NOT NULL, PRIMARY KEY (store, locator, holder)
+) STRICT;
+CREATE INDEX hold_holder ON hold (holder);
+CREATE TABLE intent (seq INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
+";
+
+/// Makes the state directory and an empty catalog in it, unless there is one.
+///
+/// The catalog appears under its name only when it is whole, so that a short file under that name is damage and is
+/// never taken for a new catalog.
+pub(super) fn create_if_missing(state: &Path) -> Result<()> {
+    let path = state.join(FILE);
+    if path.symlink_metadata().is_ok() {
+        return Ok(());
+    }
+    let io = |action, path: &Path| {
+        let path = path.to_owned();
+        move |source| Error::Io { action, path, source }
+    };
+    std::fs::DirBuilder::new_private().create(state).map_err(io("make the state directory", state))?;
+    // Two first commands at once: the second waits, and then finds the catalog.
+    let lock_path = state.join("lock");
+    let lock = File::create(&lock_path).map_err(io("open", &lock_path))?;
+    lock.lock().map_err(io("lock", &lock_path))?;
+    if path.symlink_metadata().is_ok() {
+        return Ok(());
+    }
+    let fresh = state.join("catalog.new");
+    match std::fs::remove_file(&fresh) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io("remove", &fresh)(error)),
+        _ => {}
+    }
+    let database = |source| translate(&path, source);
+    let db = Connection::open(&fresh).map_err(database)?;
+    db.pragma_update(None, "application_id", APPLICATION_ID).map_err(database)?;
+    db.pragma_update(None, "user_version", VERSION).map_err(database)?;
+    db.execute_batch(SCHEMA).map_err(database)?;
+    db.pragma_update(None, "journal_mode", "WAL").map_err(database)?;
+    db.close().map_err(|(_, source)| database(source))?;
+    let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all()).map_err(io("sync", path));
+    sync(&fresh)?;
+    std::fs::rename(&fresh, &path).map_err(io("rename", &fresh))?;
+    sync(state)
+}
+
+/// Makes directories that no other user may enter.
+trait NewPrivate {
+    fn new_private() -> std::fs::DirBuilder;
+}
+
+impl NewPrivate for std::fs::DirBuilder {
+    fn new_private() -> std::fs::DirBuilder {
+        use std::os::unix::fs::DirBuilderExt;
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder
+    }
+}
+
+/// Refuses what cannot be a catalog before SQLite touches it: SQLite takes an empty file for a new database, would
+/// block on a fifo, and reads a truncated file up to the first missing page.
+pub(super) fn check_file(path: &Path) -> Result<()> {
+    let damaged = |reason: &str| Error::Damaged { path: path.to_owned(), reason: reason.to_owned() };
+    let io = |source: std::io::Error| Error::Io { action: "open", path: path.to_owned(), source };
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(descriptor) => File::from(descriptor),
+        Err(rustix::io::Errno::NOENT) => return Err(Error::Missing { path: path.to_owned() }),
+        Err(rustix::io::Errno::LOOP) => return Err(damaged("it is a symbolic link")),
+        Err(error) => return Err(io(error.into())),
+    };
+    let meta = file.metadata().map_err(io)?;
+    if !meta.is_file() {
+        return Err(damaged("it is not a regular file"));
+    }
+    let mut header = [0; 100];
+    if file.read_exact(&mut header).is_err() {
+        return Err(damaged("it is too short"));
+    }
+    // Offsets 16 and 28 of the header: the page size, and the number of pages that the file has without its log.
+    let page = match u16::from_be_bytes([header[16], header[17]]) {
+        1 => 65_536,
+        size => u64::from(size),
+    };
+    let pages = u64::from(u32::from_be_bytes([header[28], header[29], header[30], header[31]]));
+    if meta.len() < page * pages {
+        return Err(damaged("it was truncated"));
+    }
+    Ok(())
+}
+
+/// Refuses a database that is no catalog, or one of a later release.
+pub(super) fn check_version(db: &Connection, path: &Path) -> Result<()> {
+    let read = |pragma| {
+        db.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0)).map_err(|source| translate(path, source))
+    };
+    if read("application_id")? != APPLICATION_ID {
+        return Err(Error::Damaged { path: path.to_owned(), reason: "it is not a catalog of fsnap".into() });
+    }
+    match read("user_version")? {
+        VERSION => Ok(()),
+        found if found > VERSION => Err(Error::NewerVersion { path: path.to_owned(), found }),
+        found => Err(Error::Damaged { path: path.to_owned(), reason: format!("its version is {found}") }),
+    }
+}

@@ -1,0 +1,119 @@
+//! Changes of the outside world, recorded before they are made.
+
+use fsnap_backend::{Identity, Locator};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
+use crate::name::Name;
+use crate::processes::ProcessId;
+use crate::quiesce::FreezeRecord;
+
+/// The number of an intent; never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IntentId(pub(super) i64);
+
+impl std::fmt::Display for IntentId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A change that was begun: whoever finds it finishes or undoes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Intent {
+    /// Snapshots are being taken.
+    Checkpoint(Box<PendingCheckpoint>),
+    /// Clones are being made for a branch; undone unless the branch is recorded.
+    Branch {
+        /// The branch's name.
+        name: Name,
+        /// Where the clones will be.
+        images: Vec<ImageRef>,
+    },
+    /// Images that nothing needs are being deleted; always finished.
+    Remove {
+        /// The images that may still be there.
+        images: Vec<ImageRef>,
+    },
+}
+
+impl Intent {
+    /// The images that the change makes or removes.
+    pub fn images(&self) -> Vec<ImageRef> {
+        match self {
+            Self::Checkpoint(pending) => pending.members.iter().map(PlannedMember::image).collect(),
+            Self::Branch { images, .. } | Self::Remove { images } => images.clone(),
+        }
+    }
+}
+
+/// An image of some store.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ImageRef {
+    /// The store.
+    pub store: Identity,
+    /// Where in the store.
+    pub at: Locator,
+}
+
+/// A checkpoint from its beginning until it is sealed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingCheckpoint {
+    /// The id that it will have.
+    pub id: CheckpointId,
+    /// The line of work: a branch, or the volumes themselves.
+    pub branch: Option<Name>,
+    /// What the user said of it.
+    pub message: String,
+    /// Tags to be set when it is sealed.
+    pub tags: Vec<Name>,
+    /// The engine's image directory.
+    pub engine: Option<EngineImages>,
+    /// The engine's process: while it lives, the checkpoint is its business. `None`: fsnap itself, which holds the
+    /// intent's lock.
+    pub owner: Option<ProcessId>,
+    /// The root of the process tree.
+    pub tree: Option<ProcessId>,
+    /// The boot during which it began: what was written after that survives in another boot only if it was synced.
+    pub boot: String,
+    /// What was stopped by fsnap, to be set running again by whoever finds this.
+    pub freeze: Option<FreezeRecord>,
+    /// Where each member's snapshot will be.
+    pub members: Vec<PlannedMember>,
+    /// All members, once every snapshot was taken.
+    pub taken: Option<Taken>,
+}
+
+/// One volume's part in a checkpoint that was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedMember {
+    /// The volume's name.
+    pub volume: Name,
+    /// Where its files are.
+    pub path: PathText,
+    /// What it is.
+    pub identity: Identity,
+    /// The backend's name.
+    pub backend: String,
+    /// The store that will hold the snapshot.
+    pub store: Identity,
+    /// Where the snapshot will be.
+    pub at: Locator,
+}
+
+impl PlannedMember {
+    /// The image that it will be.
+    pub fn image(&self) -> ImageRef {
+        ImageRef { store: self.store.clone(), at: self.at.clone() }
+    }
+}
+
+/// What the frozen window left behind.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// When.
+    pub time: jiff::Timestamp,
+    /// Every member, with its snapshot.
+    pub members: Vec<Member>,
+}

@@ -1,0 +1,130 @@
+//! The command line: from arguments to one call of the library, and from its answer to text or JSON.
+//!
+//! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
+
+mod branch;
+mod branches;
+mod checkpoint;
+mod completions;
+mod diff;
+mod doctor;
+mod environment;
+mod failure;
+mod hook;
+mod init;
+mod internal;
+mod json;
+mod log;
+mod man;
+mod output;
+mod recover;
+mod restore;
+mod rm;
+mod show;
+mod tag;
+mod verify;
+mod volumes;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+pub(crate) use environment::Context;
+pub(crate) use failure::{Failure, Outcome};
+pub(crate) use output::Output;
+
+/// Snapshot the files of processes at their checkpoints, and branch from any of them
+///
+/// A checkpoint engine such as CRIU freezes and saves processes; fsnap takes a snapshot of every volume that they can
+/// write to at the same instant. Each checkpoint can be browsed, compared, and made into a writable branch, onto which
+/// the processes can be restored.
+///
+/// Begin with `fsnap init DIR`, then `fsnap checkpoint`, `fsnap log`, `fsnap branch @latest`.
+#[derive(Debug, Parser)]
+#[command(name = "fsnap", version, max_term_width = 100, after_help = CKPT_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const CKPT_HELP: &str = "CKPT is an id, a unique prefix of one (4 digits or more), a tag, @latest, or X~N, the N-th \
+                         checkpoint before X.\n\nExit codes: 0 done, 1 failed, 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Init(init::Args),
+    Volumes(volumes::Args),
+    Checkpoint(checkpoint::Args),
+    Log(log::Args),
+    Show(show::Args),
+    Diff(diff::Args),
+    Branch(branch::Args),
+    Branches(branches::Args),
+    Restore(restore::Args),
+    Rm(rm::Args),
+    Tag(tag::Args),
+    Verify(verify::Args),
+    Recover(recover::Args),
+    Doctor(doctor::Args),
+    Hook(hook::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+    #[command(hide = true)]
+    Internal(internal::Args),
+}
+
+/// Runs the command that the arguments name.
+pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
+    environment::prepare();
+    // CRIU starts its action script without arguments: the name tells that it is us who is called.
+    let called = arguments.first().map(Path::new).and_then(Path::file_name);
+    if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
+        return finish(hook::criu());
+    }
+    match Cli::try_parse_from(&arguments) {
+        Ok(cli) => finish(run(cli.command)),
+        Err(error) => {
+            let code = if error.use_stderr() { 2 } else { 0 };
+            // Nothing can be done about a closed terminal.
+            let _ = error.print();
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Init(args) => init::run(args),
+        Command::Volumes(args) => volumes::run(args),
+        Command::Checkpoint(args) => checkpoint::run(args),
+        Command::Log(args) => log::run(args),
+        Command::Show(args) => show::run(args),
+        Command::Diff(args) => diff::run(args),
+        Command::Branch(args) => branch::run(args),
+        Command::Branches(args) => branches::run(args),
+        Command::Restore(args) => restore::run(args),
+        Command::Rm(args) => rm::run(args),
+        Command::Tag(args) => tag::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Recover(args) => recover::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Hook(args) => hook::run(args),
+        Command::Completions(args) => completions::run(args, &mut Cli::command()),
+        Command::Man(args) => man::run(args, Cli::command()),
+        Command::Internal(args) => internal::run(args),
+    }
+}
+
+fn finish(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough.
+        Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            ExitCode::FAILURE
+        }
+    }
+}

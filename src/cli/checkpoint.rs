@@ -1,0 +1,137 @@
+//! `fsnap checkpoint`
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fsnap::coordinator::{Begun, Coordinator, Request, find_writers, writers_outside};
+use fsnap::name::Name;
+use fsnap::processes::{Cgroup, ProcessId, Tree};
+use fsnap::quiesce::{Frozen, Quiesce};
+
+use super::{Context, Failure, Outcome, Output, internal, json};
+
+/// Take a snapshot of every volume at one instant, and print the new checkpoint's id
+///
+/// With --pid or --cgroup, the processes are frozen meanwhile, and the volumes are those that they can write to; the
+/// snapshots are then one point in time. Without, every volume is taken as it is while its writers run, and the
+/// checkpoint records that weaker consistency.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// What to say of it
+    #[arg(short, long, default_value = "")]
+    message: String,
+    /// A name for it; may be given several times
+    #[arg(short, long = "tag", value_name = "TAG")]
+    tags: Vec<Name>,
+    /// Freeze this process and all its descendants
+    #[arg(long, conflicts_with = "cgroup")]
+    pid: Option<i32>,
+    /// Freeze all processes of this control group
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// Freeze others that have files of the volumes open for writing, too
+    #[arg(long)]
+    freeze_writers: bool,
+    /// Give up, and let the processes run, if they do not stand after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
+    deadline: f64,
+    /// Take the volumes of this branch
+    #[arg(long, value_name = "NAME", conflicts_with = "volumes")]
+    branch: Option<Name>,
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+    /// The volumes, by name or path; all that the processes can write to, if none is given
+    #[arg(value_name = "VOLUME")]
+    volumes: Vec<String>,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("a number of seconds from 0.1 to 3600".into()),
+    }
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let coordinator = Context::load()?.write()?;
+    let tree = match (args.pid, &args.cgroup) {
+        (Some(pid), _) => Some(Tree::of_pid(pid)?),
+        (None, Some(path)) => Some(Tree::of_cgroup(Cgroup::open(path)?)?),
+        (None, None) => None,
+    };
+    let targets = match (&args.branch, &tree) {
+        _ if !args.volumes.is_empty() => coordinator.targets_named(&args.volumes)?,
+        (Some(branch), _) => coordinator.targets_of_branch(branch)?,
+        (None, Some(tree)) => coordinator.targets_reached(tree)?,
+        (None, None) => coordinator.targets()?,
+    };
+    let request = Request {
+        targets,
+        message: args.message,
+        tags: args.tags,
+        tree: args.pid.map(ProcessId::of).transpose()?,
+        ..Request::default()
+    };
+    let mut begun = coordinator.begin(request)?;
+    let within = Duration::from_secs_f64(args.deadline);
+    let taken = if tree.is_some() || args.freeze_writers {
+        take_frozen(&coordinator, &mut begun, tree, args.freeze_writers, within)
+    } else {
+        coordinator.take(&mut begun, false, |pending| writers_outside(pending, &Tree::of_processes([]), &[]))
+    };
+    if let Err(error) = taken {
+        return Err(Failure::Error(coordinator.give_up(begun, error)));
+    }
+    let checkpoint = coordinator.seal(begun)?;
+    let out = Output::new();
+    if args.json {
+        let tags = coordinator.catalog().tags_of(&checkpoint.id)?;
+        return out.json(&json::checkpoint(&checkpoint, &tags));
+    }
+    out.line(checkpoint.id)
+}
+
+/// Freezes the tree, and other writers if asked to, takes the snapshots, and sets all running again.
+///
+/// Whatever fails, everything runs again before this returns.
+fn take_frozen(
+    coordinator: &Coordinator,
+    begun: &mut Begun,
+    tree: Option<Tree>,
+    writers_too: bool,
+    within: Duration,
+) -> fsnap::Result<()> {
+    let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
+    let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
+    if writers_too {
+        let outside = find_writers(begun.pending(), quiesce.tree(), &[])?;
+        quiesce.also(outside.writers.into_iter().map(|writer| writer.process));
+    }
+    coordinator.record_freeze(begun, quiesce.record().clone())?;
+    let mut frozen = quiesce.freeze(within)?;
+    if writers_too {
+        freeze_late_writers(begun, &mut frozen)?;
+    }
+    let standing = everyone_in(&frozen);
+    coordinator.take(begun, true, move |pending| writers_outside(pending, &standing, &[]))?;
+    frozen.check()?;
+    Ok(frozen.thaw()?)
+}
+
+/// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.
+fn freeze_late_writers(begun: &Begun, frozen: &mut Frozen) -> fsnap::Result<()> {
+    loop {
+        let late = find_writers(begun.pending(), &everyone_in(frozen), &[])?.writers;
+        if late.is_empty() {
+            return Ok(());
+        }
+        frozen.add(late.into_iter().map(|writer| writer.process))?;
+    }
+}
+
+/// All that stand: the tree, and the writers beside it.
+fn everyone_in(frozen: &Frozen) -> Tree {
+    let tree = frozen.tree().members().map(|member| member.id);
+    Tree::of_processes(tree.chain(frozen.record().processes.iter().copied()))
+}

@@ -1,0 +1,48 @@
+//! `fsnap diff`
+
+use fsnap::coordinator::Side;
+use fsnap::reference;
+use serde_json::json;
+
+use super::failure::say;
+use super::{Context, Outcome, Output};
+
+/// List the files that differ between two checkpoints, or between a checkpoint and now
+///
+/// A was added, D was removed, M has another content, a has other attributes only.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The older checkpoint
+    #[arg(value_name = "A")]
+    old: String,
+    /// The newer checkpoint; the files as they are now, if not given
+    #[arg(value_name = "B")]
+    new: Option<String>,
+    /// Print an array of JSON objects
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let coordinator = Context::load()?.read()?;
+    let catalog = coordinator.catalog();
+    let old = reference::resolve(catalog, &args.old)?;
+    let new = args.new.as_deref().map(|new| reference::resolve(catalog, new)).transpose()?;
+    let mut changes = Vec::new();
+    let side = new.as_ref().map_or(Side::Now, Side::Checkpoint);
+    let skipped = coordinator.diff(&old, side, &mut |change| changes.push(change))?;
+    for volume in skipped {
+        say("note", &format!("volume {volume} is in only one of the two checkpoints"));
+    }
+    let out = Output::new();
+    if args.json {
+        let list: Vec<_> = changes
+            .iter()
+            .map(|change| {
+                json!({ "volume": change.volume, "path": change.path.to_string_lossy(), "change": change.kind.word() })
+            })
+            .collect();
+        return out.json(&list);
+    }
+    changes.iter().try_for_each(|change| out.line(format_args!("{} {}", change.kind.letter(), change.shown())))
+}

@@ -1,0 +1,161 @@
+//! What the process finds around it: the only place that reads the environment.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fsnap::catalog::Access;
+use fsnap::config::Config;
+use fsnap::coordinator::{Coordinator, Recovered};
+use fsnap::engine::criu::{self, Criu};
+use fsnap::failpoint;
+
+use super::failure::{Failure, say};
+
+/// How long a command waits for another that changes the catalog.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Prepares the process: every command needs it, and none may do it twice.
+pub(crate) fn prepare() {
+    if let Ok(spec) = std::env::var("FSNAP_FAILPOINT") {
+        failpoint::arm(&spec);
+    }
+    // The walk of a deep tree holds one descriptor per level; the kernel's default limit is for select(2).
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+}
+
+/// The settings and places of this run.
+#[derive(Debug)]
+pub(crate) struct Context {
+    /// The merged settings.
+    pub(crate) config: Config,
+    /// The state directory.
+    pub(crate) state: PathBuf,
+}
+
+impl Context {
+    /// Reads the settings.
+    pub(crate) fn load() -> Result<Self, Failure> {
+        let config = Config::load(&config_files())?;
+        let state = match variable("FSNAP_STATE").or_else(|| config.state.clone()) {
+            Some(state) => state,
+            None => default_state()?,
+        };
+        let state = std::path::absolute(&state).map_err(|source| fsnap::Error::Io {
+            action: "resolve",
+            object: fsnap::printable(state.as_os_str()),
+            source,
+        })?;
+        Ok(Self { config, state })
+    }
+
+    /// Opens the catalog for a change, and recovers what others left half done.
+    pub(crate) fn write(&self) -> Result<Coordinator, Failure> {
+        let coordinator = Coordinator::open(&self.state, Access::Write, PATIENCE)?;
+        tell(&coordinator.recover()?);
+        Ok(coordinator)
+    }
+
+    /// Opens the catalog to read it; recovers if the user may write it.
+    pub(crate) fn read(&self) -> Result<Coordinator, Failure> {
+        let writable = rustix::fs::access(&self.state, rustix::fs::Access::WRITE_OK).is_ok();
+        if writable && self.state.join(fsnap::catalog::format::FILE).exists() {
+            return self.write();
+        }
+        Ok(Coordinator::open(&self.state, Access::Read, PATIENCE)?)
+    }
+
+    /// Opens the catalog while processes stand frozen.
+    pub(crate) fn frozen(&self) -> Result<Coordinator, Failure> {
+        Ok(Coordinator::open(&self.state, Access::Frozen, self.config.hook.deadline())?)
+    }
+}
+
+/// Says what recovery did, for it is more than the user asked for.
+pub(crate) fn tell(recovered: &[Recovered]) {
+    for one in recovered {
+        match one {
+            // The ordinary end of a checkpoint that an engine's hook took.
+            Recovered::Sealed(_) | Recovered::Removed => {}
+            Recovered::Undone(id) => {
+                say("recovered", &format!("checkpoint {} was not finished; it is undone", id.short()))
+            }
+            Recovered::BranchRemoved(name) => {
+                say("recovered", &format!("branch {name} was not finished; it is removed"))
+            }
+            Recovered::Postponed { what, error } => {
+                say("warning", &format!("{what} is half done and stays so: {error}"))
+            }
+        }
+    }
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// A directory of the XDG base directory specification, which wants relative values ignored.
+fn xdg(variable_name: &str, below_home: &str) -> Option<PathBuf> {
+    let base = variable(variable_name).filter(|path| path.is_absolute());
+    base.or_else(|| Some(variable("HOME")?.join(below_home))).map(|base| base.join("fsnap"))
+}
+
+fn default_state() -> Result<PathBuf, Failure> {
+    if is_root() {
+        return Ok(PathBuf::from("/var/lib/fsnap"));
+    }
+    xdg("XDG_STATE_HOME", ".local/state").ok_or_else(|| {
+        let reason = "neither FSNAP_STATE, XDG_STATE_HOME nor HOME is set".to_owned();
+        Failure::from(fsnap::Error::Config { path: PathBuf::from("environment"), reason })
+    })
+}
+
+fn config_files() -> Vec<PathBuf> {
+    let mut files = vec![PathBuf::from("/usr/lib/fsnap/config.toml"), PathBuf::from("/etc/fsnap/config.toml")];
+    let drop_ins = std::fs::read_dir(Path::new("/etc/fsnap/conf.d")).into_iter().flatten().flatten();
+    let mut drop_ins: Vec<PathBuf> =
+        drop_ins.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "toml")).collect();
+    drop_ins.sort();
+    files.extend(drop_ins);
+    if !is_root() {
+        files.extend(xdg("XDG_CONFIG_HOME", ".config").map(|dir| dir.join("config.toml")));
+    }
+    files.extend(variable("FSNAP_CONFIG"));
+    files
+}
+
+/// Where programs are looked for: the search path, and the directories of administrators' programs, which a user's
+/// search path lacks.
+fn search_path() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).collect();
+    dirs.extend(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
+    dirs
+}
+
+/// The process that started this one.
+pub(crate) fn parent() -> i32 {
+    rustix::process::Pid::as_raw(rustix::process::getppid())
+}
+
+/// The volumes that hooks are told to take: `FSNAP_VOLUMES`, or the configuration's.
+pub(crate) fn volumes(config: &Config) -> Vec<String> {
+    match std::env::var("FSNAP_VOLUMES") {
+        Ok(names) if !names.trim().is_empty() => {
+            names.split([',', ' ']).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+        }
+        _ => config.hook.volumes.iter().map(ToString::to_string).collect(),
+    }
+}
+
+/// CRIU, as configured or as found.
+pub(crate) fn find_criu(config: &Config) -> Result<Criu, Failure> {
+    let configured = variable("FSNAP_CRIU").or_else(|| config.criu.program.clone());
+    let search: Vec<PathBuf> = search_path().iter().map(|dir| dir.join(criu::NAME)).collect();
+    Ok(Criu::find(configured.as_deref(), &search)?)
+}

@@ -1,0 +1,89 @@
+//! What a user is told when something was not done.
+
+use std::io::Write;
+
+use fsnap::{Error, catalog};
+use fsnap_backend::ErrorKind;
+
+/// How a command ends.
+pub(crate) type Outcome = Result<(), Failure>;
+
+/// Why a command failed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// fsnap could not do it.
+    Error(Error),
+    /// The output could not be written.
+    Output(std::io::Error),
+    /// The findings were printed already; the command has failed.
+    Reported,
+}
+
+impl<E: Into<Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+impl Failure {
+    /// Says on standard error what failed, and what can be done about it.
+    pub(crate) fn report(&self) {
+        match self {
+            Self::Error(error) => {
+                say("error", &error.to_string());
+                if let Some(hint) = hint(error) {
+                    say("hint", &hint);
+                }
+            }
+            Self::Output(error) => say("error", &format!("cannot write the output: {error}")),
+            Self::Reported => {}
+        }
+    }
+}
+
+/// Writes a line on standard error; what cannot be written there cannot be said at all.
+pub(crate) fn say(label: &str, text: &str) {
+    let _ = writeln!(anstream::stderr(), "fsnap: {label}: {text}");
+}
+
+fn hint(error: &Error) -> Option<String> {
+    let hint = match error {
+        Error::NoSuchCheckpoint { .. } => "`fsnap log` lists the checkpoints",
+        Error::Ambiguous { .. } => "write more digits of the one you mean",
+        Error::NoSuchVolume { .. } => "`fsnap volumes` lists the volumes; `fsnap init DIR` registers one",
+        Error::NoSuchBranch { .. } => "`fsnap branches` lists the branches",
+        Error::Needed { .. } => "remove the branch first: `fsnap rm --branch NAME`",
+        Error::BranchInUse { .. } => "end these processes first",
+        Error::WrongVolume { .. } => {
+            "mount the right file system there, or forget the volume with `fsnap rm --volume NAME` and register it anew"
+        }
+        Error::WrongFiles { checkpoint, .. } => {
+            return Some(format!(
+                "`fsnap restore {}` restores the processes onto a branch with the right files",
+                checkpoint.short()
+            ));
+        }
+        Error::ImagesInVolume { .. } => "let the engine write its images to a directory outside every volume",
+        Error::NoProcessImage { .. } => "`fsnap branch` gives you its files",
+        Error::NoClones { .. } => "its files can still be read: `fsnap diff`",
+        Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
+        Error::Catalog(catalog::Error::Damaged { .. }) => {
+            "restore it from a backup; the snapshots themselves are not touched"
+        }
+        Error::Catalog(catalog::Error::Full { .. }) => "free some space there; nothing was changed",
+        Error::Catalog(catalog::Error::Missing { .. }) => {
+            "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
+        }
+        Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
+        Error::Backend(error) => match error.kind() {
+            ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
+            ErrorKind::ReadOnly => "mount it writable first",
+            ErrorKind::Permission => "run fsnap as root, or use a directory and a store of your own",
+            ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
+            ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
+            _ => return None,
+        },
+        _ => return None,
+    };
+    Some(hint.to_owned())
+}

@@ -1,0 +1,167 @@
+//! `fsnap hook`
+
+use std::time::Duration;
+
+use fsnap::checkpoint::{EngineImages, PathText};
+use fsnap::coordinator::{Coordinator, Request, Target, writers_outside};
+use fsnap::engine::criu::{self, HookCall};
+use fsnap::engine::{ImageRecord, MemberRecord, Phase};
+use fsnap::processes::{ProcessId, Tree};
+use fsnap::{Error, failpoint};
+
+use super::failure::say;
+use super::{Context, Failure, Outcome, Output, environment};
+
+/// The name under which fsnap is CRIU's action script.
+pub(crate) const CRIU_HOOK_NAME: &str = "fsnap-criu-hook";
+
+/// Be called by a checkpoint engine
+///
+/// For CRIU, make a link to fsnap named `fsnap-criu-hook`, and give its path as --action-script, for dump and for
+/// restore.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    engine: Engine,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Engine {
+    /// CRIU's action script, which is told everything by the environment (CRTOOLS_*)
+    ///
+    /// FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found from the
+    /// processes. An action that needs nothing done succeeds.
+    Criu,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    match args.engine {
+        Engine::Criu => criu(),
+    }
+}
+
+/// Does what CRIU's call asks for.
+pub(crate) fn criu() -> Outcome {
+    let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    let context = Context::load()?;
+    match call.phase {
+        Phase::Starting => start(&context, &call),
+        Phase::Frozen => take(&context, &call),
+        Phase::Restoring => check(&context, &call),
+        Phase::Restored | Phase::Resumed => Ok(()),
+    }
+}
+
+/// The processes run: plan, and do all that can be done ahead.
+fn start(context: &Context, call: &HookCall) -> Outcome {
+    let coordinator = context.write()?;
+    let images = images(call);
+    let Some(pid) = call.tree else { return Ok(()) };
+    if let Some(begun) = coordinator.begun_in(&images)? {
+        // Called twice for one dump: once more ahead.
+        coordinator.prime(&begun)?;
+        return Output::new().line(begun.pending().id);
+    }
+    let Some(targets) = targets(context, &coordinator, pid)? else {
+        say("note", "the processes can write to no registered volume: nothing to take a snapshot of");
+        return Ok(());
+    };
+    if let Some(target) = targets.iter().find(|target| call.images.path().starts_with(target.path.as_path())) {
+        let (images, volume, path) = (images.images, target.volume.clone(), target.path.clone());
+        return Err(Error::ImagesInVolume { images, volume, path }.into());
+    }
+    let begun = coordinator.begin(Request {
+        targets,
+        engine: Some(images),
+        owner: Some(call.engine),
+        tree: Some(ProcessId::of(pid)?),
+        ..Request::default()
+    })?;
+    Output::new().line(begun.pending().id)
+}
+
+/// The volumes that are named for hooks, or those that the processes can write to; `None` if there are none.
+fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Option<Vec<Target>>, Failure> {
+    let named = environment::volumes(&context.config);
+    if !named.is_empty() {
+        return Ok(Some(coordinator.targets_named(&named)?));
+    }
+    match coordinator.targets_reached(&Tree::of_pid(pid)?) {
+        Err(Error::NothingToTake { .. }) => Ok(None),
+        targets => Ok(Some(targets?)),
+    }
+}
+
+/// The processes stand: take the snapshots, and leave all else for later.
+fn take(context: &Context, call: &HookCall) -> Outcome {
+    let deadline = context.config.hook.deadline();
+    give_up_after(deadline);
+    let Some(pid) = call.tree else { return Ok(()) };
+    let coordinator = context.frozen()?;
+    failpoint::hit("hook:frozen");
+    let images = images(call);
+    let Some(mut begun) = coordinator.begun_in(&images)? else {
+        // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.
+        return match targets(context, &coordinator, pid)? {
+            None => Ok(()),
+            Some(_) => Err(Error::NotBegun { engine: call.engine.to_string(), images: images.images }.into()),
+        };
+    };
+    if begun.pending().taken.is_some() {
+        return Output::new().line(begun.pending().id);
+    }
+    let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
+        let tree = Tree::of_pid(pid)?;
+        let ignore = [call.engine.pid, environment::parent()];
+        coordinator.take(&mut begun, true, move |pending| writers_outside(pending, &tree, &ignore))?;
+        failpoint::hit("hook:taken");
+        let taken = begun.pending().taken.as_ref();
+        let members = taken.into_iter().flat_map(|taken| &taken.members).map(|member| MemberRecord {
+            volume: member.volume.to_string(),
+            path: member.path.0.clone(),
+            backend: member.backend.clone(),
+            store: member.store.clone(),
+            identity: member.identity.clone(),
+            at: member.snapshot.at.clone(),
+            snapshot: member.snapshot.identity.clone(),
+        });
+        let record = ImageRecord::new(begun.pending().id.to_string(), members.collect());
+        Ok(call.images.write_record(&record)?)
+    });
+    if let Err(error) = taken {
+        let error = error.and_undo(call.images.remove_record().map_err(Error::from));
+        return Err(coordinator.give_up(begun, error).into());
+    }
+    failpoint::hit("hook:written");
+    let id = begun.pending().id;
+    coordinator.leave(begun);
+    Output::new().line(id)
+}
+
+/// A restore begins: refuse the wrong files.
+fn check(context: &Context, call: &HookCall) -> Outcome {
+    let coordinator = context.read()?;
+    match coordinator.check_restore(&call.images)? {
+        Some(id) => Output::new().line(id),
+        None => {
+            say("note", "these images belong to no checkpoint of fsnap: their files are not checked");
+            Ok(())
+        }
+    }
+}
+
+fn images(call: &HookCall) -> EngineImages {
+    EngineImages { name: criu::NAME.into(), images: PathText(call.images.path().to_owned()) }
+}
+
+/// Ends the process after `deadline`, whatever it is doing: as long as it lives, the application stands.
+///
+/// What was taken so far is undone by the next command.
+fn give_up_after(deadline: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(deadline);
+        let what = "taking the snapshots".to_owned();
+        Failure::Error(Error::Deadline { what, seconds: deadline.as_secs_f64() }).report();
+        std::process::exit(1);
+    });
+}

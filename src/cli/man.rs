@@ -1,0 +1,25 @@
+//! `fsnap man`
+
+use std::path::PathBuf;
+
+use clap_mangen::Man;
+
+use super::{Failure, Outcome, Output};
+
+/// Print the manual page, or write the pages of all commands into a directory
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Write one page per command here
+    #[arg(value_name = "DIR")]
+    dir: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: Args, command: clap::Command) -> Outcome {
+    if let Some(dir) = args.dir {
+        std::fs::create_dir_all(&dir).map_err(Failure::Output)?;
+        return clap_mangen::generate_to(command, dir).map_err(Failure::Output);
+    }
+    let mut page = Vec::new();
+    Man::new(command).render(&mut page).map_err(Failure::Output)?;
+    Output::new().text(&String::from_utf8_lossy(&page))
+}

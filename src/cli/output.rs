@@ -1,0 +1,111 @@
+//! Standard output: tables for people, JSON for programs.
+
+use std::io::{self, IsTerminal, Write};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use jiff::{Timestamp, Unit};
+use serde::Serialize;
+
+use super::{Failure, Outcome};
+
+/// Standard output.
+#[derive(Debug)]
+pub(crate) struct Output {
+    terminal: bool,
+}
+
+impl Output {
+    /// Looks at what standard output is.
+    pub(crate) fn new() -> Self {
+        Self { terminal: io::stdout().is_terminal() }
+    }
+
+    /// Writes a line.
+    pub(crate) fn line(&self, text: impl std::fmt::Display) -> Outcome {
+        writeln!(io::stdout().lock(), "{text}").map_err(Failure::Output)
+    }
+
+    /// Writes text that has its line ends.
+    pub(crate) fn text(&self, text: &str) -> Outcome {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
+    }
+
+    /// Writes one JSON value.
+    pub(crate) fn json(&self, value: &impl Serialize) -> Outcome {
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from).map_err(Failure::Output)?;
+        writeln!(out).and_then(|()| out.flush()).map_err(Failure::Output)
+    }
+
+    /// Writes a table without borders; nothing at all if it has no rows.
+    pub(crate) fn table(&self, head: &[&str], rows: Vec<Vec<String>>) -> Outcome {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header(head.to_vec());
+        table.add_rows(rows);
+        for column in table.column_iter_mut() {
+            column.set_padding((0, 2));
+        }
+        for line in table.lines() {
+            self.line(line.trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// A time: how long ago on a terminal, RFC 3339 in a pipe.
+    pub(crate) fn time(&self, time: Timestamp) -> String {
+        if self.terminal { ago(Timestamp::now(), time) } else { rfc3339(time) }
+    }
+}
+
+/// RFC 3339, in UTC, to the millisecond.
+pub(crate) fn rfc3339(time: Timestamp) -> String {
+    let rounded = time.round(Unit::Millisecond).unwrap_or(time);
+    format!("{rounded:.3}")
+}
+
+/// A progress bar on a terminal; nothing in a pipe.
+pub(crate) fn progress(steps: usize, what: &'static str) -> indicatif::ProgressBar {
+    if !io::stderr().is_terminal() {
+        return indicatif::ProgressBar::hidden();
+    }
+    let style = indicatif::ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}");
+    let bar = indicatif::ProgressBar::new(steps as u64).with_message(what);
+    bar.set_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()));
+    bar
+}
+
+fn ago(now: Timestamp, time: Timestamp) -> String {
+    let seconds = now.as_second().saturating_sub(time.as_second());
+    let (count, unit) = match seconds {
+        ..0 => return "in the future".into(),
+        0..60 => return "just now".into(),
+        60..3600 => (seconds / 60, "minute"),
+        3600..86_400 => (seconds / 3600, "hour"),
+        86_400..2_592_000 => (seconds / 86_400, "day"),
+        _ => return rfc3339(time)[..10].to_owned(),
+    };
+    format!("{count} {unit}{} ago", if count == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_told_as_people_tell_them() {
+        let now: Timestamp = "2026-03-01T12:00:00Z".parse().unwrap();
+        let tell = |text: &str| ago(now, text.parse().unwrap());
+        assert_eq!(tell("2026-03-01T11:59:30Z"), "just now");
+        assert_eq!(tell("2026-03-01T11:58:59Z"), "1 minute ago");
+        assert_eq!(tell("2026-03-01T09:00:00Z"), "3 hours ago");
+        assert_eq!(tell("2026-02-27T12:00:00Z"), "2 days ago");
+        assert_eq!(tell("2025-03-01T12:00:00Z"), "2025-03-01");
+        assert_eq!(tell("2026-03-01T12:00:05Z"), "in the future");
+        assert_eq!(rfc3339(now), "2026-03-01T12:00:00.000Z");
+    }
+}

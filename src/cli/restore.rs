@@ -1,0 +1,73 @@
+//! `fsnap restore`
+
+use std::ffi::OsString;
+
+use fsnap::coordinator::RestoreRequest;
+use fsnap::engine::PidSpace;
+use fsnap::name::Name;
+use fsnap::reference;
+use serde_json::json;
+
+use super::branch::free_name;
+use super::{Context, Outcome, Output, environment, internal, json};
+
+/// Restore a checkpoint's processes onto a new branch with the files of the same instant
+///
+/// The branch is mounted over the volume's path in a mount namespace of its own, and the engine's restore runs in it.
+/// The processes get their old pids in a pid namespace of their own, so that one checkpoint can be restored many times
+/// side by side. It returns when they run; end them by killing the namespace's first process, whose pid is printed.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The checkpoint
+    #[arg(value_name = "CKPT")]
+    checkpoint: String,
+    /// The name of the new branch; one is made up, if not given
+    #[arg(long, value_name = "NAME")]
+    branch: Option<Name>,
+    /// Take back the pids on this machine, instead of a pid namespace
+    #[arg(long)]
+    host_pids: bool,
+    /// Wait until the restored processes have ended
+    #[arg(long)]
+    wait: bool,
+    /// Print a JSON object
+    #[arg(long)]
+    json: bool,
+    /// Further arguments for the engine's restore, after --
+    #[arg(last = true, value_name = "ENGINE ARGS")]
+    args: Vec<OsString>,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let context = Context::load()?;
+    let coordinator = context.write()?;
+    let checkpoint = reference::resolve(coordinator.catalog(), &args.checkpoint)?;
+    let name = match args.branch {
+        Some(name) => name,
+        None => free_name(&coordinator, &checkpoint.id)?,
+    };
+    let criu = environment::find_criu(&context.config)?;
+    let (branch, restored) = coordinator.restore(&RestoreRequest {
+        checkpoint: &checkpoint,
+        branch: &name,
+        criu: &criu,
+        args: &args.args,
+        stage: &internal::stage_command(),
+        pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
+    })?;
+    let out = Output::new();
+    if args.json {
+        let mut object = json::branch(&branch);
+        object["init"] = json!(restored.init.pid);
+        object["pid"] = json!(restored.root.map(|root| root.pid));
+        out.json(&object)?;
+    } else {
+        let root = restored.root.map_or_else(|| "which has ended already".into(), |root| root.pid.to_string());
+        out.line(format_args!("restored onto branch {}: process {root}, under {}", branch.name, restored.init.pid))?;
+        branch.members.iter().try_for_each(|member| out.line(&member.path))?;
+    }
+    if args.wait {
+        restored.wait();
+    }
+    Ok(())
+}

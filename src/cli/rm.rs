@@ -1,0 +1,44 @@
+//! `fsnap rm`
+
+use fsnap::name::Name;
+use fsnap::reference;
+
+use super::{Context, Outcome};
+
+/// Remove checkpoints, a branch, or a volume from fsnap's care
+///
+/// A checkpoint is kept while branches that grew from it exist. A removed branch's files are deleted. A removed
+/// volume's own files are not touched, and its checkpoints stay.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true))]
+pub(crate) struct Args {
+    /// The checkpoints to remove
+    #[arg(value_name = "CKPT", group = "what")]
+    checkpoints: Vec<String>,
+    /// Remove this branch and its files
+    #[arg(long, value_name = "NAME", group = "what")]
+    branch: Option<Name>,
+    /// Forget this volume; its files and checkpoints stay
+    #[arg(long, value_name = "NAME", group = "what")]
+    volume: Option<Name>,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let coordinator = Context::load()?.write()?;
+    // All are looked up before the first is removed: a typing error removes nothing, and `@latest` means one thing.
+    let found = args.checkpoints.iter().map(|text| reference::resolve(coordinator.catalog(), text));
+    let found = found.collect::<fsnap::Result<Vec<_>>>()?;
+    let mut removed = std::collections::BTreeSet::new();
+    for checkpoint in &found {
+        if removed.insert(checkpoint.id) {
+            coordinator.remove_checkpoint(&checkpoint.id)?;
+        }
+    }
+    if let Some(name) = &args.branch {
+        coordinator.remove_branch(name)?;
+    }
+    if let Some(name) = &args.volume {
+        coordinator.unregister(name)?;
+    }
+    Ok(())
+}

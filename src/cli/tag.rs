@@ -1,0 +1,46 @@
+//! `fsnap tag`
+
+use fsnap::name::Name;
+use fsnap::{Error, reference};
+
+use super::{Context, Outcome};
+
+/// Give a checkpoint a name
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The checkpoint; the tag itself with --delete
+    #[arg(value_name = "CKPT")]
+    checkpoint: String,
+    /// The tag
+    #[arg(required_unless_present = "delete")]
+    name: Option<Name>,
+    /// Move the tag here if another checkpoint has it
+    #[arg(long)]
+    force: bool,
+    /// Remove the tag
+    #[arg(long, conflicts_with_all = ["name", "force"])]
+    delete: bool,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let coordinator = Context::load()?.write()?;
+    let catalog = coordinator.catalog();
+    let Some(tag) = args.name else {
+        let tag: Name = args.checkpoint.parse().map_err(Error::from)?;
+        if catalog.remove_tag(&tag)? {
+            return Ok(());
+        }
+        return Err(Error::NoSuchCheckpoint { reference: tag.to_string(), near: Vec::new() }.into());
+    };
+    let checkpoint = reference::resolve(catalog, &args.checkpoint)?;
+    if args.force {
+        catalog.remove_tag(&tag)?;
+    }
+    match catalog.set_tag(&tag, &checkpoint.id)? {
+        None => Ok(()),
+        Some(other) => {
+            let by = Some(format!("it names checkpoint {}; move it with --force", other.short()));
+            Err(Error::NameTaken { what: "the tag", name: tag, by }.into())
+        }
+    }
+}

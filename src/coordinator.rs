@@ -1,0 +1,118 @@
+//! Orders the catalog and the backends, so that what the catalog says is true after every crash.
+//!
+//! It is the only code that calls both. Each operation has a file of its own and the same form: *intent, act, result*.
+//! The intent is durable before anything outside changes; the result replaces it in one transaction; and
+//! [`recover`](Coordinator::recover) finishes or undoes every intent whose author is gone.
+//!
+//! Architecture Invariant: no backend is called while a catalog transaction is open, and no image is deleted that an
+//! intent does not name.
+
+mod branch;
+mod checkpoint;
+mod diff;
+mod recover;
+mod register;
+mod remove;
+mod restore;
+mod targets;
+mod verify;
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fsnap_backend::{Backend, Identity, Volume};
+
+use crate::catalog::{Access, Catalog, ImageRef};
+use crate::checkpoint::PathText;
+use crate::name::Name;
+use crate::{Error, Result, stores};
+
+pub use checkpoint::{Begun, Request};
+pub use diff::{Change, ChangeKind, Side};
+pub use recover::Recovered;
+pub use register::{Registered, Registration};
+pub use restore::RestoreRequest;
+pub use targets::{Target, find_writers, writers_outside};
+pub use verify::Finding;
+
+/// The coordinator, on an open catalog.
+#[derive(Debug)]
+pub struct Coordinator {
+    catalog: Catalog,
+    stores: RefCell<BTreeMap<Identity, Arc<dyn Backend>>>,
+}
+
+impl Coordinator {
+    /// Opens the catalog in the directory `state`; recovers nothing.
+    ///
+    /// `patience` bounds every wait for another fsnap.
+    pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
+        Ok(Self { catalog: Catalog::open(state, access, patience)?, stores: RefCell::default() })
+    }
+
+    /// The catalog.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// Opens the store of that identity, once.
+    fn store(&self, identity: &Identity) -> Result<Arc<dyn Backend>> {
+        if let Some(open) = self.stores.borrow().get(identity) {
+            return Ok(Arc::clone(open));
+        }
+        let record = self.catalog.store(identity)?.ok_or_else(|| {
+            Error::Backend(fsnap_backend::Error::NotFound { what: format!("the store {identity}, in the catalog,") })
+        })?;
+        let backend = stores::open(&record)?;
+        self.stores.borrow_mut().insert(identity.clone(), Arc::clone(&backend));
+        Ok(backend)
+    }
+
+    /// Deletes images; goes on after a failure, and returns all failures as one.
+    fn delete(&self, images: &[ImageRef]) -> Result<()> {
+        let delete = |image: &ImageRef| -> Result<()> {
+            let store = self.store(&image.store)?;
+            store.deactivate(&image.at)?;
+            Ok(store.delete(&image.at)?)
+        };
+        let errors = images.iter().filter_map(|image| delete(image).err()).collect();
+        Error::of_all(errors).map_or(Ok(()), Err)
+    }
+}
+
+/// Opens a volume and makes sure that it is the tree that was recorded.
+fn adopt(backend: &dyn Backend, volume: &Name, path: &PathText, expected: &Identity) -> Result<Volume> {
+    let opened = backend.adopt(path.as_path())?;
+    if opened.identity() != expected {
+        return Err(Error::WrongVolume {
+            volume: volume.clone(),
+            path: path.clone(),
+            expected: expected.clone(),
+            found: opened.identity().clone(),
+        });
+    }
+    Ok(opened)
+}
+
+/// Runs `work` on every item side by side, and returns all results, in order, or all errors as one.
+fn side_by_side<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> Result<T> + Sync) -> Result<Vec<T>> {
+    if let [only] = items {
+        return Ok(vec![work(only)?]);
+    }
+    let results: Vec<Result<T>> = std::thread::scope(|scope| {
+        let work = &work;
+        let running: Vec<_> = items.iter().map(|item| scope.spawn(move || work(item))).collect();
+        running
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let (done, failed): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    match Error::of_all(failed.into_iter().filter_map(Result::err).collect()) {
+        Some(error) => Err(error),
+        None => Ok(done.into_iter().filter_map(Result::ok).collect()),
+    }
+}

@@ -1,0 +1,116 @@
+//! Grows a writable branch from a checkpoint.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
+
+use super::{Coordinator, side_by_side};
+use crate::branch::{Branch, BranchMember};
+use crate::catalog::{ImageRef, Intent};
+use crate::checkpoint::{Checkpoint, Member, PathText};
+use crate::failpoint;
+use crate::name::Name;
+use crate::{Error, Result};
+
+/// One clone that is to be made.
+struct Planned<'a> {
+    member: &'a Member,
+    store: Arc<dyn Backend>,
+    at: Locator,
+}
+
+impl Coordinator {
+    /// Makes the branch `name` from `checkpoint`: one writable clone of every member.
+    ///
+    /// All of it or nothing: when one clone fails, the others are deleted.
+    pub fn branch(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
+        if self.catalog.branch(name)?.is_some() {
+            return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
+        }
+        let mut planned = Vec::with_capacity(checkpoint.members.len());
+        for member in &checkpoint.members {
+            let store = self.store(&member.store)?;
+            if !store.store().capabilities.clones {
+                let (volume, backend) = (member.volume.clone(), member.backend.clone());
+                return Err(Error::NoClones { volume, backend });
+            }
+            let at = store.reserve(Source::Snapshot(&member.snapshot), &self.catalog.held(&member.store)?)?;
+            planned.push(Planned { member, store, at });
+        }
+        let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
+        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect() };
+        let (id, lock) = self.catalog.begin(&intent)?;
+        failpoint::hit("branch:recorded");
+        let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {
+            failpoint::hit("branch:grown");
+            // Between the look above and this transaction, the name or the checkpoint may have gone.
+            if self.catalog.add_branch(id, &branch)? {
+                Ok(branch)
+            } else {
+                let by = Some("or its checkpoint was removed meanwhile".into());
+                Err(Error::NameTaken { what: "the branch", name: name.clone(), by })
+            }
+        });
+        match grown {
+            Ok(branch) => {
+                lock.finish();
+                Ok(branch)
+            }
+            Err(error) => Err(error.and_undo(self.undo(id, lock))),
+        }
+    }
+
+    fn grow(&self, checkpoint: &Checkpoint, name: &Name, planned: &[Planned<'_>]) -> Result<Branch> {
+        side_by_side(planned, |plan| {
+            plan.store.clone_snapshot(&plan.member.snapshot, &plan.at)?;
+            failpoint::hit("branch:cloned");
+            Ok(())
+        })?;
+        let mut members = Vec::with_capacity(planned.len());
+        for plan in planned {
+            let path = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
+            let identity = plan.store.adopt(&path)?.identity().clone();
+            members.push(BranchMember {
+                volume: plan.member.volume.clone(),
+                backend: plan.member.backend.clone(),
+                store: plan.member.store.clone(),
+                at: plan.at.clone(),
+                path: PathText(path),
+                identity,
+                origin: plan.member.path.clone(),
+            });
+        }
+        Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
+    }
+
+    /// Makes a clone's files visible, and tells where.
+    fn show(&self, store: &dyn Backend, at: &Locator, branch: &Name, volume: &Name) -> Result<PathBuf> {
+        match store.activate(at)? {
+            MountSpec::Bind { dir, .. } => Ok(dir),
+            spec => {
+                let dir = self.catalog.state().join("branches").join(branch.as_str()).join(volume.as_str());
+                std::fs::create_dir_all(&dir).map_err(|source| Error::Io {
+                    action: "make",
+                    object: crate::printable(dir.as_os_str()),
+                    source,
+                })?;
+                crate::mount::mount(&spec, &dir, crate::mount::Restrictions::default())?.keep();
+                Ok(dir)
+            }
+        }
+    }
+
+    /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.
+    pub(super) fn read(&self, store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn fsnap_backend::Dir>> {
+        match store.activate(&snapshot.at)? {
+            MountSpec::Tree(tree) => Ok(tree),
+            MountSpec::Bind { dir, .. } => Ok(Arc::new(fsnap_backend::DirTree::open(&dir)?)),
+            spec @ MountSpec::Mount { .. } => {
+                let shown = PathBuf::from(snapshot.at.as_str());
+                let root = crate::mount::Prepared::new(&spec, crate::mount::Restrictions::default())?.open()?;
+                Ok(Arc::new(fsnap_backend::DirTree::from_descriptor(root, shown)))
+            }
+        }
+    }
+}

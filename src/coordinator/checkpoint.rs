@@ -1,0 +1,296 @@
+//! Takes a checkpoint: begin while the processes run, take while they stand, seal when they run again.
+
+use std::sync::Arc;
+
+use fsnap_backend::{Backend, Consistency, Source};
+
+use super::{Coordinator, Target, adopt, side_by_side};
+use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, PlannedMember, Taken};
+use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages, Member};
+use crate::failpoint;
+use crate::name::Name;
+use crate::processes::ProcessId;
+use crate::quiesce::FreezeRecord;
+use crate::{Error, Result};
+
+/// What a checkpoint is to be.
+#[derive(Debug, Default)]
+pub struct Request {
+    /// The volumes, by [`Coordinator::targets`] or its relatives.
+    pub targets: Vec<Target>,
+    /// What the user says of it.
+    pub message: String,
+    /// Tags to be set when it is sealed.
+    pub tags: Vec<Name>,
+    /// The engine's image directory.
+    pub engine: Option<EngineImages>,
+    /// The engine's process; `None` if fsnap itself keeps the processes frozen.
+    pub owner: Option<ProcessId>,
+    /// The root of the process tree.
+    pub tree: Option<ProcessId>,
+}
+
+/// A checkpoint that was begun and belongs to this process.
+#[derive(Debug)]
+pub struct Begun {
+    id: IntentId,
+    lock: IntentLock,
+    pending: PendingCheckpoint,
+}
+
+impl Begun {
+    /// What was planned, and what was taken.
+    pub fn pending(&self) -> &PendingCheckpoint {
+        &self.pending
+    }
+}
+
+impl Coordinator {
+    /// Plans a checkpoint, records the plan durably, and does all that can be done while the processes run.
+    ///
+    /// All syncing of fsnap's own happens here.
+    pub fn begin(&self, request: Request) -> Result<Begun> {
+        let Request { targets, message, tags, engine, owner, tree } = request;
+        if targets.is_empty() {
+            let why = "there is no volume to take a snapshot of: register one with `fsnap init DIR`";
+            return Err(Error::NothingToTake { why: why.into() });
+        }
+        for tag in &tags {
+            if let Some(id) = self.catalog.tagged(tag)? {
+                let by = Some(format!("it names checkpoint {}", id.short()));
+                return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
+            }
+        }
+        let branch = one_line_of_work(&targets)?;
+        let mut members = Vec::with_capacity(targets.len());
+        for target in targets {
+            let store = self.store(&target.store)?;
+            let volume = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
+            let at = store.reserve(Source::Volume(&volume), &self.catalog.held(&target.store)?)?;
+            members.push(PlannedMember {
+                volume: target.volume,
+                path: target.path,
+                identity: target.identity,
+                backend: target.backend,
+                store: target.store,
+                at,
+            });
+        }
+        members.sort_by(|a, b| a.volume.cmp(&b.volume));
+        let pending = PendingCheckpoint {
+            id: CheckpointId::random().map_err(|source| Error::Io {
+                action: "make",
+                object: "an id".into(),
+                source,
+            })?,
+            branch,
+            message,
+            tags,
+            engine,
+            owner,
+            tree,
+            boot: boot_id()?,
+            freeze: None,
+            members,
+            taken: None,
+        };
+        failpoint::hit("begin:reserved");
+        let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
+        failpoint::hit("begin:recorded");
+        let begun = Begun { id, lock, pending };
+        match self.prime(&begun) {
+            Ok(()) => Ok(begun),
+            Err(error) => Err(self.give_up(begun, error)),
+        }
+    }
+
+    /// Flushes and copies ahead once more; the processes still run.
+    pub fn prime(&self, begun: &Begun) -> Result<()> {
+        let members = self.open_members(&begun.pending)?;
+        side_by_side(&members, |(store, member)| {
+            let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
+            store.prime(&volume, &member.at)?;
+            failpoint::hit("begin:primed");
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Finds the checkpoint that was begun for the engine's images in that directory, and locks it.
+    pub fn begun_in(&self, images: &EngineImages) -> Result<Option<Begun>> {
+        for (id, intent) in self.catalog.intents()? {
+            let Intent::Checkpoint(pending) = intent else { continue };
+            if pending.engine.as_ref() != Some(images) {
+                continue;
+            }
+            let Some(lock) = self.catalog.lock_intent(id)? else { continue };
+            return Ok(Some(Begun { id, lock, pending: *pending }));
+        }
+        Ok(None)
+    }
+
+    /// Records what fsnap is about to stop, durably, before it is stopped.
+    pub fn record_freeze(&self, begun: &mut Begun, freeze: FreezeRecord) -> Result<()> {
+        begun.pending.freeze = Some(freeze);
+        self.catalog.update(begun.id, &Intent::Checkpoint(Box::new(begun.pending.clone())))?;
+        Ok(())
+    }
+
+    /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
+    ///
+    /// `outside` finds, while the snapshots are taken, who else has files of the volumes open for writing: one list per
+    /// planned member. What was taken is recorded without syncing. When this fails, the caller gives the checkpoint up.
+    pub fn take(
+        &self,
+        begun: &mut Begun,
+        stopped: bool,
+        outside: impl FnOnce(&PendingCheckpoint) -> Result<Vec<Vec<String>>> + Send,
+    ) -> Result<()> {
+        let members = self.open_members(&begun.pending)?;
+        failpoint::hit("take:opened");
+        let pending = &begun.pending;
+        let (snapshots, writers) = std::thread::scope(|scope| {
+            let scan = scope.spawn(move || outside(pending));
+            let snapshots = side_by_side(&members, |(store, member)| {
+                let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
+                let snapshot = store.snapshot(&volume, &member.at)?;
+                failpoint::hit("take:snapshot");
+                Ok(snapshot)
+            });
+            (snapshots, scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let (snapshots, writers) = (snapshots?, writers?);
+        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
+            volume: plan.volume.clone(),
+            path: plan.path.clone(),
+            identity: plan.identity.clone(),
+            backend: plan.backend.clone(),
+            store: plan.store.clone(),
+            consistency: if stopped && writers.is_empty() {
+                Consistency::PointInTime
+            } else {
+                store.store().capabilities.live
+            },
+            snapshot,
+            writers,
+        });
+        begun.pending.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect() });
+        failpoint::hit("take:all");
+        self.catalog.update(begun.id, &Intent::Checkpoint(Box::new(begun.pending.clone())))?;
+        failpoint::hit("take:recorded");
+        Ok(())
+    }
+
+    /// Makes what was taken durable, and puts the checkpoint in the place of its intent.
+    ///
+    /// The processes run again. When a member turns out not to be whole, everything is undone.
+    pub fn seal(&self, begun: Begun) -> Result<Checkpoint> {
+        let Some(taken) = &begun.pending.taken else {
+            return Err(Error::NothingToTake { why: "no snapshot was taken".into() });
+        };
+        let settled = side_by_side(&self.open_members(&begun.pending)?, |(store, member)| {
+            let settled = store.settle(&member.at)?;
+            failpoint::hit("seal:settled");
+            Ok(settled)
+        });
+        let settled = match settled {
+            Ok(settled) => settled,
+            Err(error) if is_lost(&error) => return Err(self.give_up(begun, error)),
+            // The store may be away for the moment: the intent stays, and the next recovery tries again.
+            Err(error) => return Err(error),
+        };
+        let mut members = taken.members.clone();
+        for (member, snapshot) in members.iter_mut().zip(settled) {
+            member.snapshot = snapshot;
+        }
+        let checkpoint = Checkpoint {
+            id: begun.pending.id,
+            parent: self.parent(&begun.pending)?,
+            branch: begun.pending.branch.clone(),
+            time: taken.time,
+            message: begun.pending.message.clone(),
+            engine: begun.pending.engine.clone(),
+            members,
+        };
+        failpoint::hit("seal:before");
+        self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags)?;
+        failpoint::hit("seal:after");
+        begun.lock.finish();
+        Ok(checkpoint)
+    }
+
+    /// Leaves a taken checkpoint to be sealed by the next command: while the processes stand there is no time for it.
+    pub fn leave(&self, begun: Begun) {
+        drop(begun);
+    }
+
+    /// Undoes a checkpoint that was begun, and returns `error` with what went wrong in the undoing.
+    pub fn give_up(&self, begun: Begun, error: Error) -> Error {
+        error.and_undo(self.undo(begun.id, begun.lock))
+    }
+
+    /// Deletes what an intent may have made, and then the intent.
+    pub(super) fn undo(&self, id: IntentId, lock: IntentLock) -> Result<()> {
+        failpoint::hit("undo:before");
+        if let Some(images) = self.catalog.abandon(id)? {
+            failpoint::hit("undo:abandoned");
+            self.delete(&images)?;
+            failpoint::hit("undo:deleted");
+            self.catalog.drop_intent(id)?;
+        }
+        lock.finish();
+        Ok(())
+    }
+
+    pub(super) fn begun(&self, id: IntentId, lock: IntentLock, pending: PendingCheckpoint) -> Begun {
+        Begun { id, lock, pending }
+    }
+
+    fn open_members<'a>(&self, pending: &'a PendingCheckpoint) -> Result<Vec<(Arc<dyn Backend>, &'a PlannedMember)>> {
+        pending.members.iter().map(|member| Ok((self.store(&member.store)?, member))).collect()
+    }
+
+    /// The newest checkpoint on the same line of work with a volume in common; for the first of a branch, the
+    /// checkpoint that the branch grew from.
+    fn parent(&self, pending: &PendingCheckpoint) -> Result<Option<CheckpointId>> {
+        let volumes: Vec<&Name> = pending.members.iter().map(|member| &member.volume).collect();
+        if let Some(tip) = self.catalog.tip(pending.branch.as_ref(), &volumes)? {
+            return Ok(Some(tip));
+        }
+        let Some(name) = &pending.branch else { return Ok(None) };
+        Ok(self.catalog.branch(name)?.map(|branch| branch.checkpoint))
+    }
+}
+
+/// The one branch that the targets are on, if any: a checkpoint belongs to one line of work.
+fn one_line_of_work(targets: &[Target]) -> Result<Option<Name>> {
+    let mut branch: Option<&Name> = None;
+    for target in targets {
+        match (branch, &target.branch) {
+            (Some(one), Some(other)) if one != other => {
+                let why = format!("the volumes are on two branches, {one} and {other}: name the volumes of one");
+                return Err(Error::NothingToTake { why });
+            }
+            (None, found) => branch = found.as_ref(),
+            _ => {}
+        }
+    }
+    Ok(branch.cloned())
+}
+
+/// Whether a member is not there, as opposed to out of reach.
+pub(super) fn is_lost(error: &Error) -> bool {
+    use fsnap_backend::ErrorKind;
+    match error {
+        Error::Backend(error) => matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Damaged),
+        Error::Several(errors) => errors.iter().any(is_lost),
+        _ => false,
+    }
+}
+
+/// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
+pub(super) fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path);
+    Ok(text.map_err(|source| Error::Io { action: "read", object: path.into(), source })?.trim().to_owned())
+}

@@ -1,0 +1,138 @@
+//! Finishes or undoes what was begun by somebody who is gone.
+
+use super::Coordinator;
+use super::checkpoint::{boot_id, is_lost};
+use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, Taken};
+use crate::checkpoint::{CheckpointId, Member};
+use crate::name::Name;
+use crate::{Result, engine};
+
+/// What recovery did with one intent.
+#[derive(Debug)]
+pub enum Recovered {
+    /// A checkpoint whose snapshots were all taken is sealed now.
+    Sealed(CheckpointId),
+    /// A checkpoint that was not taken is undone.
+    Undone(CheckpointId),
+    /// A branch that was not finished is removed.
+    BranchRemoved(Name),
+    /// A removal is finished.
+    Removed,
+    /// It could not be done now; the next recovery tries again.
+    Postponed {
+        /// What was begun.
+        what: String,
+        /// Why it could not be done.
+        error: crate::Error,
+    },
+}
+
+impl Coordinator {
+    /// Finishes or undoes every intent that nobody works on.
+    ///
+    /// An engine that is still alive is left its checkpoint, unless everything was taken. Images that the catalog did
+    /// not record are never touched.
+    pub fn recover(&self) -> Result<Vec<Recovered>> {
+        let mut done = Vec::new();
+        for (id, intent) in self.catalog.intents()? {
+            if !needs_recovery(&intent) {
+                continue;
+            }
+            let Some(lock) = self.catalog.lock_intent(id)? else { continue };
+            // Its author may have finished it before the lock was free.
+            let Some(intent) = self.catalog.intent(id)? else {
+                lock.finish();
+                continue;
+            };
+            if !needs_recovery(&intent) {
+                continue;
+            }
+            let what = describe(&intent);
+            done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
+        }
+        Ok(done)
+    }
+
+    fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
+        match intent {
+            Intent::Remove { images } => {
+                self.delete(&images)?;
+                self.catalog.drop_intent(id)?;
+                lock.finish();
+                Ok(Recovered::Removed)
+            }
+            Intent::Branch { name, .. } => {
+                self.undo(id, lock)?;
+                Ok(Recovered::BranchRemoved(name))
+            }
+            Intent::Checkpoint(pending) => self.recover_checkpoint(id, lock, *pending),
+        }
+    }
+
+    fn recover_checkpoint(&self, id: IntentId, lock: IntentLock, mut pending: PendingCheckpoint) -> Result<Recovered> {
+        // First of all, nobody stays frozen.
+        if let Some(freeze) = &pending.freeze {
+            freeze.thaw()?;
+        }
+        let checkpoint = pending.id;
+        if pending.taken.is_none() && pending.boot != boot_id()? {
+            pending.taken = self.taken_before_the_power_cut(&pending)?;
+        }
+        if pending.taken.is_none() {
+            self.undo(id, lock)?;
+            return Ok(Recovered::Undone(checkpoint));
+        }
+        match self.seal(self.begun(id, lock, pending)) {
+            Ok(sealed) => Ok(Recovered::Sealed(sealed.id)),
+            Err(error) if is_lost(&error) => Ok(Recovered::Undone(checkpoint)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What the frozen window left, if all of it reached the disk: every member, and the engine's own last file.
+    ///
+    /// The note that everything was taken is not synced in the frozen window, so that a power cut right after it
+    /// leaves an intent that looks unfinished.
+    fn taken_before_the_power_cut(&self, pending: &PendingCheckpoint) -> Result<Option<Taken>> {
+        let Some(images) = &pending.engine else { return Ok(None) };
+        if !engine::is_complete(&images.name, images.images.as_path()) {
+            return Ok(None);
+        }
+        let mut members = Vec::new();
+        for plan in &pending.members {
+            let store = self.store(&plan.store)?;
+            let snapshot = match store.settle(&plan.at).map_err(crate::Error::from) {
+                Ok(snapshot) => snapshot,
+                Err(error) if is_lost(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            members.push(Member {
+                volume: plan.volume.clone(),
+                path: plan.path.clone(),
+                identity: plan.identity.clone(),
+                backend: plan.backend.clone(),
+                store: plan.store.clone(),
+                // Who else wrote was seen in the frozen window and is forgotten: claim no more than is sure.
+                consistency: store.store().capabilities.live,
+                snapshot,
+                writers: Vec::new(),
+            });
+        }
+        Ok(Some(Taken { time: jiff::Timestamp::now(), members }))
+    }
+}
+
+fn needs_recovery(intent: &Intent) -> bool {
+    match intent {
+        Intent::Checkpoint(pending) => pending.taken.is_some() || pending.owner.is_none_or(|owner| !owner.is_alive()),
+        Intent::Branch { .. } | Intent::Remove { .. } => true,
+    }
+}
+
+fn describe(intent: &Intent) -> String {
+    match intent {
+        Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
+        Intent::Branch { name, .. } => format!("branch {name}"),
+        Intent::Remove { images } => format!("the removal of {} images", images.len()),
+    }
+}

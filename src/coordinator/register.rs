@@ -1,0 +1,173 @@
+//! Puts a directory under fsnap's care.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fsnap_backend::{Backend, ErrorKind};
+
+use super::Coordinator;
+use crate::checkpoint::PathText;
+use crate::error::IoContext;
+use crate::name::Name;
+use crate::stores::{KINDS, Kind};
+use crate::volume::{RegisteredVolume, StoreRecord};
+use crate::{Error, Result};
+
+/// What the user asked for.
+#[derive(Debug, Default)]
+pub struct Registration {
+    /// The directory.
+    pub dir: PathBuf,
+    /// The volume's name; the directory's, if none was given.
+    pub name: Option<Name>,
+    /// The backend's name; the first that can hold the directory, if none was given.
+    pub backend: Option<String>,
+    /// Where the store is to be; the backend's choice, if none was given.
+    pub store: Option<PathBuf>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Registered {
+    /// The volume.
+    pub volume: RegisteredVolume,
+    /// Its store.
+    pub store: Arc<dyn Backend>,
+    /// Where the store is.
+    pub place: PathBuf,
+    /// Why each backend before the chosen one could not hold the directory.
+    pub passed_over: Vec<(&'static str, Error)>,
+}
+
+impl Coordinator {
+    /// Begins to track a directory as a volume.
+    pub fn register(&self, wanted: Registration) -> Result<Registered> {
+        let dir = self.check_directory(&wanted.dir)?;
+        let name = match wanted.name {
+            Some(name) => name,
+            None => name_of(&dir)?,
+        };
+        if let Some(taken) = self.catalog.volume(&name)? {
+            let by = Some(format!("at {}; choose another with --name", taken.path));
+            return Err(Error::NameTaken { what: "the volume", name, by });
+        }
+        let kinds = match wanted.backend.as_deref() {
+            None | Some("auto") => KINDS.iter().collect(),
+            Some(name) => vec![Kind::named(name)?],
+        };
+        let mut passed_over = Vec::new();
+        for kind in kinds {
+            match self.open_for(kind, &dir, wanted.store.as_deref(), &name) {
+                Ok((store, place)) => {
+                    let volume = self.record(name, &dir, kind.name, store.as_ref(), &place)?;
+                    return Ok(Registered { volume, store, place, passed_over });
+                }
+                Err(error) => passed_over.push((kind.name, error)),
+            }
+        }
+        let errors: Vec<Error> = passed_over.into_iter().map(|(_, error)| error).collect();
+        Err(Error::of_all(errors)
+            .unwrap_or(Error::NotAVolume { dir: PathText(dir), reason: "no backend is compiled in".into() }))
+    }
+
+    fn open_for(
+        &self,
+        kind: &Kind,
+        dir: &Path,
+        place: Option<&Path>,
+        name: &Name,
+    ) -> Result<(Arc<dyn Backend>, PathBuf)> {
+        let default = (kind.probe)(dir)?;
+        let place = match place {
+            Some(place) => std::path::absolute(place).context("resolve", place)?,
+            None => default,
+        };
+        let place = match kind.create(&place) {
+            // The usual place is not writable for this user: one of their own does as well.
+            Err(Error::Backend(error)) if error.kind() == ErrorKind::Permission && kind.name == "rsync" => {
+                self.catalog.state().join("stores").join(name.as_str())
+            }
+            Err(error) => return Err(error),
+            Ok(store) => {
+                store.adopt(dir)?;
+                return Ok((store, place));
+            }
+        };
+        let store = kind.create(&place)?;
+        store.adopt(dir)?;
+        Ok((store, place))
+    }
+
+    fn record(
+        &self,
+        name: Name,
+        dir: &Path,
+        kind: &str,
+        store: &dyn Backend,
+        place: &Path,
+    ) -> Result<RegisteredVolume> {
+        let identity = store.adopt(dir)?.identity().clone();
+        let record = StoreRecord {
+            identity: store.store().identity.clone(),
+            backend: kind.to_owned(),
+            place: PathText(place.to_owned()),
+        };
+        let path = PathText(dir.to_owned());
+        let volume = RegisteredVolume { name, path, identity, store: record.identity.clone() };
+        if !self.catalog.add_volume(&volume, &record)? {
+            return Err(Error::NameTaken { what: "the volume", name: volume.name, by: None });
+        }
+        Ok(volume)
+    }
+
+    /// The absolute path of a directory that may become a volume: it exists, is no symbolic link, and overlaps no
+    /// other volume.
+    fn check_directory(&self, dir: &Path) -> Result<PathBuf> {
+        let meta = std::fs::symlink_metadata(dir).context("open the directory", dir)?;
+        let refuse = |reason: &str| Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason: reason.to_owned() });
+        if meta.is_symlink() {
+            return refuse("it is a symbolic link; name the directory that it leads to");
+        }
+        if !meta.is_dir() {
+            return refuse("it is not a directory");
+        }
+        let dir = dir.canonicalize().context("resolve", dir)?;
+        if dir == Path::new("/") {
+            return refuse("it is the root of everything, fsnap's own state included");
+        }
+        if self.catalog.state().canonicalize().context("resolve", self.catalog.state())?.starts_with(&dir) {
+            return refuse("fsnap's own state lies in it; set FSNAP_STATE to a directory elsewhere");
+        }
+        for volume in self.catalog.volumes()? {
+            let other = volume.path.as_path();
+            let reason = match (dir.starts_with(other), other.starts_with(&dir)) {
+                (true, true) => "it is",
+                (true, false) => "it lies inside",
+                (false, true) => "it contains",
+                (false, false) => continue,
+            };
+            return Err(Error::Overlap { dir: PathText(dir), reason, other: volume.name, path: volume.path });
+        }
+        Ok(dir)
+    }
+
+    /// Forgets a volume; its checkpoints and branches stay.
+    pub fn unregister(&self, name: &Name) -> Result<()> {
+        if self.catalog.forget_volume(name)? { Ok(()) } else { Err(self.no_such_volume(name.as_str())) }
+    }
+
+    /// The error for a volume that is not there, naming those that are.
+    pub fn no_such_volume(&self, name: &str) -> Error {
+        let near = self.catalog.volumes().unwrap_or_default();
+        let near = near.iter().map(|volume| volume.name.to_string()).collect();
+        Error::NoSuchVolume { name: name.to_owned(), near }
+    }
+}
+
+fn name_of(dir: &Path) -> Result<Name> {
+    let last = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    Name::derive_from(&last).ok_or_else(|| Error::NotAVolume {
+        dir: PathText(dir.to_owned()),
+        reason: "no name can be made of it; give one with --name".into(),
+    })
+}

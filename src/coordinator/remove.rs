@@ -1,0 +1,52 @@
+//! Removes checkpoints and branches.
+
+use super::Coordinator;
+use crate::catalog::{ImageRef, IntentId, IntentLock, Removal};
+use crate::checkpoint::CheckpointId;
+use crate::failpoint;
+use crate::name::Name;
+use crate::{Error, Result};
+
+impl Coordinator {
+    /// Removes a checkpoint; refused while branches that grew from it exist.
+    pub fn remove_checkpoint(&self, id: &CheckpointId) -> Result<()> {
+        match self.catalog.remove_checkpoint(id)? {
+            Removal::Missing => Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() }),
+            Removal::Needed(by) => Err(Error::Needed { id: *id, by }),
+            Removal::Begun(intent, lock, images) => self.finish_removal(intent, lock, &images),
+        }
+    }
+
+    /// Removes a branch and its files; refused while processes use them.
+    ///
+    /// Checkpoints that were taken on it stay.
+    pub fn remove_branch(&self, name: &Name) -> Result<()> {
+        let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
+        let users = self.users(&branch)?;
+        if !users.is_empty() {
+            return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
+        }
+        match self.catalog.remove_branch(name)? {
+            Removal::Begun(intent, lock, images) => self.finish_removal(intent, lock, &images),
+            Removal::Missing | Removal::Needed(_) => Err(self.no_such_branch(name)),
+        }
+    }
+
+    fn finish_removal(&self, intent: IntentId, lock: IntentLock, images: &[ImageRef]) -> Result<()> {
+        failpoint::hit("remove:recorded");
+        self.delete(images)?;
+        failpoint::hit("remove:deleted");
+        self.catalog.drop_intent(intent)?;
+        lock.finish();
+        Ok(())
+    }
+
+    /// The error for a branch that is not there, naming those that are.
+    pub fn no_such_branch(&self, name: &Name) -> Error {
+        let near = self.catalog.branches().unwrap_or_default();
+        Error::NoSuchBranch {
+            name: name.to_string(),
+            near: near.iter().map(|branch| branch.name.to_string()).collect(),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Brings processes back onto files of the same instant.
+
+use std::ffi::OsString;
+
+use super::Coordinator;
+use crate::branch::Branch;
+use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
+use crate::engine::criu::{self, Criu};
+use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand};
+use crate::error::IoContext;
+use crate::mount::Restrictions;
+use crate::name::Name;
+use crate::{Error, Result};
+
+/// What is to be restored, and how.
+#[derive(Debug)]
+pub struct RestoreRequest<'a> {
+    /// The checkpoint.
+    pub checkpoint: &'a Checkpoint,
+    /// The name of the branch that the processes will work on; it must not exist.
+    pub branch: &'a Name,
+    /// The engine.
+    pub criu: &'a Criu,
+    /// Further arguments for it.
+    pub args: &'a [OsString],
+    /// How fsnap starts itself as a stage of the restore.
+    pub stage: &'a StageCommand,
+    /// Where the restored pids are valid.
+    pub pids: PidSpace,
+}
+
+impl Coordinator {
+    /// Makes a fresh branch and restores the checkpoint's processes onto it.
+    ///
+    /// Always a fresh one: the engine changes files in it while it restores. If the restore fails, the branch is
+    /// removed.
+    pub fn restore(&self, request: &RestoreRequest<'_>) -> Result<(Branch, Restored)> {
+        let checkpoint = request.checkpoint;
+        let Some(engine) = &checkpoint.engine else { return Err(Error::NoProcessImage { id: checkpoint.id }) };
+        if engine.name != criu::NAME {
+            return Err(engine::Error::Unknown { name: engine.name.clone() }.into());
+        }
+        let images = open_images(checkpoint.id, &engine.images)?;
+        let branch = self.branch(checkpoint, request.branch)?;
+        match self.restore_onto(request, &branch, &images) {
+            Ok(restored) => Ok((branch, restored)),
+            Err(error) => Err(error.and_undo(self.remove_branch(&branch.name))),
+        }
+    }
+
+    fn restore_onto(&self, request: &RestoreRequest<'_>, branch: &Branch, images: &Images) -> Result<Restored> {
+        let mut mounts = Vec::with_capacity(branch.members.len());
+        for member in &branch.members {
+            let at = member.origin.0.clone();
+            let restrictions = Restrictions::of(&at)?;
+            mounts.push(MountPlan { spec: self.store(&member.store)?.activate(&member.at)?, at, restrictions });
+        }
+        let logs = self.catalog.state().join("log");
+        std::fs::create_dir_all(&logs).context("make the directory", &logs)?;
+        let restore = Restore {
+            criu: request.criu,
+            images,
+            mounts: &mounts,
+            args: request.args,
+            pids: request.pids,
+            log: &logs.join(format!("restore-{}.log", branch.name)),
+            stage: request.stage,
+        };
+        Ok(restore.run()?)
+    }
+
+    /// Makes sure that an engine which restores from `images` will find the files of that checkpoint: every member's
+    /// path shows a branch that grew from it, or the volume itself.
+    ///
+    /// Images that are no checkpoint of fsnap are `None`, and not checked; images of a checkpoint that this catalog does
+    /// not know are refused.
+    pub fn check_restore(&self, images: &Images) -> Result<Option<CheckpointId>> {
+        let Some(record) = images.record()? else { return Ok(None) };
+        let id = crate::reference::parse_id(&record.checkpoint)?;
+        let checkpoint = self
+            .catalog
+            .checkpoint(&id)?
+            .ok_or_else(|| Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() })?;
+        for member in &checkpoint.members {
+            self.check_member(id, member)?;
+        }
+        Ok(Some(id))
+    }
+
+    fn check_member(&self, checkpoint: CheckpointId, member: &Member) -> Result<()> {
+        let found = match self.store(&member.store)?.adopt(member.path.as_path()) {
+            Ok(volume) => volume.identity().clone(),
+            Err(error) => {
+                let (expected, found) = (self.expected(member), error.to_string());
+                return Err(Error::WrongFiles { path: member.path.clone(), checkpoint, expected, found });
+            }
+        };
+        if found == member.identity {
+            return Ok(());
+        }
+        let branches = self.catalog.branches()?;
+        let mut grown = branches.iter().filter(|branch| branch.checkpoint == checkpoint);
+        if grown.any(|branch| branch.members.iter().any(|m| m.volume == member.volume && m.identity == found)) {
+            return Ok(());
+        }
+        let name = branches.iter().find(|branch| branch.members.iter().any(|m| m.identity == found));
+        let found = match name {
+            Some(branch) => format!("the branch {} of checkpoint {}", branch.name, branch.checkpoint.short()),
+            None => found.to_string(),
+        };
+        let expected = self.expected(member);
+        Err(Error::WrongFiles { path: member.path.clone(), checkpoint, expected, found })
+    }
+
+    fn expected(&self, member: &Member) -> String {
+        format!("volume {} ({}) or a branch of it", member.volume, member.identity)
+    }
+}
+
+/// Opens the image directory, if it still holds the process image of that checkpoint: a later dump may have
+/// overwritten it.
+fn open_images(id: CheckpointId, dir: &PathText) -> Result<Images> {
+    let images = Images::open(dir.as_path())?;
+    let found = match images.record()? {
+        Some(record) if record.checkpoint == id.to_string() => return Ok(images),
+        Some(record) => format!("checkpoint {}", crate::printable(record.checkpoint.as_ref())),
+        None => "no checkpoint of fsnap".into(),
+    };
+    Err(Error::ImagesReplaced { id, images: dir.clone(), found })
+}

@@ -1,0 +1,171 @@
+//! Which volumes a checkpoint is to hold.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use fsnap_backend::Identity;
+
+use super::Coordinator;
+use crate::branch::{Branch, BranchMember};
+use crate::catalog::PendingCheckpoint;
+use crate::checkpoint::PathText;
+use crate::name::Name;
+use crate::processes::{self, Candidate, CandidateKind, Tree, WriterScan};
+use crate::volume::RegisteredVolume;
+use crate::{Error, Result};
+
+/// One volume that a checkpoint is to hold: a registered one, or a branch's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// The volume's name.
+    pub volume: Name,
+    /// Where its files are.
+    pub path: PathText,
+    /// What it was when it was recorded.
+    pub identity: Identity,
+    /// The branch it belongs to.
+    pub branch: Option<Name>,
+    /// The backend's name.
+    pub backend: String,
+    /// The store for the snapshot.
+    pub store: Identity,
+}
+
+impl Coordinator {
+    /// Every registered volume.
+    pub fn targets(&self) -> Result<Vec<Target>> {
+        self.catalog.volumes()?.into_iter().map(|volume| self.registered(volume)).collect()
+    }
+
+    /// The registered volumes of these names or paths.
+    pub fn targets_named(&self, wanted: &[String]) -> Result<Vec<Target>> {
+        let targets = self.targets()?;
+        let mut found: BTreeMap<Name, Target> = BTreeMap::new();
+        for text in wanted {
+            let path = Path::new(text).canonicalize().ok();
+            let matches = |target: &&Target| {
+                target.volume.as_str() == text || path.as_deref().is_some_and(|path| path == target.path.as_path())
+            };
+            let target = targets.iter().find(matches).ok_or_else(|| self.no_such_volume(text))?;
+            found.insert(target.volume.clone(), target.clone());
+        }
+        Ok(found.into_values().collect())
+    }
+
+    /// The volumes of a branch.
+    pub fn targets_of_branch(&self, name: &Name) -> Result<Vec<Target>> {
+        let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
+        Ok(branch.members.iter().map(|member| on_branch(&branch, member)).collect())
+    }
+
+    /// The volumes that the processes of `tree` can write to: registered ones by use and by reach, a branch's by use
+    /// and by being mounted where the processes see it.
+    pub fn targets_reached(&self, tree: &Tree) -> Result<Vec<Target>> {
+        let mut targets = self.targets()?;
+        for branch in self.catalog.branches()? {
+            targets.extend(branch.members.iter().map(|member| on_branch(&branch, member)));
+        }
+        let (candidates, mut targets) = candidates(targets);
+        let reached = processes::reach(tree, &candidates)?;
+        let mut found: BTreeMap<Name, Target> = BTreeMap::new();
+        for target in reached.iter().filter_map(|reach| targets[reach.candidate].take()) {
+            // Under one name, what the processes work on is the branch: its volume is merely within reach as well.
+            if target.branch.is_some() || !found.contains_key(&target.volume) {
+                found.insert(target.volume.clone(), target);
+            }
+        }
+        if found.is_empty() {
+            return Err(Error::NothingToTake { why: self.why_nothing_is_reached()? });
+        }
+        Ok(found.into_values().collect())
+    }
+
+    fn why_nothing_is_reached(&self) -> Result<String> {
+        let volumes = self.catalog.volumes()?;
+        if volumes.is_empty() {
+            return Ok("no volume is registered: `fsnap init DIR` registers one".into());
+        }
+        let names: Vec<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+        Ok(format!("the processes can write to none of the registered volumes: {}", names.join(", ")))
+    }
+
+    fn registered(&self, volume: RegisteredVolume) -> Result<Target> {
+        let store = self.catalog.store(&volume.store)?;
+        let backend = store.map(|store| store.backend).ok_or_else(|| {
+            let what = format!("the store of volume {}, in the catalog,", volume.name);
+            Error::Backend(fsnap_backend::Error::NotFound { what })
+        })?;
+        let RegisteredVolume { name, path, identity, store } = volume;
+        Ok(Target { volume: name, path, identity, branch: None, backend, store })
+    }
+
+    /// Who works on a branch: has its files open, or sees it mounted, as restored processes do.
+    pub(super) fn users(&self, branch: &Branch) -> Result<Vec<String>> {
+        let (candidates, _) = candidates(branch.members.iter().map(|member| on_branch(branch, member)).collect());
+        let nobody = Tree::of_processes([]);
+        let scan = processes::writers(&candidates, &nobody, &[])?;
+        let mut users: BTreeSet<String> =
+            scan.writers.iter().map(|writer| format!("{} ({})", writer.process.pid, writer.command)).collect();
+        for process in processes::all()? {
+            // Another user's process may not be looked at; the backend has the last word.
+            if let Ok(found) = processes::reach(&Tree::of_processes([process]), &candidates) {
+                users.extend(found.iter().map(|reach| format!("{} ({})", reach.process.pid, reach.command)));
+            }
+        }
+        Ok(users.into_iter().collect())
+    }
+}
+
+/// Finds who outside `tree` has files of the members open for writing: one list per member, in words.
+///
+/// The processes in `ignore`, such as the engine, are left out.
+pub fn writers_outside(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<Vec<Vec<String>>> {
+    let scan = find_writers(pending, tree, ignore)?;
+    let mut lists = vec![Vec::new(); pending.members.len()];
+    for writer in scan.writers {
+        let path = crate::printable(writer.path.as_os_str());
+        lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+    }
+    // What the kernel hides even from root is a process that no user could name or freeze either.
+    if !rustix::process::geteuid().is_root() {
+        for hidden in scan.unseen {
+            let text = format!("{} ({}) perhaps: this user may not look at its files", hidden.id.pid, hidden.command);
+            lists.iter_mut().for_each(|list| list.push(text.clone()));
+        }
+    }
+    Ok(lists)
+}
+
+/// Finds who outside `tree` has files of the members open for writing.
+pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    let candidate = |member: &crate::catalog::PlannedMember| {
+        Candidate::of(member.path.as_path(), CandidateKind::Registered).map_err(|source| Error::Io {
+            action: "open the directory",
+            object: member.path.to_string(),
+            source,
+        })
+    };
+    let candidates = pending.members.iter().map(candidate).collect::<Result<Vec<_>>>()?;
+    Ok(processes::writers(&candidates, tree, ignore)?)
+}
+
+/// The targets that are there, as candidates and by the same indices.
+fn candidates(targets: Vec<Target>) -> (Vec<Candidate>, Vec<Option<Target>>) {
+    let there = targets.into_iter().filter_map(|target| {
+        let kind = if target.branch.is_some() { CandidateKind::Branch } else { CandidateKind::Registered };
+        // A volume whose directory is gone is within nobody's reach.
+        Some((Candidate::of(target.path.as_path(), kind).ok()?, Some(target)))
+    });
+    there.unzip()
+}
+
+fn on_branch(branch: &Branch, member: &BranchMember) -> Target {
+    Target {
+        volume: member.volume.clone(),
+        path: member.path.clone(),
+        identity: member.identity.clone(),
+        branch: Some(branch.name.clone()),
+        backend: member.backend.clone(),
+        store: member.store.clone(),
+    }
+}

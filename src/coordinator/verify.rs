@@ -1,0 +1,42 @@
+//! Reads everything again and names what is damaged.
+
+use super::Coordinator;
+use crate::Result;
+use crate::checkpoint::Checkpoint;
+
+/// One damaged thing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// Where: the catalog, or a checkpoint, its volume and the path in it.
+    pub place: String,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl Coordinator {
+    /// Verifies the catalog itself.
+    pub fn verify_catalog(&self) -> Result<Vec<Finding>> {
+        let found = self.catalog.verify()?;
+        Ok(found.into_iter().map(|what| Finding { place: "the catalog".into(), what }).collect())
+    }
+
+    /// Verifies every member of a checkpoint; a member that cannot be read at all is a finding, too.
+    pub fn verify_checkpoint(&self, checkpoint: &Checkpoint) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for member in &checkpoint.members {
+            let place = format!("{}:{}", checkpoint.id.short(), member.volume);
+            let verified = self.store(&member.store).and_then(|store| Ok(store.verify(&member.snapshot)?));
+            match verified {
+                Ok(damages) => findings.extend(damages.into_iter().map(|damage| Finding {
+                    place: match damage.path.as_os_str() {
+                        path if path.is_empty() => place.clone(),
+                        path => format!("{place}/{}", crate::printable(path)),
+                    },
+                    what: damage.what,
+                })),
+                Err(error) => findings.push(Finding { place, what: error.to_string() }),
+            }
+        }
+        findings
+    }
+}

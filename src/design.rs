@@ -1,0 +1,21 @@
+//! Decisions, one page each: what was chosen, why, and what was turned down.
+//!
+//! A page is written when the choice is made and changed when the choice is; the code says *what*, the page says *why*.
+
+macro_rules! page {
+    ($name:ident, $file:literal) => {
+        #[doc = include_str!(concat!("design/", $file))]
+        pub mod $name {}
+    };
+}
+
+page!(priorities, "priorities.md");
+page!(contract, "contract.md");
+page!(frozen_window, "frozen-window.md");
+page!(which_volumes, "which-volumes.md");
+page!(consistency, "consistency.md");
+page!(freezing, "freezing.md");
+page!(catalog, "catalog.md");
+page!(identity, "identity.md");
+page!(restore, "restore.md");
+page!(packages, "packages.md");

@@ -1,0 +1,137 @@
+//! The programs that checkpoint and restore processes, and what they tell fsnap.
+//!
+//! An engine calls fsnap at certain moments of its own work; [`Phase`] is what all of them have in common. One file per engine
+//! turns its environment into a phase, and its images into what fsnap must know of them. An image directory may have been made by
+//! anybody: nothing in it is followed, trusted or read without a limit.
+
+pub mod criu;
+mod images;
+mod os_text;
+mod restore;
+mod stage;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use images::{ImageRecord, Images, MemberRecord, RECORD_NAME};
+pub use restore::{Ended, MountPlan, PidSpace, Restore, Restored, StageCommand};
+pub use stage::run_stage;
+
+/// The result of dealing with an engine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where an engine stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Phase {
+    /// A dump begins; the processes still run.
+    Starting,
+    /// The processes stand, and their images are complete.
+    Frozen,
+    /// A restore begins; there are no processes yet.
+    Restoring,
+    /// The processes are restored and do not run yet.
+    Restored,
+    /// The restored processes run.
+    Resumed,
+}
+
+/// Why an engine could not be understood, or failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The record names an engine that this release does not know.
+    #[error("no engine {name:?} is known")]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// A variable that the engine sets for its hooks is missing or makes no sense.
+    #[error("{variable} {problem}: this command is an action script of CRIU (criu --action-script)")]
+    Environment {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The directory of images cannot be opened.
+    #[error("cannot open the image directory {dir:?}: {source}")]
+    ImageDir {
+        /// The directory.
+        dir: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A file of the image directory cannot be used.
+    #[error("cannot use {file:?} in the image directory {dir:?}: {reason}")]
+    ImageFile {
+        /// The directory.
+        dir: PathBuf,
+        /// The file's name.
+        file: &'static str,
+        /// Why not.
+        reason: String,
+    },
+    /// The engine did not finish its dump.
+    #[error("the images in {dir:?} are not complete: the dump has failed or still goes on ({reason})")]
+    Incomplete {
+        /// The directory.
+        dir: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// fsnap's record beside the images was written by a later release.
+    #[error("{} in {dir:?} has version {found}; this fsnap reads up to {supported}", RECORD_NAME)]
+    NewerRecord {
+        /// The directory.
+        dir: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The newest version that can be read.
+        supported: u32,
+    },
+    /// There is no such program.
+    #[error("CRIU was not found (looked for {looked_for:?}): install it, or name it in the configuration")]
+    NoCriu {
+        /// The paths that were tried.
+        looked_for: Vec<PathBuf>,
+    },
+    /// The engine could not be started, or gave an answer that makes no sense.
+    #[error("cannot run {program:?}: {source}")]
+    Run {
+        /// The program.
+        program: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// A directory that the restore needs would be covered by a mount of it.
+    #[error("{hidden:?} would be hidden by what is mounted on {by:?}: move it out of the volume")]
+    Hidden {
+        /// What would be hidden.
+        hidden: PathBuf,
+        /// The mount point.
+        by: PathBuf,
+    },
+    /// A step of the restore failed; nothing of it is left running.
+    #[error("cannot {step}: {reason}")]
+    Restore {
+        /// What was tried.
+        step: String,
+        /// Why it failed.
+        reason: String,
+    },
+    /// The engine's restore failed; nothing of it is left running.
+    #[error("CRIU could not restore the processes ({status}); the end of its log {log:?}:\n{tail}")]
+    EngineFailed {
+        /// How it ended.
+        status: String,
+        /// Its log.
+        log: PathBuf,
+        /// The last lines of its log.
+        tail: String,
+    },
+}
+
+/// Whether the engine of that name finished its part of the checkpoint in `dir`.
+pub fn is_complete(engine: &str, dir: &Path) -> bool {
+    engine == criu::NAME && Images::open(dir).is_ok_and(|images| criu::complete(&images).is_ok())
+}

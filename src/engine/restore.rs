@@ -1,0 +1,261 @@
+//! Restores processes onto other files than those they were dumped with.
+//!
+//! ```text
+//! fsnap ── stage 1: new session, new mount and pid namespace
+//!            └── stage 2: mounts the branch over the volumes' paths, and a /proc of its own
+//!                  ├── CRIU, until it has restored
+//!                  └── the restored processes, for as long as they live
+//! ```
+//!
+//! A process keeps its pid over a restore, so many live restores of one checkpoint need a pid namespace each; and it keeps its paths,
+//! so each needs a mount namespace in which those paths show its own branch. A namespace is entered by whoever is started
+//! next, hence two stages; both are this program, started again. The second one is the init of its namespace: it waits for
+//! all that ends there, and when it is killed, all processes there are.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use fsnap_backend::MountSpec;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::process::{Signal, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+use super::criu::{self, Criu};
+use super::stage::{Failure, Plan, PlannedMount, Report};
+use super::{Error, Images, Result, os_text};
+use crate::mount::Restrictions;
+use crate::processes::{ProcessId, Tree};
+
+/// How to start a stage: a program that calls [`run_stage`](super::run_stage) with its standard input and output.
+///
+/// It must call it while it has one thread only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageCommand {
+    /// The program, for example `/proc/self/exe`.
+    #[serde(with = "os_text")]
+    pub program: PathBuf,
+    /// Its arguments.
+    #[serde(with = "os_text::list")]
+    pub args: Vec<OsString>,
+}
+
+/// What the restored processes shall find at a path.
+#[derive(Debug, Clone)]
+pub struct MountPlan {
+    /// The recipe for the image.
+    pub spec: MountSpec,
+    /// The volume's path.
+    pub at: PathBuf,
+    /// What the mount refuses: usually [those of the mount](Restrictions::of) that it takes the place of.
+    pub restrictions: Restrictions,
+}
+
+/// Where the restored processes' pids are valid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PidSpace {
+    /// In a pid namespace of their own, so that they never collide with running ones.
+    #[default]
+    New,
+    /// In fsnap's: the original processes must have ended.
+    Host,
+}
+
+/// A restore to be done.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    /// The engine.
+    pub criu: &'a Criu,
+    /// The images, complete.
+    pub images: &'a Images,
+    /// What to mount where, in the new mount namespace only.
+    pub mounts: &'a [MountPlan],
+    /// Further arguments for `criu restore`.
+    pub args: &'a [OsString],
+    /// Where the pids are valid.
+    pub pids: PidSpace,
+    /// Where CRIU's log goes; an existing file is replaced.
+    pub log: &'a Path,
+    /// How to start the stages.
+    pub stage: &'a StageCommand,
+}
+
+/// How the root of the restored processes ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ended {
+    /// It exited with this status.
+    Exited(i32),
+    /// It was killed by the signal with this number.
+    Killed(i32),
+    /// Nobody knows any more.
+    Unknown,
+}
+
+/// Processes that were restored and run.
+#[derive(Debug)]
+pub struct Restored {
+    /// The process that waits for them; in a pid namespace of their own, all end with it.
+    pub init: ProcessId,
+    /// The root of the restored tree, by its pid outside of its namespace; `None` if it has ended already.
+    pub root: Option<ProcessId>,
+    /// CRIU's log.
+    pub log: PathBuf,
+    pids: PidSpace,
+    reports: BufReader<ChildStdout>,
+}
+
+impl Restore<'_> {
+    /// Runs it until the processes are restored; they do not end with fsnap.
+    ///
+    /// On failure nothing that was restored is left.
+    pub fn run(&self) -> Result<Restored> {
+        criu::complete(self.images)?;
+        let plan = self.plan()?;
+        let step = |step: &str, source: io::Error| Error::Restore { step: step.into(), reason: source.to_string() };
+        let log = self.create_log().map_err(|error| step(&format!("create the log {:?}", self.log), error))?;
+        let mut child = Command::new(&self.stage.program)
+            .args(&self.stage.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .map_err(|source| Error::Run { program: self.stage.program.clone(), source })?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (Some(mut stdin), Some(stdout)) = (stdin, stdout) else { unreachable!("both were asked for") };
+        let sent = serde_json::to_vec(&plan).map_err(io::Error::from).and_then(|plan| stdin.write_all(&plan));
+        drop(stdin);
+        let restored = match sent {
+            Ok(()) => self.follow(BufReader::new(stdout)),
+            Err(error) => Err(step("start the restore", error)),
+        };
+        // The first stage ends when the second runs.
+        reap(&mut child);
+        restored
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let mounts = self.mounts.iter().map(PlannedMount::new).collect::<Result<Vec<_>>>()?;
+        let images = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsFd::as_fd(self.images).as_raw_fd());
+        Ok(Plan {
+            second: false,
+            pids: self.pids,
+            criu: self.criu.program().into(),
+            images: images.into(),
+            root: criu::root_pid(self.images)?,
+            mounts,
+            args: self.args.to_vec(),
+            stage: self.stage.clone(),
+        })
+    }
+
+    fn create_log(&self) -> io::Result<File> {
+        match fs::remove_file(self.log) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // Appending: CRIU and the stages share it.
+        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(CWD, self.log, flags, Mode::RUSR | Mode::WUSR)?.into())
+    }
+
+    fn follow(&self, mut reports: BufReader<ChildStdout>) -> Result<Restored> {
+        let mut init = None;
+        loop {
+            match (Report::read(&mut reports), init) {
+                (Some(Report::Init { pid }), None) => init = ProcessId::of(pid).ok(),
+                (Some(Report::Restored { root }), Some(init)) => {
+                    let root = root.and_then(|pid| find_inside(init, pid, self.pids));
+                    return Ok(Restored { init, root, log: self.log.into(), pids: self.pids, reports });
+                }
+                (Some(Report::Failed(failure)), _) => return Err(self.error(failure)),
+                _ => {
+                    let reason = format!("a stage of it ended unexpectedly; see {:?}", self.log);
+                    return Err(Error::Restore { step: "restore the processes".into(), reason });
+                }
+            }
+        }
+    }
+
+    fn error(&self, failure: Failure) -> Error {
+        match failure {
+            Failure::Step { step, reason } => Error::Restore { step, reason },
+            Failure::Hidden { hidden, by } => Error::Hidden { hidden, by },
+            Failure::Engine { status } => {
+                let log = fs::read(self.log).unwrap_or_default();
+                let tail = criu::tail(&String::from_utf8_lossy(&log), 10);
+                Error::EngineFailed { status, log: self.log.into(), tail }
+            }
+        }
+    }
+}
+
+/// The process that has this pid in the namespace of `init`.
+fn find_inside(init: ProcessId, pid: i32, pids: PidSpace) -> Option<ProcessId> {
+    if pids == PidSpace::Host {
+        return ProcessId::of(pid).ok();
+    }
+    let tree = Tree::of_pid(init.pid).ok()?;
+    tree.members().map(|member| member.id).find(|id| {
+        let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        // The pids of one process, from fsnap's namespace inwards: fsnap's, that of `init`, perhaps further ones.
+        line.and_then(|line| line.split_whitespace().nth(1)).is_some_and(|inside| inside == pid.to_string())
+    })
+}
+
+impl Restored {
+    /// Waits until all restored processes have ended.
+    pub fn wait(mut self) -> Ended {
+        let ended = loop {
+            match Report::read(&mut self.reports) {
+                Some(Report::Ended(ended)) => break ended,
+                Some(_) => {}
+                None => break Ended::Unknown,
+            }
+        };
+        wait_for_end(self.init);
+        ended
+    }
+
+    /// Kills all restored processes, and waits until they have ended.
+    pub fn kill(self) -> io::Result<()> {
+        let mut tree = Tree::of_processes([self.init]);
+        if self.pids == PidSpace::Host
+            && let Ok(all) = Tree::of_pid(self.init.pid)
+        {
+            tree = all;
+        }
+        for member in tree.members() {
+            match member.id.open().and_then(|process| Ok(pidfd_send_signal(process, Signal::KILL)?)) {
+                Err(error) if member.id.is_alive() => return Err(error),
+                _ => {}
+            }
+        }
+        tree.members().for_each(|member| wait_for_end(member.id));
+        Ok(())
+    }
+}
+
+fn wait_for_end(process: ProcessId) {
+    let Ok(descriptor) = process.open() else { return };
+    while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], None) {}
+}
+
+fn reap(child: &mut Child) {
+    // What counts is what it reported.
+    let _ = child.wait();
+}
+
+impl Report {
+    pub(super) fn read(reports: &mut impl BufRead) -> Option<Self> {
+        let mut line = Vec::new();
+        reports.read_until(b'\n', &mut line).ok()?;
+        serde_json::from_slice(&line).ok()
+    }
+}

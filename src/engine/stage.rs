@@ -1,0 +1,277 @@
+//! The stages of a restore: what runs in the new namespaces.
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use fsnap_backend::MountSpec;
+use nix::sched::CloneFlags;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
+use rustix::io::FdFlags;
+use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+use serde::{Deserialize, Serialize};
+
+use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
+use super::{Error, Result, os_text};
+use crate::mount::{Prepared, Restrictions};
+
+/// What the stages are told.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Plan {
+    pub(super) second: bool,
+    pub(super) pids: PidSpace,
+    #[serde(with = "os_text")]
+    pub(super) criu: PathBuf,
+    /// A link to the descriptor of fsnap, which lives until the processes are restored.
+    #[serde(with = "os_text")]
+    pub(super) images: PathBuf,
+    pub(super) root: Option<i32>,
+    pub(super) mounts: Vec<PlannedMount>,
+    #[serde(with = "os_text::list")]
+    pub(super) args: Vec<OsString>,
+    pub(super) stage: StageCommand,
+}
+
+/// A [`MountPlan`] that can be sent to another process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct PlannedMount {
+    recipe: Recipe,
+    #[serde(with = "os_text")]
+    at: PathBuf,
+    restrictions: Restrictions,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Recipe {
+    Bind {
+        #[serde(with = "os_text")]
+        dir: PathBuf,
+        read_only: bool,
+    },
+    Mount {
+        fstype: String,
+        #[serde(with = "os_text")]
+        source: PathBuf,
+        options: String,
+        read_only: bool,
+    },
+}
+
+impl PlannedMount {
+    pub(super) fn new(plan: &MountPlan) -> Result<Self> {
+        let recipe = match plan.spec.clone() {
+            MountSpec::Bind { dir, read_only } => Recipe::Bind { dir, read_only },
+            MountSpec::Mount { fstype, source, options, read_only } => {
+                Recipe::Mount { fstype, source, options, read_only }
+            }
+            MountSpec::Tree(_) => {
+                let step = format!("mount on {:?}", plan.at);
+                return Err(Error::Restore { step, reason: crate::mount::Error::NotMountable.to_string() });
+            }
+        };
+        Ok(Self { recipe, at: plan.at.clone(), restrictions: plan.restrictions })
+    }
+
+    fn prepare(&self) -> crate::mount::Result<Prepared> {
+        let spec = match &self.recipe {
+            Recipe::Bind { dir, read_only } => MountSpec::Bind { dir: dir.clone(), read_only: *read_only },
+            Recipe::Mount { fstype, source, options, read_only } => MountSpec::Mount {
+                fstype: fstype.clone(),
+                source: source.clone(),
+                options: options.clone(),
+                read_only: *read_only,
+            },
+        };
+        Prepared::new(&spec, self.restrictions)
+    }
+}
+
+/// What the stages answer: one line each.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Report {
+    /// The second stage runs.
+    Init { pid: i32 },
+    /// The processes run; `root` is a pid within their namespace.
+    Restored { root: Option<i32> },
+    /// Nothing was restored.
+    Failed(Failure),
+    /// All processes have ended.
+    Ended(Ended),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Failure {
+    Step {
+        step: String,
+        reason: String,
+    },
+    Hidden {
+        #[serde(with = "os_text")]
+        hidden: PathBuf,
+        #[serde(with = "os_text")]
+        by: PathBuf,
+    },
+    Engine {
+        status: String,
+    },
+}
+
+impl Failure {
+    fn step(step: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let step = step.into();
+        move |error| Self::Step { step, reason: error.to_string() }
+    }
+}
+
+/// Runs as a stage of a [`Restore`](super::Restore), which started this process; returns its exit status.
+///
+/// Requires that this process has one thread. The first stage returns soon; the second stays until all restored processes have
+/// ended, or the restore has failed.
+pub fn run_stage(mut input: impl Read, mut output: impl Write) -> u8 {
+    let mut text = Vec::new();
+    let plan = input.read_to_end(&mut text).and_then(|_| Ok(serde_json::from_slice::<Plan>(&text)?));
+    let done = match plan {
+        Ok(plan) if plan.second => second_stage(&plan, &mut output),
+        Ok(plan) => first_stage(plan, &mut output),
+        Err(error) => Err(Failure::step("understand the plan of a restore")(error)),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(failure) => {
+            // If nobody listens any more, the exit status says enough.
+            let _ = send(&mut output, &Report::Failed(failure));
+            1
+        }
+    }
+}
+
+fn send(output: &mut impl Write, report: &Report) -> io::Result<()> {
+    let mut line = serde_json::to_vec(report)?;
+    line.push(b'\n');
+    output.write_all(&line)?;
+    output.flush()
+}
+
+fn first_stage(mut plan: Plan, output: &mut impl Write) -> Result<(), Failure> {
+    // Fails only for the leader of a process group, which a stage is not.
+    let _ = rustix::process::setsid();
+    let mut namespaces = CloneFlags::CLONE_NEWNS;
+    namespaces.set(CloneFlags::CLONE_NEWPID, plan.pids == PidSpace::New);
+    nix::sched::unshare(namespaces).map_err(|error| Failure::step("make namespaces")(error.into()))?;
+    // Else the mounts of the second stage would show up outside.
+    rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(|error| Failure::step("make the mounts private")(error.into()))?;
+    plan.second = true;
+    start_second_stage(&plan, output).map_err(Failure::step("start the second stage of the restore"))
+}
+
+fn start_second_stage(plan: &Plan, output: &mut impl Write) -> io::Result<()> {
+    let mut child = Command::new(&plan.stage.program).args(&plan.stage.args).stdin(Stdio::piped()).spawn()?;
+    // Before the second stage has its plan, so that this report comes first.
+    send(output, &Report::Init { pid: child.id().cast_signed() })?;
+    let plan = serde_json::to_vec(plan)?;
+    child.stdin.take().map_or(Ok(()), |mut input| input.write_all(&plan))
+}
+
+fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
+    let images = open_images(&plan.images).map_err(Failure::step("open the images"))?;
+    match plan.pids {
+        PidSpace::New => mount_proc().map_err(Failure::step("mount /proc"))?,
+        // Restored processes become children of this one when CRIU ends, as in a namespace.
+        PidSpace::Host => rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+            .map_err(|error| Failure::step("adopt the restored processes")(error.into()))?,
+    }
+    attach_mounts(plan)?;
+    let status = Command::new(&plan.criu)
+        .args(["restore", "--restore-detached", "--images-dir"])
+        .arg(format!("/proc/self/fd/{}", images.as_raw_fd()))
+        .args(&plan.args)
+        .stdin(Stdio::null())
+        .stdout(io::stderr().as_fd().try_clone_to_owned().map_err(Failure::step("open the log"))?)
+        .status()
+        .map_err(Failure::step(format!("run {:?}", plan.criu)))?;
+    drop(images);
+    if !status.success() {
+        return Err(Failure::Engine { status: status.to_string() });
+    }
+    let root = restored_root(plan.root);
+    // Nobody knows of the processes if this cannot be said; the end of this one is theirs, too.
+    send(output, &Report::Restored { root }).map_err(Failure::step("report the restore"))?;
+    let ended = reap_all(root);
+    // In the meantime the one who asked for the restore has usually ended.
+    let _ = send(output, &Report::Ended(ended));
+    Ok(())
+}
+
+/// Opens the image directory so that CRIU inherits it: its path may be hidden by the time that CRIU looks.
+fn open_images(link: &Path) -> io::Result<OwnedFd> {
+    let dir = rustix::fs::openat(CWD, link, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::fcntl_setfd(&dir, FdFlags::empty())?;
+    Ok(dir)
+}
+
+fn mount_proc() -> io::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount("proc", "/proc", "proc", flags, None)?)
+}
+
+/// Mounts the branches, none of which is looked up behind another.
+fn attach_mounts(plan: &Plan) -> Result<(), Failure> {
+    let criu = identity(&plan.criu).map_err(Failure::step(format!("find {:?}", plan.criu)))?;
+    let prepare = |mount: &PlannedMount| {
+        let failed = |error: crate::mount::Error| Failure::Step {
+            step: format!("prepare what {:?} shall show", mount.at),
+            reason: error.to_string(),
+        };
+        Ok((mount.at.clone(), mount.prepare().map_err(failed)?))
+    };
+    let mut prepared = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>, Failure>>()?;
+    // The outer ones first: a volume within another would be covered.
+    prepared.sort_by_key(|(at, _)| at.components().count());
+    for (at, mount) in prepared {
+        let failed =
+            |error: crate::mount::Error| Failure::Step { step: format!("mount on {at:?}"), reason: error.to_string() };
+        mount.attach(&at).map_err(failed)?.keep();
+        if identity(&plan.criu).ok() != Some(criu) {
+            return Err(Failure::Hidden { hidden: plan.criu.clone(), by: at });
+        }
+    }
+    Ok(())
+}
+
+fn identity(path: &Path) -> io::Result<(u32, u32, u64)> {
+    let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::INO)?;
+    Ok((found.stx_dev_major, found.stx_dev_minor, found.stx_ino))
+}
+
+/// The root of the restored tree: the child of this process that the images name, or the only one there is.
+fn restored_root(named: Option<i32>) -> Option<i32> {
+    let own = std::process::id();
+    let children = std::fs::read_to_string(format!("/proc/self/task/{own}/children")).unwrap_or_default();
+    let children: Vec<i32> = children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
+    named.filter(|pid| children.contains(pid)).or(match children[..] {
+        [only] => Some(only),
+        _ => None,
+    })
+}
+
+/// Waits for every process that this one has to wait for, until there is none.
+fn reap_all(root: Option<i32>) -> Ended {
+    let mut ended = Ended::Unknown;
+    loop {
+        match rustix::process::wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if Some(pid) == root.and_then(Pid::from_raw) => ended = ended_by(status),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            // No children any more.
+            Err(_) => return ended,
+        }
+    }
+}
+
+fn ended_by(status: WaitStatus) -> Ended {
+    let exited = status.exit_status().map(Ended::Exited);
+    exited.or(status.terminating_signal().map(Ended::Killed)).unwrap_or(Ended::Unknown)
+}

@@ -1,0 +1,291 @@
+//! What can go wrong in fsnap, in terms that its users can act on.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::catalog;
+use crate::checkpoint::{CheckpointId, PathText};
+use crate::name::Name;
+
+/// The result of fsnap's library calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something that fsnap was asked to do was not done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The catalog could not be used.
+    #[error(transparent)]
+    Catalog(#[from] catalog::Error),
+    /// A backend failed.
+    #[error(transparent)]
+    Backend(#[from] fsnap_backend::Error),
+    /// Freezing or thawing failed.
+    #[error(transparent)]
+    Quiesce(#[from] crate::quiesce::Error),
+    /// Looking at processes failed.
+    #[error(transparent)]
+    Processes(#[from] crate::processes::Error),
+    /// Mounting failed.
+    #[error(transparent)]
+    Mount(#[from] crate::mount::Error),
+    /// The engine, or what it left, is not as it must be.
+    #[error(transparent)]
+    Engine(#[from] crate::engine::Error),
+    /// A name is not a name.
+    #[error(transparent)]
+    InvalidName(#[from] crate::name::InvalidName),
+    /// No checkpoint answers to this reference.
+    #[error("no checkpoint {reference:?}{}", candidates(.near))]
+    NoSuchCheckpoint {
+        /// What the user wrote.
+        reference: String,
+        /// What may have been meant.
+        near: Vec<String>,
+    },
+    /// Several checkpoints answer to this reference.
+    #[error("{reference:?} is ambiguous: it begins {}", list(.candidates))]
+    Ambiguous {
+        /// What the user wrote.
+        reference: String,
+        /// Those that it may mean.
+        candidates: Vec<String>,
+    },
+    /// The reference is not of any known form.
+    #[error("{reference:?} is no reference to a checkpoint: {reason}")]
+    BadReference {
+        /// What the user wrote.
+        reference: String,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A checkpoint has no such ancestor.
+    #[error("{reference:?} does not exist: only {depth} checkpoints come before {}", .id.short())]
+    TooFarBack {
+        /// What the user wrote.
+        reference: String,
+        /// The checkpoint counted from.
+        id: CheckpointId,
+        /// How many there are before it.
+        depth: usize,
+    },
+    /// No volume of that name or path.
+    #[error("no volume {name:?} is registered{}", candidates(.near))]
+    NoSuchVolume {
+        /// What the user wrote.
+        name: String,
+        /// The volumes that there are.
+        near: Vec<String>,
+    },
+    /// No branch of that name.
+    #[error("no branch {name:?}{}", candidates(.near))]
+    NoSuchBranch {
+        /// What the user wrote.
+        name: String,
+        /// The branches that there are.
+        near: Vec<String>,
+    },
+    /// The name is in use.
+    #[error("{what} {name} exists already{}", .by.as_ref().map(|by| format!(": {by}")).unwrap_or_default())]
+    NameTaken {
+        /// What has the name: "the branch".
+        what: &'static str,
+        /// The name.
+        name: Name,
+        /// More about what has it.
+        by: Option<String>,
+    },
+    /// A volume may not lie inside another.
+    #[error("{dir} cannot be a volume: {reason} the volume {other} at {path}")]
+    Overlap {
+        /// The refused directory.
+        dir: PathText,
+        /// How they overlap.
+        reason: &'static str,
+        /// The registered volume.
+        other: Name,
+        /// Where it is.
+        path: PathText,
+    },
+    /// The directory cannot be registered.
+    #[error("{dir} cannot be a volume: {reason}")]
+    NotAVolume {
+        /// The refused directory.
+        dir: PathText,
+        /// Why.
+        reason: String,
+    },
+    /// There is nothing to take a snapshot of.
+    #[error("{why}")]
+    NothingToTake {
+        /// Why not.
+        why: String,
+    },
+    /// The volume is not the tree that was registered.
+    #[error("the volume {volume} at {path} is not the tree that was registered: expected {expected}, found {found}")]
+    WrongVolume {
+        /// The volume.
+        volume: Name,
+        /// Its path.
+        path: PathText,
+        /// What was registered.
+        expected: fsnap_backend::Identity,
+        /// What is there.
+        found: fsnap_backend::Identity,
+    },
+    /// A process would be restored onto files that are not those of its checkpoint.
+    #[error("{path} does not show the files of checkpoint {}: expected {expected}, found {found}", .checkpoint.short())]
+    WrongFiles {
+        /// Where the process will look.
+        path: PathText,
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// The engine's images are in a volume that the checkpoint snapshots.
+    #[error(
+        "the image directory {images} lies inside the volume {volume} at {path}, so that every snapshot would hold the images"
+    )]
+    ImagesInVolume {
+        /// The image directory.
+        images: PathText,
+        /// The volume.
+        volume: Name,
+        /// Its path.
+        path: PathText,
+    },
+    /// Others need what was to be removed.
+    #[error("checkpoint {} is needed by {}", .id.short(), branches(.by))]
+    Needed {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The branches that grew from it.
+        by: Vec<Name>,
+    },
+    /// Processes use a branch that was to be removed.
+    #[error("the branch {name} is in use: {users}")]
+    BranchInUse {
+        /// The branch.
+        name: Name,
+        /// Who uses it.
+        users: String,
+    },
+    /// The engine asked for the end of a checkpoint that it did not begin.
+    #[error(
+        "no checkpoint was begun for process {engine} and the images in {images}: the hook was not called before the freeze, or its checkpoint was undone"
+    )]
+    NotBegun {
+        /// The engine's process.
+        engine: String,
+        /// The image directory.
+        images: PathText,
+    },
+    /// The checkpoint was taken without an engine.
+    #[error("checkpoint {} has no process image", .id.short())]
+    NoProcessImage {
+        /// The checkpoint.
+        id: CheckpointId,
+    },
+    /// The image directory holds another checkpoint's process image by now.
+    #[error("the image directory {images} belongs to {found}, not to checkpoint {}", .id.short())]
+    ImagesReplaced {
+        /// The checkpoint that was to be restored.
+        id: CheckpointId,
+        /// The image directory.
+        images: PathText,
+        /// What it holds.
+        found: String,
+    },
+    /// The branch could not be made: the backend has no writable clones.
+    #[error("the volume {volume} cannot be branched: its backend {backend} has no writable clones")]
+    NoClones {
+        /// The volume.
+        volume: Name,
+        /// The backend.
+        backend: String,
+    },
+    /// The work was not done within the time allowed.
+    #[error("{what} took longer than {seconds} s")]
+    Deadline {
+        /// What.
+        what: String,
+        /// The limit, in seconds.
+        seconds: f64,
+    },
+    /// The backend is unknown, or was not compiled in.
+    #[error("no backend {name:?}: this fsnap has {}", list(.known))]
+    NoSuchBackend {
+        /// What was asked for.
+        name: String,
+        /// Those that there are.
+        known: Vec<String>,
+    },
+    /// The configuration cannot be used.
+    #[error("the configuration {} cannot be used: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A system call failed.
+    #[error("cannot {action} {object}: {source}")]
+    Io {
+        /// What was tried: a verb.
+        action: &'static str,
+        /// On what.
+        object: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Several things went wrong.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; and "))]
+    Several(Vec<Error>),
+}
+
+impl Error {
+    /// Makes one error of those that happened; `None` if none did.
+    pub fn of_all(mut errors: Vec<Error>) -> Option<Self> {
+        match errors.len() {
+            0 => None,
+            1 => errors.pop(),
+            _ => Some(Self::Several(errors)),
+        }
+    }
+
+    /// Adds the failure of the undoing, if any, to the failure that made it necessary.
+    pub fn and_undo(self, undone: Result<()>) -> Self {
+        match undone {
+            Ok(()) => self,
+            Err(undo) => Self::Several(vec![self, undo]),
+        }
+    }
+}
+
+/// Says what was tried, and on what, when a system call fails.
+pub(crate) trait IoContext<T> {
+    fn context(self, action: &'static str, object: impl AsRef<std::path::Path>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn context(self, action: &'static str, object: impl AsRef<std::path::Path>) -> Result<T> {
+        let object = crate::printable(object.as_ref().as_os_str());
+        self.map_err(|source| Error::Io { action, object, source: source.into() })
+    }
+}
+
+fn list(of: &[String]) -> String {
+    of.join(", ")
+}
+
+fn candidates(near: &[String]) -> String {
+    if near.is_empty() { String::new() } else { format!(": there is {}", near.join(", ")) }
+}
+
+fn branches(by: &[Name]) -> String {
+    let names: Vec<&str> = by.iter().map(Name::as_str).collect();
+    format!("the branch{} {}", if names.len() == 1 { "" } else { "es" }, names.join(", "))
+}

@@ -1,0 +1,117 @@
+//! fsnap takes an atomic snapshot of every volume that processes can write to, at each of their checkpoints.
+//!
+//! A checkpoint/restore engine (CRIU, and whatever calls CRIU) freezes processes and saves them; nothing rolls their
+//! *files* back. fsnap is called by the engine, fixes the files at the very same instant, and makes writable branches
+//! from any past checkpoint, onto which the processes can be restored.
+//!
+//! This page is the map of the code. The contract of the storage backends is a crate of its own, [`fsnap_backend`];
+//! decisions that are not obvious from the code have a page each in [`design`].
+//!
+//! # Bird's-eye view
+//!
+//! ```text
+//!   CRIU ──environment──► cli::hook ─┐                           ┌─► Catalog (SQLite): what is recorded
+//!   people ──arguments──► cli::…  ───┼──► Coordinator ───────────┤
+//!                                    │      │                    └─► dyn Backend: btrfs, rsync, …: what is stored
+//!                                    │      ├─► processes: which volumes a tree can write to, who else writes
+//!                                    │      ├─► quiesce: stop them, and never leave them stopped
+//!                                    │      └─► engine, mount: restore them onto a branch
+//! ```
+//!
+//! A checkpoint goes through three calls of the [`Coordinator`](coordinator::Coordinator), because an engine calls its
+//! hooks as separate processes:
+//!
+//! 1. [`begin`](coordinator::Coordinator::begin), while the processes run: find the volumes, reserve a place for each
+//!    snapshot, record the [intent](catalog::Intent) durably, flush and copy ahead.
+//! 2. [`take`](coordinator::Coordinator::take), while they stand: one snapshot per volume, side by side; note that it is
+//!    done, without syncing.
+//! 3. [`seal`](coordinator::Coordinator::seal), when they run again: make it durable, and put the checkpoint in the place
+//!    of its intent. The engine gives no hook here, so that the next command does it: every command begins with
+//!    [`recover`](coordinator::Coordinator::recover).
+//!
+//! # Where things are
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`checkpoint`], [`branch`], [`volume`], [`name`] | the records, and nothing else |
+//! | [`catalog`] | the database: its [format](catalog::format), intents, holds, one transaction per change |
+//! | [`coordinator`] | the order of things; one file per operation |
+//! | [`reference`](mod@reference) | what users write for a checkpoint |
+//! | [`processes`] | `/proc`: trees, what they can write to, who else writes |
+//! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
+//! | [`engine`] | CRIU's hooks, images and restores |
+//! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
+//! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
+//! | [`config`] | settings |
+//! | [`failpoint`] | where tests make fsnap die |
+//! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
+//!
+//! The backends are the crates `backends/*`; `backends/conformance` is the suite that all of them pass; `tests/` drives
+//! the binary as users do, and `tests/oracle` is a process that knows what its files must hold.
+//!
+//! # Invariants
+//!
+//! Architecture Invariant: a checkpoint that is listed is whole, durable and restorable. What is not yet so is an intent.
+//!
+//! Architecture Invariant: the order is *intent, act, result*. No backend is called inside a transaction, and nothing
+//! outside changes before the intent for it is durable.
+//!
+//! Architecture Invariant: fsnap deletes only images that it recorded. Others are shown, never touched.
+//!
+//! Architecture Invariant: in the frozen window fsnap does not sync, does not start a program, and does not look at what
+//! has not changed.
+//!
+//! Architecture Invariant: nothing is frozen that would stay frozen if fsnap were killed at the next instruction.
+//!
+//! Architecture Invariant: a volume's files are touched beneath a descriptor only ([`fsnap_backend::beneath`]). Volumes,
+//! image directories and records are untrusted input.
+//!
+//! Architecture Invariant: a backend sees the contract and nothing else; `unsafe` lives in one `sys.rs` per backend.
+//!
+//! Architecture Invariant: the library never prints and never reads the environment; the command line does.
+
+pub mod branch;
+pub mod catalog;
+pub mod checkpoint;
+pub mod config;
+pub mod coordinator;
+pub mod design;
+pub mod engine;
+mod error;
+pub mod failpoint;
+pub mod mount;
+pub mod name;
+pub mod processes;
+pub mod quiesce;
+pub mod reference;
+pub mod stores;
+pub mod volume;
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+pub use error::{Error, Result};
+
+/// Bytes that nobody can guess or repeat.
+fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(bytes)
+}
+
+/// A name or path of any bytes, fit for a terminal: control characters and bytes that are not UTF-8 are escaped.
+pub fn printable(text: &OsStr) -> String {
+    let mut shown = String::new();
+    for chunk in text.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+        }
+        for byte in chunk.invalid() {
+            shown.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    shown
+}

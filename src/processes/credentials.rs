@@ -1,0 +1,151 @@
+//! What a process may do with a directory.
+
+use std::io;
+use std::path::PathBuf;
+
+use fsnap_backend::FileMeta;
+
+use super::proc_dir::{ProcDir, parse};
+
+/// The identity under which the kernel checks a process's accesses to files ([credentials(7)]).
+///
+/// [credentials(7)]: https://man7.org/linux/man-pages/man7/credentials.7.html
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Credentials {
+    uid: u32,
+    groups: Vec<u32>,
+    /// It may search any directory whose owner its user namespace knows.
+    overrides: bool,
+    /// The user namespace, if it is not fsnap's: the ranges of the uids and gids that it knows.
+    mapped: Option<(Vec<Range>, Vec<Range>)>,
+}
+
+/// First id, as seen by fsnap, and how many.
+type Range = (u64, u64);
+
+impl Credentials {
+    /// Reads those of a process.
+    pub(crate) fn of(process: &ProcDir, own_user_namespace: &PathBuf) -> io::Result<Self> {
+        let status = process.read("status")?;
+        let parsed = Self::parse(&status);
+        let mut found =
+            parsed.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a file like /proc/PID/status"))?;
+        if process.link("ns/user")? != *own_user_namespace {
+            found.mapped = Some((ranges(&process.read("uid_map")?), ranges(&process.read("gid_map")?)));
+        }
+        Ok(found)
+    }
+
+    fn parse(status: &[u8]) -> Option<Self> {
+        const CAP_DAC_OVERRIDE: u64 = 1 << 1;
+        const CAP_DAC_READ_SEARCH: u64 = 1 << 2;
+        let field = |name: &[u8]| status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name));
+        let numbers =
+            |line: &[u8]| -> Vec<u32> { line.split(u8::is_ascii_whitespace).filter_map(parse::<u32>).collect() };
+        // Real, effective, saved, and last the one for files.
+        let uid = *numbers(field(b"Uid:")?).get(3)?;
+        let mut groups = numbers(field(b"Groups:")?);
+        groups.push(*numbers(field(b"Gid:")?).get(3)?);
+        let effective = std::str::from_utf8(field(b"CapEff:")?.trim_ascii()).ok()?;
+        let effective = u64::from_str_radix(effective, 16).ok()?;
+        let overrides = effective & (CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH) != 0;
+        Some(Self { uid, groups, overrides, mapped: None })
+    }
+
+    /// Whether the process may look up names in a directory with these attributes.
+    ///
+    /// With an access control list (`acl`), the mode's group bits are the most that any named user or group has, and
+    /// the answer is then "perhaps": a volume too many is better than one too few.
+    pub(crate) fn may_search(&self, dir: &FileMeta, acl: bool) -> bool {
+        let in_group = self.groups.contains(&dir.gid);
+        let bits = if dir.uid == self.uid {
+            dir.mode & 0o100
+        } else if acl {
+            dir.mode & 0o011
+        } else if in_group {
+            dir.mode & 0o010
+        } else {
+            dir.mode & 0o001
+        };
+        bits != 0 || self.overrides && self.knows(dir)
+    }
+
+    /// A capability counts for files whose owner and group the process's user namespace has a number for.
+    fn knows(&self, dir: &FileMeta) -> bool {
+        let within = |ranges: &[Range], id: u32| {
+            let id = u64::from(id);
+            ranges.iter().any(|&(first, count)| id >= first && id - first < count)
+        };
+        self.mapped.as_ref().is_none_or(|(uids, gids)| within(uids, dir.uid) && within(gids, dir.gid))
+    }
+}
+
+/// The second and third column of `uid_map`: the ids outside, as seen by the reader.
+fn ranges(map: &[u8]) -> Vec<Range> {
+    let line = |line: &[u8]| {
+        let mut numbers = line.split(u8::is_ascii_whitespace).filter_map(parse::<u64>);
+        Some((numbers.nth(1)?, numbers.next()?))
+    };
+    map.split(|&byte| byte == b'\n').filter_map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fsnap_backend::{FileKind, Timestamp};
+
+    fn dir(uid: u32, gid: u32, mode: u32) -> FileMeta {
+        let time = Timestamp::default();
+        FileMeta {
+            kind: FileKind::Dir,
+            ino: 1,
+            nlink: 1,
+            mode,
+            uid,
+            gid,
+            rdev: 0,
+            size: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            btime: None,
+        }
+    }
+
+    fn who(uid: u32, groups: &[u32], overrides: bool) -> Credentials {
+        Credentials { uid, groups: groups.to_vec(), overrides, mapped: None }
+    }
+
+    #[test]
+    fn the_first_class_that_fits_decides() {
+        assert!(who(7, &[8], false).may_search(&dir(7, 0, 0o700), false));
+        assert!(!who(7, &[8], false).may_search(&dir(7, 8, 0o077), false), "an owner has the owner's bits only");
+        assert!(who(7, &[1, 8], false).may_search(&dir(0, 8, 0o710), false));
+        assert!(!who(7, &[8], false).may_search(&dir(0, 8, 0o701), false), "a member has the group's bits only");
+        assert!(who(7, &[], false).may_search(&dir(0, 0, 0o701), false));
+        assert!(!who(7, &[], false).may_search(&dir(0, 0, 0o700), false));
+    }
+
+    #[test]
+    fn a_list_may_permit_what_the_mode_does_not_say() {
+        assert!(who(7, &[], false).may_search(&dir(0, 0, 0o710), true));
+        assert!(!who(7, &[], false).may_search(&dir(0, 0, 0o700), true), "the mask permits nothing");
+    }
+
+    #[test]
+    fn a_capability_ends_at_its_user_namespace() {
+        let mut root = who(0, &[0], true);
+        assert!(root.may_search(&dir(7, 7, 0o700), false));
+        root.mapped = Some((vec![(100_000, 65_536)], vec![(100_000, 65_536)]));
+        assert!(!root.may_search(&dir(7, 7, 0o700), false));
+        assert!(root.may_search(&dir(100_007, 165_535, 0o700), false));
+        assert!(!root.may_search(&dir(100_007, 165_536, 0o700), false));
+    }
+
+    #[test]
+    fn the_identity_for_files_is_read() {
+        let status = b"Name:\ta\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \nCapEff:\t0000000000000002\n";
+        assert_eq!(Credentials::parse(status), Some(who(4, &[9, 10, 8], true)));
+        assert_eq!(Credentials::parse(b"Name:\ta\n"), None);
+    }
+}

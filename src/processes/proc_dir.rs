@@ -1,0 +1,200 @@
+//! One process's directory in `/proc`, and its files as bytes.
+//!
+//! Not by the `procfs` crate: it reads `maps` and `mountinfo` as UTF-8 and leaves their octal escapes as they are, so
+//! that one mount point with a byte of its own in a hostile process's namespace would hide the whole table.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use rustix::fs::{CWD, Dir, Mode, OFlags};
+
+/// The directory of one process, pinned: once the process has ended, every call fails, whoever has its pid now.
+#[derive(Debug)]
+pub(crate) struct ProcDir {
+    dir: OwnedFd,
+}
+
+impl ProcDir {
+    /// Opens `/proc/PID`.
+    pub(crate) fn of(pid: i32) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::openat(CWD, format!("/proc/{pid}"), flags, Mode::empty())?;
+        Ok(Self { dir })
+    }
+
+    /// Reads one of its files, such as `stat` or `task/7/children`, whole.
+    pub(crate) fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut content = Vec::with_capacity(1024);
+        File::from(self.open(name)?).read_to_end(&mut content)?;
+        Ok(content)
+    }
+
+    /// Opens one of its files for reading.
+    pub(crate) fn open(&self, name: &str) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        Ok(rustix::fs::openat(&self.dir, name, flags, Mode::empty())?)
+    }
+
+    /// The text of one of its links, such as `cwd` or `fd/3`.
+    pub(crate) fn link(&self, name: &str) -> io::Result<PathBuf> {
+        let target = rustix::fs::readlinkat(&self.dir, name, Vec::new())?;
+        Ok(std::ffi::OsString::from_vec(target.into_bytes()).into())
+    }
+
+    /// The numbers that one of its directories lists: threads in `task`, descriptors in `fd`.
+    pub(crate) fn numbers(&self, name: &str) -> io::Result<Vec<i32>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        numbers_in(&rustix::fs::openat(&self.dir, name, flags, Mode::empty())?)
+    }
+
+    /// What `stat` says of the process.
+    pub(crate) fn stat(&self) -> io::Result<Stat> {
+        Stat::parse(&self.read("stat")?)
+    }
+
+    /// What `stat` says of one of its threads.
+    pub(crate) fn thread_stat(&self, thread: i32) -> io::Result<Stat> {
+        Stat::parse(&self.read(&format!("task/{thread}/stat"))?)
+    }
+}
+
+impl AsFd for ProcDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+/// The pids of all processes.
+pub(crate) fn all_pids() -> io::Result<Vec<i32>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    numbers_in(&rustix::fs::openat(CWD, "/proc", flags, Mode::empty())?)
+}
+
+fn numbers_in(dir: &OwnedFd) -> io::Result<Vec<i32>> {
+    let mut numbers = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        if let Some(number) = parse(entry?.file_name().to_bytes()) {
+            numbers.push(number);
+        }
+    }
+    Ok(numbers)
+}
+
+/// Whether a scan may go on without the process: it has ended meanwhile.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    const ESRCH: i32 = rustix::io::Errno::SRCH.raw_os_error();
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(ESRCH)
+}
+
+/// Turns "it is gone" into `None`.
+pub(crate) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if is_gone(&error) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// The fields of `/proc/PID/stat` that fsnap uses ([proc_pid_stat(5)]).
+///
+/// [proc_pid_stat(5)]: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stat {
+    pub(crate) command: String,
+    pub(crate) state: u8,
+    pub(crate) parent: i32,
+    pub(crate) kernel_thread: bool,
+    pub(crate) start_time: u64,
+}
+
+impl Stat {
+    fn parse(line: &[u8]) -> io::Result<Self> {
+        Self::fields(line).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a line of /proc/PID/stat"))
+    }
+
+    fn fields(line: &[u8]) -> Option<Self> {
+        const PF_KTHREAD: u32 = 0x0020_0000;
+        // The command stands in parentheses and may itself hold any, blanks and newlines too.
+        let open = line.iter().position(|&byte| byte == b'(')?;
+        let close = line.iter().rposition(|&byte| byte == b')')?;
+        let command = printable(line.get(open + 1..close)?);
+        let fields: Vec<&[u8]> = line.get(close + 2..)?.split(|&byte| byte == b' ').collect();
+        Some(Self {
+            command,
+            state: *fields.first()?.first()?,
+            parent: parse(fields.get(1)?)?,
+            kernel_thread: parse::<u32>(fields.get(6)?)? & PF_KTHREAD != 0,
+            start_time: parse(fields.get(19)?)?,
+        })
+    }
+}
+
+/// Parses a number from bytes.
+pub(crate) fn parse<T: std::str::FromStr>(bytes: &[u8]) -> Option<T> {
+    std::str::from_utf8(bytes).ok()?.parse().ok()
+}
+
+/// A name that a process chose for itself, as text that cannot speak to a terminal.
+fn printable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// Undoes the escapes that the kernel writes for blanks, tabs, newlines and backslashes: `\040` and so on.
+pub(crate) fn unescape(escaped: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(escaped.len());
+    let mut rest = escaped;
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok();
+        match (first, tail.get(..3).and_then(octal)) {
+            (b'\\', Some(byte)) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    OsStr::from_bytes(&bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_cannot_forge_the_fields_behind_it() {
+        let line = b"42 (a) R 1 (\x1b[2J) S 7 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 991 1000 10 0 0";
+        let stat = Stat::parse(line).unwrap();
+        assert_eq!((stat.state, stat.parent, stat.start_time), (b'S', 7, 991));
+        assert_eq!(stat.command, "a) R 1 (\u{fffd}[2J");
+        assert!(!stat.kernel_thread);
+    }
+
+    #[test]
+    fn a_torn_stat_line_is_an_error() {
+        for line in ["", "42", "42 (a", "42 (a)", "42 (a) S", "42 (a) S 7 42 x"] {
+            assert!(Stat::parse(line.as_bytes()).is_err(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn escapes_are_undone_and_other_bytes_kept() {
+        let path = unescape(b"/a\\040b\\134\\012\xff\\0");
+        assert_eq!(path.as_os_str().as_bytes(), b"/a b\\\n\xff\\0");
+    }
+
+    #[test]
+    fn a_directory_of_a_process_that_ended_answers_no_more() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let dir = ProcDir::of(child.id().cast_signed()).unwrap();
+        assert!(!dir.stat().unwrap().kernel_thread);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(is_gone(&dir.stat().unwrap_err()));
+    }
+}

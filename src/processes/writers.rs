@@ -1,0 +1,75 @@
+//! Who else has files of a volume open for writing.
+
+use std::path::PathBuf;
+
+use super::files::{How, visit_writable};
+use super::proc_dir::{ProcDir, all_pids, is_gone};
+use super::reach::{Candidate, Survey};
+use super::{Error, Member, ProcessId, Result, Tree};
+
+/// A process that can change a volume while others stand frozen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Writer {
+    /// Which of the volumes: its index.
+    pub candidate: usize,
+    /// The process.
+    pub process: ProcessId,
+    /// The name of the process, for messages.
+    pub command: String,
+    /// A file that it has open; in the words of its own mount namespace.
+    pub path: PathBuf,
+    /// In what way.
+    pub how: How,
+}
+
+/// What a search for writers saw.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct WriterScan {
+    /// One entry for each process and volume.
+    pub writers: Vec<Writer>,
+    /// Processes whose files fsnap may not look at, such as those of other users, or of a supervisor that the system
+    /// protects from root: there may be writers among them.
+    pub unseen: Vec<Member>,
+}
+
+/// Finds the processes outside `except` that have files of the volumes open for writing, or mapped so.
+///
+/// fsnap itself is left out, and so are the processes in `ignore`, such as the engine that called it. One pass over
+/// `/proc`, since processes may stand frozen meanwhile: per process it costs one look at each descriptor's mode, and one
+/// at the mappings.
+pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    let mut survey = Survey::new(volumes)?;
+    let mut scan = WriterScan::default();
+    let own = std::process::id().cast_signed();
+    let pids = all_pids().map_err(|source| Error::Read { object: "/proc".into(), source })?;
+    for pid in pids.into_iter().filter(|pid| *pid != own && !ignore.contains(pid)) {
+        match examine(pid, except, &mut survey, &mut scan.writers) {
+            Err(error) if !is_gone(&error) => {
+                // One that has ended and was not waited for cannot be read, and has no files.
+                scan.unseen.extend(Member::look_up(pid).filter(|member| member.id.is_alive()));
+            }
+            _ => {}
+        }
+    }
+    Ok(scan)
+}
+
+fn examine(pid: i32, except: &Tree, survey: &mut Survey<'_>, found: &mut Vec<Writer>) -> std::io::Result<()> {
+    let dir = ProcDir::of(pid)?;
+    let stat = dir.stat()?;
+    let process = ProcessId { pid, start_time: stat.start_time };
+    if stat.kernel_thread || except.contains(process) {
+        return Ok(());
+    }
+    let view = survey.views.of(&dir)?;
+    let first = found.len();
+    visit_writable(&dir, &view, &survey.views, &mut |file| {
+        for candidate in survey.owners(&file) {
+            if !found[first..].iter().any(|writer| writer.candidate == candidate) {
+                let (path, how) = (file.path.clone(), file.how.clone());
+                found.push(Writer { candidate, process, command: stat.command.clone(), path, how });
+            }
+        }
+        true
+    })
+}
