@@ -1,0 +1,183 @@
+//! What the hook adds to the time in which processes stand, and what a branch costs.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::measure::{Failure, head, in_turns, ms, ratio, row, time};
+use crate::site::{Site, delete_subvolume, run};
+use crate::sys;
+
+const ROUNDS: usize = 15;
+
+/// The post-dump hook as a process, against an empty static program and the bare ioctl.
+pub fn hook(site: &Site) -> Result<(), Failure> {
+    head(
+        "post-dump hook, as CRIU starts it; bare: an empty static program, then BTRFS_IOC_SNAP_CREATE_V2 after syncfs",
+        &["dirty before the dump", "bare", "hook", "hook / bare", "goal"],
+    );
+    for mebibytes in [0, 1, 16, 512] {
+        let [bare, hook] = in_turns(
+            ROUNDS,
+            [
+                &mut || {
+                    site.dirty(mebibytes)?;
+                    Ok(bare_snapshot(site, "raw", true)? + time(|| run(&mut Command::new(site.path("noop"))))?)
+                },
+                &mut || {
+                    site.dirty(mebibytes)?;
+                    let images = site.images("images")?;
+                    run(&mut call(site, "pre-dump", &images))?;
+                    let time = time(|| run(&mut call(site, "post-dump", &images)))?;
+                    forget_latest(site)?;
+                    Ok(time)
+                },
+            ],
+        )?;
+        row(&[format!("{mebibytes} MiB"), ms(bare), ms(hook), ratio(hook, bare), "<= 1.50 x".into()]);
+    }
+    Ok(())
+}
+
+fn call(site: &Site, action: &str, images: &Path) -> Command {
+    let mut command = Command::new(site.path("fsnap-criu-hook"));
+    command
+        .env("FSNAP_STATE", site.path("state"))
+        .env("CRTOOLS_SCRIPT_ACTION", action)
+        .env("CRTOOLS_IMAGE_DIR", images)
+        .env("CRTOOLS_INIT_PID", site.writer().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
+}
+
+fn forget_latest(site: &Site) -> Result<(), Failure> {
+    run(site.fsnap().args(["rm", "@latest"]))
+}
+
+/// One bare snapshot of the volume; only the ioctl is measured.
+fn bare_snapshot(site: &Site, name: &str, read_only: bool) -> Result<Duration, Failure> {
+    let (volume, dir) = (File::open(site.volume())?, File::open(site.path("mnt"))?);
+    rustix::fs::syncfs(&volume)?;
+    let time = time(|| Ok(sys::snapshot(&volume, &dir, name, read_only)?))?;
+    delete_subvolume(&site.path("mnt").join(name))?;
+    Ok(time)
+}
+
+/// What a hook adds to CRIU's own frozen time, as CRIU's statistics tell it.
+pub fn frozen_by_criu(site: &Site) -> Result<(), Failure> {
+    let Some(criu) = &site.criu else {
+        println!("\nCRIU's own frozen time: left out, for FSNAP_CRIU names no CRIU that works here");
+        return Ok(());
+    };
+    head(
+        "frozen time of `criu dump -R` of a small process, by its own statistics",
+        &["dirty before the dump", "no hook", "no-op adds", "bash adds", "fsnap adds", "fsnap / bash", "goal"],
+    );
+    for (mebibytes, goal) in [(0, "<= 0.45 x"), (64, "<= 0.08 x")] {
+        let dump = |hook: Option<&str>| -> Result<Duration, Failure> {
+            site.dirty(mebibytes)?;
+            let images = site.path("dump");
+            if images.exists() {
+                fs::remove_dir_all(&images)?;
+            }
+            fs::create_dir(&images)?;
+            let mut command = Command::new(criu);
+            command.args(["dump", "-R", "-t", &site.writer().to_string(), "-D"]).arg(&images);
+            if let Some(hook) = hook {
+                command.arg("--action-script").arg(site.path(hook));
+            }
+            run(command.env("FSNAP_STATE", site.path("state")).stdout(Stdio::null()).stderr(Stdio::null()))?;
+            frozen_time(&images)
+        };
+        let [none, noop, bash, fsnap] = in_turns(
+            ROUNDS,
+            [
+                &mut || dump(None),
+                &mut || dump(Some("noop")),
+                &mut || {
+                    let time = dump(Some("btrfs-hook"))?;
+                    for entry in fs::read_dir(site.path("mnt"))? {
+                        let path = entry?.path();
+                        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("bash.")) {
+                            delete_subvolume(&path)?;
+                        }
+                    }
+                    Ok(time)
+                },
+                &mut || {
+                    let time = dump(Some("fsnap-criu-hook"))?;
+                    forget_latest(site)?;
+                    Ok(time)
+                },
+            ],
+        )?;
+        let added = |time: Duration| time.saturating_sub(none);
+        row(&[
+            format!("{mebibytes} MiB"),
+            ms(none),
+            ms(added(noop)),
+            ms(added(bash)),
+            ms(added(fsnap)),
+            ratio(added(fsnap), added(bash)),
+            goal.into(),
+        ]);
+    }
+    Ok(())
+}
+
+/// Field 2 (`frozen_time`, microseconds) of the message in CRIU's `stats-dump` ([protocol buffers' wire format]).
+///
+/// [protocol buffers' wire format]: https://protobuf.dev/programming-guides/encoding/
+fn frozen_time(images: &Path) -> Result<Duration, Failure> {
+    // Two magic numbers, the length, and then the outer message, whose field 1 is the inner one.
+    let bytes = fs::read(images.join("stats-dump"))?;
+    let mut rest = bytes.get(12..).ok_or("stats-dump is too short")?;
+    let outer = field(&mut rest, 1)?;
+    let mut inner = rest.get(..usize::try_from(outer)?).ok_or("stats-dump is cut off")?;
+    Ok(Duration::from_micros(field(&mut inner, 2)?))
+}
+
+/// Reads fields up to the one with that number, and returns its value or its length.
+fn field(bytes: &mut &[u8], wanted: u64) -> Result<u64, Failure> {
+    loop {
+        let key = varint(bytes)?;
+        let value = varint(bytes)?;
+        if key >> 3 == wanted {
+            return Ok(value);
+        }
+        if key & 7 == 2 {
+            *bytes = bytes.get(usize::try_from(value)?..).ok_or("stats-dump is cut off")?;
+        }
+    }
+}
+
+fn varint(bytes: &mut &[u8]) -> Result<u64, Failure> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first().ok_or("stats-dump is cut off")?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            return Ok(value);
+        }
+    }
+    Err("stats-dump is damaged".into())
+}
+
+/// `fsnap branch`, against the bare ioctl that makes a writable snapshot.
+pub fn branch(site: &Site) -> Result<(), Failure> {
+    run(site.fsnap().args(["checkpoint", "--tag", "bench"]).stdout(Stdio::null()))?;
+    let [bare, branch] = in_turns(
+        ROUNDS,
+        [&mut || bare_snapshot(site, "raw", false), &mut || {
+            let time = time(|| run(site.fsnap().args(["branch", "bench", "b"]).stdout(Stdio::null())))?;
+            run(site.fsnap().args(["rm", "--branch", "b"]))?;
+            Ok(time)
+        }],
+    )?;
+    head("fsnap branch, the whole command", &["", "bare ioctl", "fsnap branch", "more", "goal"]);
+    row(&["btrfs".into(), ms(bare), ms(branch), ms(branch.saturating_sub(bare)), "<= 5 ms".into()]);
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! A loop-mounted btrfs with a volume, a process that writes to it, and the programs that are compared.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::measure::Failure;
+
+/// The files in the volume: enough that their number would show if it mattered.
+const FILES: usize = 20_000;
+
+pub struct Site {
+    temp: tempfile::TempDir,
+    writer: Child,
+    pub criu: Option<PathBuf>,
+}
+
+impl Site {
+    pub fn new() -> Result<Self, Failure> {
+        let temp = tempfile::tempdir()?;
+        let writer = Command::new("true").spawn()?;
+        let mut site = Self { temp, writer, criu: std::env::var_os("FSNAP_CRIU").map(PathBuf::from) };
+        let image = site.path("image");
+        File::create(&image)?.set_len(8 << 30)?;
+        fs::create_dir(site.path("mnt"))?;
+        run(Command::new("mkfs.btrfs").arg("-q").arg(&image).stderr(Stdio::null()))?;
+        run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(site.path("mnt")))?;
+        run(Command::new("btrfs").args(["subvolume", "create"]).arg(site.volume()).stdout(Stdio::null()))?;
+        for number in 0..FILES {
+            let dir = site.volume().join(format!("{:02x}", number % 256));
+            if number < 256 {
+                fs::create_dir(&dir)?;
+            }
+            fs::write(dir.join(number.to_string()), format!("{number}\n"))?;
+        }
+        site.compile_noop()?;
+        fs::write(site.path("btrfs-hook"), site.bash_hook())?;
+        run(Command::new("chmod").arg("+x").arg(site.path("btrfs-hook")))?;
+        symlink(env!("CARGO_BIN_EXE_fsnap"), site.path("fsnap-criu-hook"))?;
+        run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()).stdout(Stdio::null()))?;
+        site.writer = Command::new("setsid")
+            .args(["sh", "-c", "exec 3>>held; while :; do sleep 1000; done"])
+            .current_dir(site.volume())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(site)
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.temp.path().join(name)
+    }
+
+    pub fn volume(&self) -> PathBuf {
+        self.path("mnt/data")
+    }
+
+    /// The process whose files are snapshotted.
+    pub fn writer(&self) -> u32 {
+        self.writer.id()
+    }
+
+    pub fn fsnap(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
+        command.env("FSNAP_STATE", self.path("state"));
+        command
+    }
+
+    /// Leaves so much data unwritten in the page cache.
+    pub fn dirty(&self, mebibytes: usize) -> Result<(), Failure> {
+        let mut file = File::create(self.volume().join("dirty"))?;
+        let block = vec![0x5a; 1 << 20];
+        (0..mebibytes).try_for_each(|_| file.write_all(&block))?;
+        Ok(())
+    }
+
+    /// The cheapest action script that there can be.
+    fn compile_noop(&self) -> Result<(), Failure> {
+        let source = self.path("noop.c");
+        fs::write(&source, "int main(void) { return 0; }\n")?;
+        run(Command::new("cc").args(["-O2", "-static", "-o"]).arg(self.path("noop")).arg(source))
+    }
+
+    /// What people write today.
+    fn bash_hook(&self) -> String {
+        let (volume, snapshots) = (self.volume(), self.path("mnt"));
+        format!(
+            "#!/bin/bash\nif [ \"$CRTOOLS_SCRIPT_ACTION\" = post-dump ]; then\n\
+             btrfs subvolume snapshot -r {} {}/bash.$$ >/dev/null\nfi\n",
+            volume.display(),
+            snapshots.display()
+        )
+    }
+
+    /// An empty image directory, complete as far as fsnap looks.
+    pub fn images(&self, name: &str) -> Result<PathBuf, Failure> {
+        let dir = self.path(name);
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        fs::create_dir(&dir)?;
+        let mut inventory = 0x5831_3116_u32.to_le_bytes().to_vec();
+        inventory.extend([4, 0, 0, 0, 8, 2, 16, 1]);
+        fs::write(dir.join("inventory.img"), inventory)?;
+        Ok(dir)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        let _ = self.writer.kill();
+        let _ = self.writer.wait();
+        let _ = Command::new("umount").arg(self.path("mnt")).status();
+    }
+}
+
+/// Runs a command that must succeed.
+pub fn run(command: &mut Command) -> Result<(), Failure> {
+    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+}
+
+/// Makes a read-only snapshot by the command that people use; returns its path for removal.
+pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
+    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path).stdout(Stdio::null()))
+}

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Shows what fsnap does, on real parts: a btrfs on a loop device, a process, CRIU; then without privileges.
+#
+# Needs root, and what `make demo` builds and prepares: target/debug/fsnap, target/debug/fsnap-oracle, target/criu/criu.
+# Leaves nothing behind, however it ends.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+[ "$(id -u)" = 0 ] || { echo "demo: mounting and CRIU need root" >&2; exit 1; }
+PATH=$PATH:/usr/sbin:/sbin
+
+demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
+mounted=
+processes=() # what is killed at the end; the init of a pid namespace takes all in it along
+
+cleanup() {
+    local status=$? pid
+    trap - EXIT
+    cd /
+    for pid in "${processes[@]}"; do
+        kill -KILL "$pid" 2>/dev/null || continue
+        # Unmounting must wait until it is dead, and its files are closed.
+        timeout 20 tail --pid="$pid" --sleep-interval=0.1 -f /dev/null || true
+    done
+    if [ -n "$mounted" ]; then umount "$mounted" || umount --lazy "$mounted" || true; fi
+    rm -rf --one-file-system "$demo"
+    [ "$status" = 0 ] || echo "demo: failed with status $status; what it made is removed" >&2
+    exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+bold= plain=
+if [ -t 1 ]; then bold=$'\e[1m' plain=$'\e[0m'; fi
+
+# say TEXT: tells the story.
+say() { printf '\n'; fold -s -w 88 <<<"$*"; }
+
+# show COMMAND…: shows a command and runs it.
+show() {
+    local word line='$'
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9@%+=:,./~_-]+$ ]] || word="'$word'"
+        line+=" $word"
+    done
+    printf '\n%s%s%s\n' "$bold" "$line" "$plain"
+    "$@"
+}
+
+# path BRANCH: where the branch's files are; these branches have one volume each.
+path() { fsnap branches | awk -v branch="$1" '$1 == branch { print $NF }'; }
+
+# The programs, where an unprivileged user can run them too.
+chmod 711 "$demo"
+mkdir "$demo/bin" "$demo/reports"
+cp "$top/target/debug/fsnap" "$top/target/debug/fsnap-oracle" "$demo/bin"
+ln -s fsnap "$demo/bin/fsnap-criu-hook"
+ln -s "$top/target/criu/criu" "$demo/bin/criu"
+PATH=$demo/bin:$PATH
+export FSNAP_STATE=$demo/state
+cd "$demo"
+
+say "PART ONE: a process, its files on btrfs, and CRIU."
+truncate --size 1G disk.img
+mkfs.btrfs --quiet disk.img >mkfs.log 2>&1 || { cat mkfs.log; exit 1; }
+mkdir disk
+mount -o loop disk.img disk
+mounted=$demo/disk
+show btrfs subvolume create disk/job
+
+say "fsnap begins to track the subvolume as a volume. Nothing in it changes."
+show fsnap init disk/job
+show fsnap volumes
+
+say "A process starts. Its threads count in memory and write their counts to files of the volume in different ways." \
+    "Asked, it compares memory with every byte of its files."
+show fsnap-oracle start --reports reports --kinds append,overwrite,mmap,rename,order,sparse disk/job | tee pid
+job=$(tail -n 1 pid)
+processes+=("$job")
+show fsnap-oracle ask --brief --reports reports "$job"
+
+for number in 1 2 3; do
+    [ "$number" = 1 ] && say "CRIU dumps the process while it works, and leaves it running. Its action script is fsnap under" \
+        "another name: while the process stands frozen, fsnap takes the snapshot of its files. Three times:"
+    sleep 0.5
+    mkdir -p "images/$number"
+    show criu dump --tree "$job" --leave-running --images-dir "images/$number" --log-file dump.log \
+        --action-script "$demo/bin/fsnap-criu-hook" || { cat "images/$number/dump.log"; exit 1; }
+done
+show fsnap log --graph
+show fsnap diff @latest~1 @latest
+
+say "The process never noticed, and goes on."
+sleep 0.5
+show fsnap-oracle ask --brief --reports reports "$job"
+
+say "Now back to the second checkpoint: a branch grows from it, and the process is restored onto the branch, beside the" \
+    "original. Both see their files at the same path, each its own."
+show fsnap restore @latest~1 --branch second | tee restored
+read -r second init < <(sed -n 's|.*: process \([0-9]*\), under \([0-9]*\)$|\1 \2|p' restored)
+processes+=("$init")
+branch=$(path second)
+show fsnap branches
+
+say "Side by side: the process on the branch has the counts of the second checkpoint and counts on from there."
+show cat disk/job/order-first "$branch/order-first"
+if cmp --silent disk/job/order-first "$branch/order-first"; then
+    echo "demo: the branch has the files of the original" >&2
+    exit 1
+fi
+show fsnap-oracle ask --brief --reports reports "$second"
+show fsnap-oracle ask --brief --reports reports "$job"
+
+say "A branch is a volume as well. Here fsnap freezes the restored process by itself and takes a checkpoint of it, so that" \
+    "history has a fork; and a second branch, for looking only, from the very first checkpoint."
+show fsnap checkpoint --pid "$second" --message "on the branch"
+show fsnap branch "$(fsnap log --json | sed -n 's/^    "id": "\(.*\)",$/\1/p' | tail -n 1)" first
+show fsnap-oracle examine --brief "$(path first)"
+show fsnap log --graph
+show fsnap verify
+
+say "PART TWO: without privileges, in a plain directory on whatever file system there is."
+unset FSNAP_STATE
+mkdir --mode 700 home
+chown nobody: home
+export HOME=$demo/home XDG_STATE_HOME=$demo/home/state
+group=$(id -g nobody)
+as_nobody() { setpriv --reuid=nobody --regid="$group" --clear-groups --no-new-privs -- "$@"; }
+for program in fsnap fsnap-oracle id mkdir cat cmp; do
+    eval "$program() { as_nobody \$(type -P $program) \"\$@\"; }"
+done
+cd home
+show id -un
+show mkdir work reports
+show fsnap init --backend rsync work
+show fsnap-oracle start --reports reports --kinds append,overwrite,mmap,rename,order,sparse work/job | tee ../pid
+job=$(tail -n 1 ../pid)
+processes+=("$job")
+
+say "No engine this time: fsnap stops the process, takes the snapshot, and sets it running again."
+sleep 0.5
+show fsnap checkpoint --pid "$job" --tag good --message "all is well"
+sleep 0.5
+show fsnap checkpoint --pid "$job"
+show fsnap diff good
+show fsnap branch good try
+branch=$(path try)
+show fsnap-oracle examine --brief "$branch/job"
+show cat work/job/order-first "$branch/job/order-first"
+if cmp --silent work/job/order-first "$branch/job/order-first"; then
+    echo "demo: the branch has the files of the original" >&2
+    exit 1
+fi
+show fsnap-oracle ask --brief --reports reports "$job"
+show fsnap log
+show fsnap verify
+
+say "That is all. Everything made here is removed now."
