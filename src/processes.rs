@@ -11,6 +11,7 @@
 //!
 //! [proc(5)]: https://man7.org/linux/man-pages/man5/proc.5.html
 
+mod census;
 mod cgroup;
 mod credentials;
 mod files;
@@ -18,6 +19,7 @@ mod mounts;
 mod proc_dir;
 mod process_id;
 mod reach;
+mod sys;
 mod tree;
 mod view;
 mod writers;
@@ -25,12 +27,13 @@ mod writers;
 use std::io;
 use std::path::PathBuf;
 
+pub use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use files::How;
 pub use process_id::ProcessId;
 pub use reach::{Candidate, CandidateKind, Reach, reach};
 pub use tree::{Member, Tree};
-pub use writers::{Writer, WriterScan, writers};
+pub use writers::{Writer, WriterScan, writers, writers_among};
 
 /// The result of a look at processes.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -7,10 +7,11 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use super::mounts::Device;
-use super::proc_dir::{ProcDir, parse, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, parse, read_all, unescape, unless_gone};
+use super::sys;
 use super::view::{Located, View, Views};
 
 /// In what way a process can write to a file, or to the directory it lies in.
@@ -98,9 +99,8 @@ fn visit_descriptors(
     visit: &mut dyn FnMut(InUse) -> bool,
 ) -> io::Result<bool> {
     const O_DIRECTORY: u64 = OFlags::DIRECTORY.bits() as u64;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let dir = rustix::fs::openat(process, "fd", flags, Mode::empty())?;
-    for number in process.numbers("fd")? {
+    let dir = process.open_dir("fd")?;
+    for number in numbers_in(&dir)? {
         // The owner's bits of the link itself tell how the file is open, and cost neither an open nor a look at it.
         let found = rustix::fs::statat(&dir, number.to_string(), AtFlags::SYMLINK_NOFOLLOW);
         let Ok(link) = found else { continue };
@@ -109,7 +109,7 @@ fn visit_descriptors(
             continue;
         }
         // `None`: it was closed meanwhile.
-        let Some(path) = unless_gone(process.link(&format!("fd/{number}")))? else { continue };
+        let Some(path) = unless_gone(link_in(&dir, &number.to_string()))? else { continue };
         if !path.is_absolute() {
             continue; // A socket, a pipe, an eventfd.
         }
@@ -158,7 +158,11 @@ fn visit_mappings(
     views: &Views,
     visit: &mut dyn FnMut(InUse) -> bool,
 ) -> io::Result<bool> {
-    let content = process.read("maps")?;
+    let maps = process.open("maps")?;
+    if sys::maps_files_for_writing(&maps) == Some(false) {
+        return Ok(true);
+    }
+    let content = read_all(maps)?;
     let mut last: &[u8] = b"";
     for (name, device) in content.split(|&byte| byte == b'\n').filter_map(shared_writable) {
         // The pieces of one file's mapping follow each other.

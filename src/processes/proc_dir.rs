@@ -4,13 +4,15 @@
 //! that one mount point with a byte of its own in a hostile process's namespace would hide the whole table.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use rustix::fs::{CWD, Dir, Mode, OFlags};
+use rustix::buffer::spare_capacity;
+use rustix::fs::{CWD, Mode, OFlags, RawDir};
+use rustix::io::retry_on_intr;
 
 /// The directory of one process, pinned: once the process has ended, every call fails, whoever has its pid now.
 #[derive(Debug)]
@@ -28,9 +30,7 @@ impl ProcDir {
 
     /// Reads one of its files, such as `stat` or `task/7/children`, whole.
     pub(crate) fn read(&self, name: &str) -> io::Result<Vec<u8>> {
-        let mut content = Vec::with_capacity(1024);
-        File::from(self.open(name)?).read_to_end(&mut content)?;
-        Ok(content)
+        read_all(self.open(name)?)
     }
 
     /// Opens one of its files for reading.
@@ -41,14 +41,18 @@ impl ProcDir {
 
     /// The text of one of its links, such as `cwd` or `fd/3`.
     pub(crate) fn link(&self, name: &str) -> io::Result<PathBuf> {
-        let target = rustix::fs::readlinkat(&self.dir, name, Vec::new())?;
-        Ok(std::ffi::OsString::from_vec(target.into_bytes()).into())
+        link_in(&self.dir, name)
+    }
+
+    /// Opens one of its directories, such as `fd`.
+    pub(crate) fn open_dir(&self, name: &str) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.dir, name, flags, Mode::empty())?)
     }
 
     /// The numbers that one of its directories lists: threads in `task`, descriptors in `fd`.
     pub(crate) fn numbers(&self, name: &str) -> io::Result<Vec<i32>> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        numbers_in(&rustix::fs::openat(&self.dir, name, flags, Mode::empty())?)
+        numbers_in(self.open_dir(name)?)
     }
 
     /// What `stat` says of the process.
@@ -68,20 +72,61 @@ impl AsFd for ProcDir {
     }
 }
 
-/// The pids of all processes.
-pub(crate) fn all_pids() -> io::Result<Vec<i32>> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    numbers_in(&rustix::fs::openat(CWD, "/proc", flags, Mode::empty())?)
+/// Reads a file of `/proc` whole.
+pub(crate) fn read_all(file: OwnedFd) -> io::Result<Vec<u8>> {
+    // Not by `read_to_end`, which first asks for a size and a position, and files of /proc have neither.
+    let mut content = Vec::with_capacity(PAGE);
+    while retry_on_intr(|| rustix::io::read(&file, spare_capacity(&mut content)))? > 0 {
+        content.reserve(PAGE);
+    }
+    Ok(content)
 }
 
-fn numbers_in(dir: &OwnedFd) -> io::Result<Vec<i32>> {
+/// The text of a link.
+pub(crate) fn link_in(dir: impl AsFd, name: &str) -> io::Result<PathBuf> {
+    let target = rustix::fs::readlinkat(dir, name, Vec::new())?;
+    Ok(std::ffi::OsString::from_vec(target.into_bytes()).into())
+}
+
+/// Opens `/proc` for [`numbers_in`] and [`stat_in`].
+pub(crate) fn open_proc() -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, "/proc", flags, Mode::empty())?)
+}
+
+/// The pids of all processes.
+pub(crate) fn all_pids() -> io::Result<Vec<i32>> {
+    numbers_in(open_proc()?)
+}
+
+/// What `stat` says of the process that has this pid now, in three system calls.
+pub(crate) fn stat_in(proc: impl AsFd, pid: i32) -> io::Result<Stat> {
+    let file = rustix::fs::openat(proc, format!("{pid}/stat"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    // The kernel hands out the line whole to a buffer in which it fits; it has some 50 numbers.
+    let mut line = Vec::with_capacity(PAGE);
+    retry_on_intr(|| rustix::io::read(&file, spare_capacity(&mut line)))?;
+    Stat::parse(&line)
+}
+
+/// The entries of an open directory that are numbers; it must not have been read before.
+pub(crate) fn numbers_in(dir: impl AsFd) -> io::Result<Vec<i32>> {
+    let mut buffer = [MaybeUninit::uninit(); 2 * PAGE];
+    let mut entries = RawDir::new(dir.as_fd(), &mut buffer);
     let mut numbers = Vec::new();
-    for entry in Dir::read_from(dir)? {
+    while let Some(entry) = entries.next() {
         if let Some(number) = parse(entry?.file_name().to_bytes()) {
             numbers.push(number);
         }
     }
     Ok(numbers)
+}
+
+/// How much is read at once: files of `/proc` are made page by page.
+const PAGE: usize = 4096;
+
+/// Whether the letter of a state says that the thread has ended.
+pub(crate) fn ended(state: u8) -> bool {
+    b"ZXx".contains(&state)
 }
 
 /// Whether a scan may go on without the process: it has ended meanwhile.

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
-use super::proc_dir::{ProcDir, is_gone};
+use super::proc_dir::{ProcDir, ended, is_gone};
 use super::{Error, Result};
 
 /// A process: its pid, and when it started.
@@ -98,7 +98,7 @@ impl ThreadStates {
     ///
     /// The first thread may end (`Z`) long before the others, so its state alone does not tell.
     pub(crate) fn all_ended(&self) -> bool {
-        self.0.iter().all(|state| b"ZXx".contains(state))
+        self.0.iter().all(|&state| ended(state))
     }
 
     /// The letter of the first thread that is not stopped.

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::cgroup::Cgroup;
-use super::proc_dir::{ProcDir, Stat, all_pids, is_gone, parse};
-use super::{Error, ProcessId, Result};
+use super::proc_dir::{ProcDir, Stat, is_gone, parse};
+use super::{Census, Error, ProcessId, Result};
 
 /// A process with all its descendants, or the processes of a control group.
 ///
@@ -47,6 +47,27 @@ impl Tree {
             return Err(Error::Gone { pid });
         }
         Self::read(Root::Process(root))
+    }
+
+    /// The same of a tree that stands, by what a census said after it stood.
+    pub fn of_standing(census: &Census, pid: i32) -> Result<Self> {
+        let root = census.id(pid).filter(|_| !census.is_over(pid)).ok_or(Error::Gone { pid })?;
+        let own = std::process::id().cast_signed();
+        let mut members = BTreeMap::new();
+        let mut queue = vec![pid];
+        let mut seen = BTreeSet::from([own]);
+        while let Some(pid) = queue.pop() {
+            if !seen.insert(pid) {
+                continue;
+            }
+            queue.extend(census.children(pid));
+            if let (Some(id), Some(stat)) =
+                (census.id(pid), census.processes.get(&pid).filter(|_| !census.is_over(pid)))
+            {
+                members.insert(pid, Member { id, parent: stat.parent, command: stat.command.clone() });
+            }
+        }
+        Ok(Self { root: Root::Process(root), members })
     }
 
     /// The processes of the control group and of those below it.
@@ -98,6 +119,7 @@ impl Tree {
         let own = std::process::id().cast_signed();
         let before: BTreeSet<ProcessId> = self.members.values().map(|member| member.id).collect();
         let mut found = BTreeMap::new();
+        let mut census = None;
         let mut queue: Vec<i32> = match &self.root {
             Root::Process(root) => std::iter::once(root.pid).chain(self.members.keys().copied()).collect(),
             Root::Cgroup(cgroup) => cgroup.pids()?.into_iter().collect(),
@@ -118,7 +140,7 @@ impl Tree {
                 continue;
             }
             if matches!(self.root, Root::Process(_)) {
-                queue.extend(children(pid));
+                queue.extend(children(pid, &mut census)?);
             }
             if member.id.is_alive() {
                 found.insert(pid, member);
@@ -151,21 +173,24 @@ impl Member {
 }
 
 /// The children of all threads of a process; none if it has ended.
-fn children(pid: i32) -> Vec<i32> {
-    let Ok(dir) = ProcDir::of(pid) else { return Vec::new() };
+///
+/// `census` is one for the whole reading, taken only where it is needed.
+fn children(pid: i32, census: &mut Option<Census>) -> Result<Vec<i32>> {
+    let Ok(dir) = ProcDir::of(pid) else { return Ok(Vec::new()) };
     let mut children = Vec::new();
     for thread in dir.numbers("task").unwrap_or_default() {
         match dir.read(&format!("task/{thread}/children")) {
             Ok(content) => children.extend(content.split(|&byte| byte == b' ').filter_map(parse::<i32>)),
             // A kernel without CONFIG_PROC_CHILDREN: the same, the long way round.
-            Err(error) if is_gone(&error) && thread == pid && dir.stat().is_ok() => return children_by_parent(pid),
+            Err(error) if is_gone(&error) && thread == pid && dir.stat().is_ok() => {
+                let census = match census {
+                    Some(census) => census,
+                    none => none.insert(Census::take()?),
+                };
+                return Ok(census.children(pid).collect());
+            }
             Err(_) => {}
         }
     }
-    children
-}
-
-fn children_by_parent(parent: i32) -> Vec<i32> {
-    let pids = all_pids().unwrap_or_default();
-    pids.into_iter().filter(|&pid| Member::look_up(pid).is_some_and(|member| member.parent == parent)).collect()
+    Ok(children)
 }

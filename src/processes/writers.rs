@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::files::{How, visit_writable};
-use super::proc_dir::{ProcDir, all_pids, is_gone};
-use super::reach::{Candidate, Survey};
-use super::{Error, Member, ProcessId, Result, Tree};
+use super::proc_dir::{ProcDir, Stat, is_gone};
+use super::reach::{Candidate, Survey, open};
+use super::{Census, Member, ProcessId, Result, Tree};
 
 /// A process that can change a volume while others stand frozen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,16 +34,25 @@ pub struct WriterScan {
 
 /// Finds the processes outside `except` that have files of the volumes open for writing, or mapped so.
 ///
-/// fsnap itself is left out, and so are the processes in `ignore`, such as the engine that called it. One pass over
-/// `/proc`, since processes may stand frozen meanwhile: per process it costs one look at each descriptor's mode, and one
-/// at the mappings.
+/// fsnap itself is left out, and so are the processes in `ignore`, such as the engine that called it.
 pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    writers_among(&Census::take()?, volumes, except, ignore)
+}
+
+/// The same, among the processes of a census that has just been taken.
+///
+/// Processes may stand frozen meanwhile. So kernel threads cost nothing, and any other process one look at each descriptor's mode,
+/// and one question about its mappings.
+pub fn writers_among(census: &Census, volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
     let mut survey = Survey::new(volumes)?;
     let mut scan = WriterScan::default();
     let own = std::process::id().cast_signed();
-    let pids = all_pids().map_err(|source| Error::Read { object: "/proc".into(), source })?;
-    for pid in pids.into_iter().filter(|pid| *pid != own && !ignore.contains(pid)) {
-        match examine(pid, except, &mut survey, &mut scan.writers) {
+    for (&pid, stat) in &census.processes {
+        let process = ProcessId { pid, start_time: stat.start_time };
+        if stat.kernel_thread || pid == own || ignore.contains(&pid) || except.contains(process) {
+            continue;
+        }
+        match examine(process, stat, &mut survey, &mut scan.writers) {
             Err(error) if !is_gone(&error) => {
                 // One that has ended and was not waited for cannot be read, and has no files.
                 scan.unseen.extend(Member::look_up(pid).filter(|member| member.id.is_alive()));
@@ -54,13 +63,8 @@ pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<W
     Ok(scan)
 }
 
-fn examine(pid: i32, except: &Tree, survey: &mut Survey<'_>, found: &mut Vec<Writer>) -> std::io::Result<()> {
-    let dir = ProcDir::of(pid)?;
-    let stat = dir.stat()?;
-    let process = ProcessId { pid, start_time: stat.start_time };
-    if stat.kernel_thread || except.contains(process) {
-        return Ok(());
-    }
+fn examine(process: ProcessId, stat: &Stat, survey: &mut Survey<'_>, found: &mut Vec<Writer>) -> std::io::Result<()> {
+    let dir = ProcDir::of(process.pid)?;
     let view = survey.views.of(&dir)?;
     let first = found.len();
     visit_writable(&dir, &view, &survey.views, &mut |file| {
@@ -71,5 +75,10 @@ fn examine(pid: i32, except: &Tree, survey: &mut Survey<'_>, found: &mut Vec<Wri
             }
         }
         true
-    })
+    })?;
+    // Only of a writer does it matter that the pid still is that process's.
+    if found.len() > first && open(process).is_err() {
+        found.truncate(first);
+    }
+    Ok(())
 }
