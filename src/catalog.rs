@@ -6,8 +6,9 @@
 //! * A change of the world outside is preceded by an [`Intent`], committed durably, and followed by a transaction that
 //!   replaces the intent by its result. No backend is called inside a transaction.
 //! * An image may be deleted only if nothing holds it and a removal intent names it.
-//! * A commit on a catalog opened with [`Access::Frozen`] does no fsync: it survives fsnap's death, and a power cut
-//!   falls back to the intent, which was durable before the processes froze.
+//! * While processes stand frozen, the database is not touched: what is needed is read from a file beside the intent's
+//!   lock ([`find_plan`]), and what was taken is written to another, without an fsync. It survives fsnap's death, and
+//!   a power cut falls back to the intent, which was durable before the processes froze.
 //! * Each record carries a digest, so that a flipped byte is an error and never another record.
 
 pub mod format;
@@ -21,8 +22,8 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
-pub use intent::{ImageRef, Intent, IntentId, PendingCheckpoint, PlannedMember, Taken};
-pub use lock::IntentLock;
+pub use intent::{ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
+pub use lock::{IntentLock, Note, find_plan};
 pub use query::Removal;
 
 /// Why the catalog could not be read or changed.
@@ -96,8 +97,6 @@ pub enum Access {
     Read,
     /// To read and change; each commit is durable. Makes the catalog if there is none.
     Write,
-    /// To read and change while processes stand frozen: commits survive the death of fsnap, but nothing is synced.
-    Frozen,
 }
 
 /// The open catalog.
@@ -120,7 +119,7 @@ impl Catalog {
         format::check_file(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
-            Access::Write | Access::Frozen => OpenFlags::SQLITE_OPEN_READ_WRITE,
+            Access::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
         };
         let opened = Connection::open_with_flags(&path, how | OpenFlags::SQLITE_OPEN_NO_MUTEX);
         let db = opened.map_err(|source| translate(&path, source))?;
@@ -139,13 +138,6 @@ impl Catalog {
             Access::Write => {
                 self.db.pragma_update(None, "synchronous", "FULL")?;
                 self.db.pragma_update(None, "foreign_keys", true)?;
-            }
-            Access::Frozen => {
-                // In write-ahead mode NORMAL syncs only when the log is copied back; so it must not be, neither after
-                // a commit nor on close.
-                self.db.pragma_update(None, "synchronous", "NORMAL")?;
-                self.db.pragma_update(None, "wal_autocheckpoint", 0)?;
-                self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
             }
         }
         Ok(())

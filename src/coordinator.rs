@@ -16,6 +16,7 @@ mod remove;
 mod restore;
 mod targets;
 mod verify;
+mod window;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -35,8 +36,9 @@ pub use diff::{Change, ChangeKind, Side};
 pub use recover::Recovered;
 pub use register::{Registered, Registration};
 pub use restore::RestoreRequest;
-pub use targets::{Target, find_writers, writers_outside};
+pub use targets::{Target, find_writers, writers_in, writers_outside};
 pub use verify::Finding;
+pub use window::Window;
 
 /// The coordinator, on an open catalog.
 #[derive(Debug)]

@@ -18,6 +18,9 @@
 //! hash. `seq` grows and is never used again; all order goes by it, because clocks go backwards. A `holder` is
 //! `checkpoint ID`, `branch NAME` or `intent SEQ`.
 //!
+//! Beside it lies the directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The
+//! file `lock` is held while the catalog is made.
+//!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
 

@@ -7,6 +7,7 @@ use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
 use crate::name::Name;
 use crate::processes::ProcessId;
 use crate::quiesce::FreezeRecord;
+use crate::volume::StoreRecord;
 
 /// The number of an intent; never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,8 +82,6 @@ pub struct PendingCheckpoint {
     pub freeze: Option<FreezeRecord>,
     /// Where each member's snapshot will be.
     pub members: Vec<PlannedMember>,
-    /// All members, once every snapshot was taken.
-    pub taken: Option<Taken>,
 }
 
 /// One volume's part in a checkpoint that was begun.
@@ -107,6 +106,15 @@ impl PlannedMember {
     pub fn image(&self) -> ImageRef {
         ImageRef { store: self.store.clone(), at: self.at.clone() }
     }
+}
+
+/// What the frozen window needs to know, kept beside the catalog so that nothing is asked of a database in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The checkpoint, as its intent has it.
+    pub pending: PendingCheckpoint,
+    /// The stores of its members.
+    pub stores: Vec<StoreRecord>,
 }
 
 /// What the frozen window left behind.

@@ -1,34 +1,129 @@
-//! Who works on an intent.
+//! The files of an intent: who works on it, and what the frozen window reads and writes.
+//!
+//! Three files in the directory `intents`, for the intent `N`:
+//!
+//! * `N` is locked by whoever works on the intent, and holds the [`Plan`] of a checkpoint whose snapshots another process
+//!   takes: the hook of an engine;
+//! * `N.taken` holds what was [`Taken`], from the instant at which all was;
+//! * `N.new` is one that is being written.
+//!
+//! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
+//! meanwhile: it survives the death of fsnap. After a power cut it may be missing or torn; the intent in the catalog was durable before.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::io::{self, ErrorKind, Read, Seek, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 
-use super::{Catalog, Error, IntentId, Result};
+use rustix::fs::OFlags;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::query::encode;
+use super::{Catalog, Error, IntentId, PendingCheckpoint, Plan, Result, Taken};
 
 /// Held by the process that works on an intent; the kernel releases it when the process dies, however it dies.
 ///
 /// Lock order: an intent's lock is taken before a transaction begins, never inside one.
 #[derive(Debug)]
 pub struct IntentLock {
-    _file: File,
-    path: PathBuf,
+    file: File,
+    files: IntentFiles,
     finished: bool,
 }
 
+/// What the frozen window left behind, as far as can be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// Nothing: not everything was taken.
+    Absent,
+    /// Everything was taken.
+    Whole(Taken),
+    /// Something that cannot be read.
+    Torn,
+}
+
+#[derive(Debug)]
+struct IntentFiles {
+    dir: PathBuf,
+    id: IntentId,
+}
+
+impl IntentFiles {
+    fn of(state: &Path, id: IntentId) -> Self {
+        Self { dir: state.join("intents"), id }
+    }
+
+    fn lock(&self) -> PathBuf {
+        self.dir.join(self.id.to_string())
+    }
+
+    fn taken(&self) -> PathBuf {
+        self.dir.join(format!("{}.taken", self.id))
+    }
+
+    fn unfinished(&self) -> PathBuf {
+        self.dir.join(format!("{}.new", self.id))
+    }
+}
+
 impl IntentLock {
-    /// Removes the lock's file with the lock: the intent is gone.
+    /// Removes the intent's files, and the lock with them: the intent is gone.
     pub fn finish(mut self) {
         self.finished = true;
+    }
+
+    /// Writes down what the frozen window needs to know.
+    pub fn write_plan(&self, plan: &Plan) -> Result<()> {
+        let write = || {
+            let mut file = &self.file;
+            file.set_len(0)?;
+            file.rewind()?;
+            file.write_all(&to_bytes(plan))
+        };
+        write().map_err(io_error("write", &self.files.lock()))
+    }
+
+    /// Notes that everything was taken: the whole note appears at once.
+    pub fn write_taken(&self, taken: &Taken) -> Result<()> {
+        let (unfinished, path) = (self.files.unfinished(), self.files.taken());
+        let written = options().create(true).truncate(true).write(true).mode(0o600).open(&unfinished);
+        written
+            .and_then(|mut file| file.write_all(&to_bytes(taken)))
+            .and_then(|()| std::fs::rename(&unfinished, &path))
+            .map_err(io_error("write", &path))
+    }
+
+    /// Takes the note back: the snapshots are about to be deleted.
+    pub fn remove_taken(&self) -> Result<()> {
+        let path = self.files.taken();
+        unless_missing(std::fs::remove_file(&path)).map_err(io_error("remove", &path))
+    }
+
+    /// What was taken.
+    pub fn taken(&self) -> Result<Note> {
+        let path = self.files.taken();
+        match options().read(true).open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Note::Absent),
+            opened => {
+                let content = opened.and_then(read).map_err(io_error("read", &path))?;
+                Ok(from_bytes(&content).map_or(Note::Torn, Note::Whole))
+            }
+        }
     }
 }
 
 impl Drop for IntentLock {
     fn drop(&mut self) {
         if self.finished {
-            // A file left behind is one byte of dirt, which the next recovery removes; nothing depends on it.
-            let _ = std::fs::remove_file(&self.path);
+            // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
+            for path in [self.files.unfinished(), self.files.taken(), self.files.lock()] {
+                let _ = std::fs::remove_file(path);
+            }
         }
+        // A child that another thread is about to start has the descriptor too for a moment: closing is not enough.
+        let _ = self.file.unlock();
     }
 }
 
@@ -37,22 +132,121 @@ impl Catalog {
     ///
     /// The caller looks the intent up again afterwards: its former owner may have finished it.
     pub fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
-        let dir = self.state.join("intents");
-        let path = dir.join(id.to_string());
-        let io = |action| {
-            let path = path.clone();
-            move |source| Error::Io { action, path, source }
-        };
-        match std::fs::create_dir(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(io("make")(error)),
+        let files = IntentFiles::of(&self.state, id);
+        match std::fs::create_dir(&files.dir) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
             _ => {}
         }
-        let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
-        let file = opened.map_err(io("open"))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(IntentLock { _file: file, path, finished: false })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(io("lock")(error)),
+        let path = files.lock();
+        let opened = options().create(true).read(true).write(true).mode(0o600).open(&path);
+        lock(opened.map_err(io_error("open", &path))?, files)
+    }
+
+    /// Removes the files of intents that are gone: whoever finished them died before they were removed.
+    pub fn sweep_intent_files(&self) -> Result<()> {
+        let dir = self.state.join("intents");
+        let strays = || -> Result<BTreeSet<IntentId>> {
+            let mut found = ids_in(&dir)?;
+            for (id, _) in self.intents()? {
+                found.remove(&id);
+            }
+            Ok(found)
+        };
+        if strays()?.is_empty() {
+            return Ok(());
+        }
+        // An intent's lock is made in the transaction that records it: in another one, nobody's is half made.
+        self.transact(|_| {
+            for id in strays()? {
+                if let Some(lock) = self.lock_intent(id)? {
+                    lock.finish();
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether everything was taken, or may have been, of the checkpoint that the intent is for.
+    pub fn may_be_taken(&self, id: IntentId) -> bool {
+        IntentFiles::of(&self.state, id).taken().symlink_metadata().is_ok()
+    }
+}
+
+/// Finds a planned checkpoint that is `wanted` and that nobody works on, and locks it; looks at no database.
+pub fn find_plan(
+    state: &Path,
+    wanted: impl Fn(&PendingCheckpoint) -> bool,
+) -> Result<Option<(IntentId, IntentLock, Plan)>> {
+    for id in ids_in(&state.join("intents"))? {
+        let files = IntentFiles::of(state, id);
+        let path = files.lock();
+        let mut file = match options().read(true).write(true).open(&path) {
+            // Finished meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            file => file.map_err(io_error("open", &path))?,
+        };
+        let content = read(&mut file).map_err(io_error("read", &path))?;
+        // Intents of other kinds have no plan, and one that is being written is none of an engine that waits.
+        let Some(plan) = from_bytes::<Plan>(&content).filter(|plan| wanted(&plan.pending)) else { continue };
+        let Some(lock) = lock(file, files)? else { continue };
+        // Whoever finished it before the lock was free has unlinked the file.
+        if lock.file.metadata().map_err(io_error("examine", &path))?.nlink() > 0 {
+            return Ok(Some((id, lock, plan)));
         }
     }
+    Ok(None)
+}
+
+/// The intents that have files in the directory.
+fn ids_in(dir: &Path) -> Result<BTreeSet<IntentId>> {
+    let entries = match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        entries => entries.map_err(io_error("read", dir))?,
+    };
+    let mut ids = BTreeSet::new();
+    for entry in entries {
+        let name = entry.map_err(io_error("read", dir))?.file_name();
+        let number = name.to_str().map(|name| name.trim_end_matches(|c: char| c == '.' || c.is_ascii_lowercase()));
+        ids.extend(number.and_then(|number| number.parse().ok()).map(IntentId));
+    }
+    Ok(ids)
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
+    options
+}
+
+fn lock(file: File, files: IntentFiles) -> Result<Option<IntentLock>> {
+    match file.try_lock() {
+        Ok(()) => Ok(Some(IntentLock { file, files, finished: false })),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(io_error("lock", &files.lock())(error)),
+    }
+}
+
+fn read(mut file: impl Read) -> io::Result<Vec<u8>> {
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    Ok(content)
+}
+
+fn to_bytes<T: Serialize>(record: &T) -> Vec<u8> {
+    let (body, digest) = encode(record);
+    format!("{}\n{body}", hex::encode(digest)).into_bytes()
+}
+
+fn from_bytes<T: DeserializeOwned>(content: &[u8]) -> Option<T> {
+    let (digest, body) = std::str::from_utf8(content).ok()?.split_once('\n')?;
+    (digest == hex::encode(super::query::digest(body))).then(|| serde_json::from_str(body).ok())?
+}
+
+fn unless_missing(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path: path.clone(), source }
 }

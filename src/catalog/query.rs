@@ -13,14 +13,14 @@ use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::name::Name;
 use crate::volume::{RegisteredVolume, StoreRecord};
 
-fn digest(body: &str) -> [u8; 16] {
+pub(super) fn digest(body: &str) -> [u8; 16] {
     let mut short = [0; 16];
     short.copy_from_slice(&blake3::hash(body.as_bytes()).as_bytes()[..16]);
     short
 }
 
 /// A record as it is stored: its JSON and the digest of that.
-fn encode<T: Serialize>(record: &T) -> (String, [u8; 16]) {
+pub(super) fn encode<T: Serialize>(record: &T) -> (String, [u8; 16]) {
     let body = serde_json::to_string(record).expect("a record has string keys and no failing serializer");
     let digest = digest(&body);
     (body, digest)

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fsnap::coordinator::{Begun, Coordinator, Request, find_writers, writers_outside};
+use fsnap::coordinator::{Coordinator, Request, Window, find_writers, writers_outside};
 use fsnap::name::Name;
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{Frozen, Quiesce};
@@ -73,13 +73,14 @@ pub(crate) fn run(args: Args) -> Outcome {
         tree: args.pid.map(ProcessId::of).transpose()?,
         ..Request::default()
     };
-    let mut begun = coordinator.begin(request)?;
+    let mut window = coordinator.window(coordinator.begin(request)?)?;
     let within = Duration::from_secs_f64(args.deadline);
     let taken = if tree.is_some() || args.freeze_writers {
-        take_frozen(&coordinator, &mut begun, tree, args.freeze_writers, within)
+        take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
-        coordinator.take(&mut begun, false, |pending| writers_outside(pending, &Tree::of_processes([]), &[]))
+        window.take(false, |pending| writers_outside(pending, &Tree::of_processes([]), &[]))
     };
+    let begun = window.close();
     if let Err(error) = taken {
         return Err(Failure::Error(coordinator.give_up(begun, error)));
     }
@@ -97,7 +98,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// Whatever fails, everything runs again before this returns.
 fn take_frozen(
     coordinator: &Coordinator,
-    begun: &mut Begun,
+    window: &mut Window,
     tree: Option<Tree>,
     writers_too: bool,
     within: Duration,
@@ -105,24 +106,24 @@ fn take_frozen(
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
     if writers_too {
-        let outside = find_writers(begun.pending(), quiesce.tree(), &[])?;
+        let outside = find_writers(window.pending(), quiesce.tree(), &[])?;
         quiesce.also(outside.writers.into_iter().map(|writer| writer.process));
     }
-    coordinator.record_freeze(begun, quiesce.record().clone())?;
+    coordinator.record_freeze(window, quiesce.record().clone())?;
     let mut frozen = quiesce.freeze(within)?;
     if writers_too {
-        freeze_late_writers(begun, &mut frozen)?;
+        freeze_late_writers(window, &mut frozen)?;
     }
     let standing = everyone_in(&frozen);
-    coordinator.take(begun, true, move |pending| writers_outside(pending, &standing, &[]))?;
+    window.take(true, move |pending| writers_outside(pending, &standing, &[]))?;
     frozen.check()?;
     Ok(frozen.thaw()?)
 }
 
 /// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.
-fn freeze_late_writers(begun: &Begun, frozen: &mut Frozen) -> fsnap::Result<()> {
+fn freeze_late_writers(window: &Window, frozen: &mut Frozen) -> fsnap::Result<()> {
     loop {
-        let late = find_writers(begun.pending(), &everyone_in(frozen), &[])?.writers;
+        let late = find_writers(window.pending(), &everyone_in(frozen), &[])?.writers;
         if late.is_empty() {
             return Ok(());
         }

@@ -66,9 +66,9 @@ impl Context {
         Ok(Coordinator::open(&self.state, Access::Read, PATIENCE)?)
     }
 
-    /// Opens the catalog while processes stand frozen.
-    pub(crate) fn frozen(&self) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, Access::Frozen, self.config.hook.deadline())?)
+    /// Opens the catalog to read it, and leaves everything as it is.
+    pub(crate) fn look(&self) -> Result<Coordinator, Failure> {
+        Ok(Coordinator::open(&self.state, Access::Read, self.config.hook.deadline())?)
     }
 }
 

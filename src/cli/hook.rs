@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use fsnap::catalog::PendingCheckpoint;
 use fsnap::checkpoint::{EngineImages, PathText};
-use fsnap::coordinator::{Coordinator, Request, Target, writers_outside};
+use fsnap::coordinator::{Coordinator, Request, Target, Window, writers_in};
 use fsnap::engine::criu::{self, HookCall};
 use fsnap::engine::{ImageRecord, MemberRecord, Phase};
-use fsnap::processes::{ProcessId, Tree};
+use fsnap::processes::{Census, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
 use super::failure::say;
@@ -94,48 +95,55 @@ fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Opt
 
 /// The processes stand: take the snapshots, and leave all else for later.
 fn take(context: &Context, call: &HookCall) -> Outcome {
-    let deadline = context.config.hook.deadline();
-    give_up_after(deadline);
+    give_up_after(context.config.hook.deadline());
     let Some(pid) = call.tree else { return Ok(()) };
-    let coordinator = context.frozen()?;
     failpoint::hit("hook:frozen");
+    // Side by side with all that comes before the snapshots.
+    let census = std::thread::spawn(Census::take);
     let images = images(call);
-    let Some(mut begun) = coordinator.begun_in(&images)? else {
+    let Some(mut window) = Window::reopen(&context.state, &images)? else {
         // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.
-        return match targets(context, &coordinator, pid)? {
+        return match targets(context, &context.look()?, pid)? {
             None => Ok(()),
             Some(_) => Err(Error::NotBegun { engine: call.engine.to_string(), images: images.images }.into()),
         };
     };
-    if begun.pending().taken.is_some() {
-        return Output::new().line(begun.pending().id);
+    let id = window.pending().id;
+    if window.taken().is_some() {
+        return Output::new().line(id);
     }
+    let ignore = [call.engine.pid, environment::parent()];
+    let outside = move |pending: &PendingCheckpoint| {
+        let census = census.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let tree = Tree::of_standing(&census, pid)?;
+        writers_in(&census, pending, &tree, &ignore)
+    };
     let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
-        let tree = Tree::of_pid(pid)?;
-        let ignore = [call.engine.pid, environment::parent()];
-        coordinator.take(&mut begun, true, move |pending| writers_outside(pending, &tree, &ignore))?;
+        window.take(true, outside)?;
         failpoint::hit("hook:taken");
-        let taken = begun.pending().taken.as_ref();
-        let members = taken.into_iter().flat_map(|taken| &taken.members).map(|member| MemberRecord {
-            volume: member.volume.to_string(),
-            path: member.path.0.clone(),
-            backend: member.backend.clone(),
-            store: member.store.clone(),
-            identity: member.identity.clone(),
-            at: member.snapshot.at.clone(),
-            snapshot: member.snapshot.identity.clone(),
-        });
-        let record = ImageRecord::new(begun.pending().id.to_string(), members.collect());
-        Ok(call.images.write_record(&record)?)
+        Ok(call.images.write_record(&record(&window))?)
     });
     if let Err(error) = taken {
         let error = error.and_undo(call.images.remove_record().map_err(Error::from));
-        return Err(coordinator.give_up(begun, error).into());
+        return Err(window.give_up(error).into());
     }
     failpoint::hit("hook:written");
-    let id = begun.pending().id;
-    coordinator.leave(begun);
+    window.leave();
     Output::new().line(id)
+}
+
+/// What is left beside the engine's images.
+fn record(window: &Window) -> ImageRecord {
+    let members = window.taken().into_iter().flat_map(|taken| &taken.members).map(|member| MemberRecord {
+        volume: member.volume.to_string(),
+        path: member.path.0.clone(),
+        backend: member.backend.clone(),
+        store: member.store.clone(),
+        identity: member.identity.clone(),
+        at: member.snapshot.at.clone(),
+        snapshot: member.snapshot.identity.clone(),
+    });
+    ImageRecord::new(window.pending().id.to_string(), members.collect())
 }
 
 /// A restore begins: refuse the wrong files.

@@ -1,12 +1,12 @@
-//! Takes a checkpoint: begin while the processes run, take while they stand, seal when they run again.
+//! Takes a checkpoint: begin while the processes run, take in the [`Window`] in which they stand, seal when they run again.
 
 use std::sync::Arc;
 
-use fsnap_backend::{Backend, Consistency, Source};
+use fsnap_backend::{Backend, Source};
 
-use super::{Coordinator, Target, adopt, side_by_side};
-use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, PlannedMember, Taken};
-use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages, Member};
+use super::{Coordinator, Target, Window, adopt, side_by_side};
+use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, Plan, PlannedMember, Taken};
+use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
 use crate::processes::ProcessId;
@@ -33,13 +33,14 @@ pub struct Request {
 /// A checkpoint that was begun and belongs to this process.
 #[derive(Debug)]
 pub struct Begun {
-    id: IntentId,
-    lock: IntentLock,
-    pending: PendingCheckpoint,
+    pub(super) id: IntentId,
+    pub(super) lock: IntentLock,
+    pub(super) pending: PendingCheckpoint,
+    pub(super) taken: Option<Taken>,
 }
 
 impl Begun {
-    /// What was planned, and what was taken.
+    /// What was planned.
     pub fn pending(&self) -> &PendingCheckpoint {
         &self.pending
     }
@@ -92,16 +93,28 @@ impl Coordinator {
             boot: boot_id()?,
             freeze: None,
             members,
-            taken: None,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("begin:recorded");
-        let begun = Begun { id, lock, pending };
-        match self.prime(&begun) {
+        let begun = Begun { id, lock, pending, taken: None };
+        match self.write_plan(&begun).and_then(|()| self.prime(&begun)) {
             Ok(()) => Ok(begun),
             Err(error) => Err(self.give_up(begun, error)),
         }
+    }
+
+    /// Leaves the plan to another process, which takes the snapshots: the engine's next hook.
+    fn write_plan(&self, begun: &Begun) -> Result<()> {
+        if begun.pending.engine.is_none() {
+            return Ok(());
+        }
+        let mut stores = Vec::new();
+        for member in &begun.pending.members {
+            stores.extend(self.catalog.store(&member.store)?);
+        }
+        stores.dedup();
+        Ok(begun.lock.write_plan(&Plan { pending: begun.pending.clone(), stores })?)
     }
 
     /// Flushes and copies ahead once more; the processes still run.
@@ -124,68 +137,33 @@ impl Coordinator {
                 continue;
             }
             let Some(lock) = self.catalog.lock_intent(id)? else { continue };
-            return Ok(Some(Begun { id, lock, pending: *pending }));
+            return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
         }
         Ok(None)
     }
 
     /// Records what fsnap is about to stop, durably, before it is stopped.
-    pub fn record_freeze(&self, begun: &mut Begun, freeze: FreezeRecord) -> Result<()> {
+    pub fn record_freeze(&self, window: &mut Window, freeze: FreezeRecord) -> Result<()> {
+        let begun = &mut window.begun;
         begun.pending.freeze = Some(freeze);
         self.catalog.update(begun.id, &Intent::Checkpoint(Box::new(begun.pending.clone())))?;
         Ok(())
     }
 
-    /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
-    ///
-    /// `outside` finds, while the snapshots are taken, who else has files of the volumes open for writing: one list per
-    /// planned member. What was taken is recorded without syncing. When this fails, the caller gives the checkpoint up.
-    pub fn take(
-        &self,
-        begun: &mut Begun,
-        stopped: bool,
-        outside: impl FnOnce(&PendingCheckpoint) -> Result<Vec<Vec<String>>> + Send,
-    ) -> Result<()> {
-        let members = self.open_members(&begun.pending)?;
-        failpoint::hit("take:opened");
-        let pending = &begun.pending;
-        let (snapshots, writers) = std::thread::scope(|scope| {
-            let scan = scope.spawn(move || outside(pending));
-            let snapshots = side_by_side(&members, |(store, member)| {
-                let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
-                let snapshot = store.snapshot(&volume, &member.at)?;
-                failpoint::hit("take:snapshot");
-                Ok(snapshot)
-            });
-            (snapshots, scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-        });
-        let (snapshots, writers) = (snapshots?, writers?);
-        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
-            volume: plan.volume.clone(),
-            path: plan.path.clone(),
-            identity: plan.identity.clone(),
-            backend: plan.backend.clone(),
-            store: plan.store.clone(),
-            consistency: if stopped && writers.is_empty() {
-                Consistency::PointInTime
-            } else {
-                store.store().capabilities.live
-            },
-            snapshot,
-            writers,
-        });
-        begun.pending.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect() });
-        failpoint::hit("take:all");
-        self.catalog.update(begun.id, &Intent::Checkpoint(Box::new(begun.pending.clone())))?;
-        failpoint::hit("take:recorded");
-        Ok(())
+    /// Opens all that will be needed while the processes stand, before they do.
+    pub fn window(&self, begun: Begun) -> Result<Window> {
+        let stores = begun.pending.members.iter().map(|member| self.store(&member.store)).collect();
+        match stores {
+            Ok(stores) => Ok(Window::new(begun, stores)),
+            Err(error) => Err(self.give_up(begun, error)),
+        }
     }
 
     /// Makes what was taken durable, and puts the checkpoint in the place of its intent.
     ///
     /// The processes run again. When a member turns out not to be whole, everything is undone.
     pub fn seal(&self, begun: Begun) -> Result<Checkpoint> {
-        let Some(taken) = &begun.pending.taken else {
+        let Some(taken) = &begun.taken else {
             return Err(Error::NothingToTake { why: "no snapshot was taken".into() });
         };
         let settled = side_by_side(&self.open_members(&begun.pending)?, |(store, member)| {
@@ -219,11 +197,6 @@ impl Coordinator {
         Ok(checkpoint)
     }
 
-    /// Leaves a taken checkpoint to be sealed by the next command: while the processes stand there is no time for it.
-    pub fn leave(&self, begun: Begun) {
-        drop(begun);
-    }
-
     /// Undoes a checkpoint that was begun, and returns `error` with what went wrong in the undoing.
     pub fn give_up(&self, begun: Begun, error: Error) -> Error {
         error.and_undo(self.undo(begun.id, begun.lock))
@@ -240,10 +213,6 @@ impl Coordinator {
         }
         lock.finish();
         Ok(())
-    }
-
-    pub(super) fn begun(&self, id: IntentId, lock: IntentLock, pending: PendingCheckpoint) -> Begun {
-        Begun { id, lock, pending }
     }
 
     fn open_members<'a>(&self, pending: &'a PendingCheckpoint) -> Result<Vec<(Arc<dyn Backend>, &'a PlannedMember)>> {

@@ -1,8 +1,8 @@
 //! Finishes or undoes what was begun by somebody who is gone.
 
-use super::Coordinator;
 use super::checkpoint::{boot_id, is_lost};
-use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, Taken};
+use super::{Begun, Coordinator};
+use crate::catalog::{Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, Member};
 use crate::name::Name;
 use crate::{Result, engine};
@@ -35,7 +35,7 @@ impl Coordinator {
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
         for (id, intent) in self.catalog.intents()? {
-            if !needs_recovery(&intent) {
+            if !self.needs_recovery(id, &intent) {
                 continue;
             }
             let Some(lock) = self.catalog.lock_intent(id)? else { continue };
@@ -44,13 +44,23 @@ impl Coordinator {
                 lock.finish();
                 continue;
             };
-            if !needs_recovery(&intent) {
+            if !self.needs_recovery(id, &intent) {
                 continue;
             }
             let what = describe(&intent);
             done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
+        self.catalog.sweep_intent_files()?;
         Ok(done)
+    }
+
+    fn needs_recovery(&self, id: IntentId, intent: &Intent) -> bool {
+        match intent {
+            Intent::Checkpoint(pending) => {
+                self.catalog.may_be_taken(id) || pending.owner.is_none_or(|owner| !owner.is_alive())
+            }
+            Intent::Branch { .. } | Intent::Remove { .. } => true,
+        }
     }
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
@@ -69,20 +79,22 @@ impl Coordinator {
         }
     }
 
-    fn recover_checkpoint(&self, id: IntentId, lock: IntentLock, mut pending: PendingCheckpoint) -> Result<Recovered> {
+    fn recover_checkpoint(&self, id: IntentId, lock: IntentLock, pending: PendingCheckpoint) -> Result<Recovered> {
         // First of all, nobody stays frozen.
         if let Some(freeze) = &pending.freeze {
             freeze.thaw()?;
         }
         let checkpoint = pending.id;
-        if pending.taken.is_none() && pending.boot != boot_id()? {
-            pending.taken = self.taken_before_the_power_cut(&pending)?;
-        }
-        if pending.taken.is_none() {
+        let taken = match lock.taken()? {
+            Note::Whole(taken) => Some(taken),
+            Note::Absent if pending.boot == boot_id()? => None,
+            Note::Absent | Note::Torn => self.taken_before_the_power_cut(&pending)?,
+        };
+        if taken.is_none() {
             self.undo(id, lock)?;
             return Ok(Recovered::Undone(checkpoint));
         }
-        match self.seal(self.begun(id, lock, pending)) {
+        match self.seal(Begun { id, lock, pending, taken }) {
             Ok(sealed) => Ok(Recovered::Sealed(sealed.id)),
             Err(error) if is_lost(&error) => Ok(Recovered::Undone(checkpoint)),
             Err(error) => Err(error),
@@ -119,13 +131,6 @@ impl Coordinator {
             });
         }
         Ok(Some(Taken { time: jiff::Timestamp::now(), members }))
-    }
-}
-
-fn needs_recovery(intent: &Intent) -> bool {
-    match intent {
-        Intent::Checkpoint(pending) => pending.taken.is_some() || pending.owner.is_none_or(|owner| !owner.is_alive()),
-        Intent::Branch { .. } | Intent::Remove { .. } => true,
     }
 }
 

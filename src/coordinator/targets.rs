@@ -10,7 +10,7 @@ use crate::branch::{Branch, BranchMember};
 use crate::catalog::PendingCheckpoint;
 use crate::checkpoint::PathText;
 use crate::name::Name;
-use crate::processes::{self, Candidate, CandidateKind, Tree, WriterScan};
+use crate::processes::{self, Candidate, CandidateKind, Census, Tree, WriterScan};
 use crate::volume::RegisteredVolume;
 use crate::{Error, Result};
 
@@ -120,7 +120,17 @@ impl Coordinator {
 ///
 /// The processes in `ignore`, such as the engine, are left out.
 pub fn writers_outside(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<Vec<Vec<String>>> {
-    let scan = find_writers(pending, tree, ignore)?;
+    writers_in(&Census::take()?, pending, tree, ignore)
+}
+
+/// The same, among the processes of a census that has just been taken.
+pub fn writers_in(
+    census: &Census,
+    pending: &PendingCheckpoint,
+    tree: &Tree,
+    ignore: &[i32],
+) -> Result<Vec<Vec<String>>> {
+    let scan = processes::writers_among(census, &planned(pending)?, tree, ignore)?;
     let mut lists = vec![Vec::new(); pending.members.len()];
     for writer in scan.writers {
         let path = crate::printable(writer.path.as_os_str());
@@ -138,6 +148,10 @@ pub fn writers_outside(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32])
 
 /// Finds who outside `tree` has files of the members open for writing.
 pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    Ok(processes::writers(&planned(pending)?, tree, ignore)?)
+}
+
+fn planned(pending: &PendingCheckpoint) -> Result<Vec<Candidate>> {
     let candidate = |member: &crate::catalog::PlannedMember| {
         Candidate::of(member.path.as_path(), CandidateKind::Registered).map_err(|source| Error::Io {
             action: "open the directory",
@@ -145,8 +159,7 @@ pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) ->
             source,
         })
     };
-    let candidates = pending.members.iter().map(candidate).collect::<Result<Vec<_>>>()?;
-    Ok(processes::writers(&candidates, tree, ignore)?)
+    pending.members.iter().map(candidate).collect()
 }
 
 /// The targets that are there, as candidates and by the same indices.

@@ -37,7 +37,7 @@ fn both(site: &Site, rounds: usize) -> Result<[Duration; 2], Failure> {
 
 /// Records copies of the newest checkpoint, each the parent of the next.
 fn fill(state: &Path) -> Result<(), Failure> {
-    let catalog = Catalog::open(state, Access::Frozen, Duration::from_secs(10))?;
+    let catalog = Catalog::open(state, Access::Write, Duration::from_secs(10))?;
     let mut last = catalog.latest()?.ok_or("there is no checkpoint to copy")?;
     for number in 0..MANY {
         let id = CheckpointId::random()?;
@@ -52,7 +52,6 @@ fn fill(state: &Path) -> Result<(), Failure> {
             boot: String::new(),
             freeze: None,
             members: Vec::new(),
-            taken: None,
         };
         let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending)))?;
         let mut members = last.members.clone();

@@ -41,7 +41,7 @@ impl Site {
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.path("fsnap-criu-hook"))?;
         run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()).stdout(Stdio::null()))?;
         site.writer = Command::new("setsid")
-            .args(["sh", "-c", "exec 3>>held; while :; do sleep 1000; done"])
+            .args(["sh", "-c", "exec 3>>held; exec sleep infinity"])
             .current_dir(site.volume())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

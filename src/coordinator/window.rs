@@ -1,0 +1,130 @@
+//! The frozen window: what is done while processes stand, and nothing else.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use fsnap_backend::{Backend, Consistency};
+
+use super::{Begun, adopt, side_by_side};
+use crate::catalog::{self, Note, PendingCheckpoint, Taken};
+use crate::checkpoint::{EngineImages, Member};
+use crate::{Error, Result, failpoint, stores};
+
+/// A checkpoint that was begun, with all that is needed while its processes stand: the database is not.
+#[derive(Debug)]
+pub struct Window {
+    pub(super) begun: Begun,
+    /// One for each planned member.
+    stores: Vec<Arc<dyn Backend>>,
+}
+
+impl Window {
+    pub(super) fn new(begun: Begun, stores: Vec<Arc<dyn Backend>>) -> Self {
+        Self { begun, stores }
+    }
+
+    /// Finds the checkpoint that another process began for the engine's images in that directory; `None` if none was.
+    ///
+    /// `state` is the directory of the catalog, which is not opened.
+    pub fn reopen(state: &Path, images: &EngineImages) -> Result<Option<Self>> {
+        let wanted = |pending: &PendingCheckpoint| pending.engine.as_ref() == Some(images);
+        let Some((id, lock, plan)) = catalog::find_plan(state, wanted)? else { return Ok(None) };
+        let taken = match lock.taken()? {
+            Note::Whole(taken) => Some(taken),
+            Note::Absent | Note::Torn => None,
+        };
+        let mut opened = BTreeMap::new();
+        for record in &plan.stores {
+            opened.insert(&record.identity, stores::open(record)?);
+        }
+        let found = |store| opened.get(store).map(Arc::clone);
+        let stores = plan.pending.members.iter().map(|member| {
+            found(&member.store).ok_or_else(|| {
+                let what = format!("the store {}, in the plan of the checkpoint,", member.store);
+                Error::Backend(fsnap_backend::Error::NotFound { what })
+            })
+        });
+        let stores = stores.collect::<Result<_>>()?;
+        Ok(Some(Self { begun: Begun { id, lock, pending: plan.pending, taken }, stores }))
+    }
+
+    /// What was planned.
+    pub fn pending(&self) -> &PendingCheckpoint {
+        &self.begun.pending
+    }
+
+    /// What was taken, once everything was.
+    pub fn taken(&self) -> Option<&Taken> {
+        self.begun.taken.as_ref()
+    }
+
+    /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
+    ///
+    /// `outside` finds, while the snapshots are taken, who else has files of the volumes open for writing: one list per
+    /// planned member. What was taken is noted without syncing. When this fails, the caller gives the checkpoint up.
+    pub fn take(
+        &mut self,
+        stopped: bool,
+        outside: impl FnOnce(&PendingCheckpoint) -> Result<Vec<Vec<String>>> + Send,
+    ) -> Result<()> {
+        failpoint::hit("take:opened");
+        let pending = &self.begun.pending;
+        let members: Vec<_> = self.stores.iter().zip(&pending.members).collect();
+        let (snapshots, writers) = std::thread::scope(|scope| {
+            let scan = scope.spawn(move || outside(pending));
+            let snapshots = side_by_side(&members, |(store, member)| {
+                let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
+                let snapshot = store.snapshot(&volume, &member.at)?;
+                failpoint::hit("take:snapshot");
+                Ok(snapshot)
+            });
+            (snapshots, scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let (snapshots, writers) = (snapshots?, writers?);
+        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
+            volume: plan.volume.clone(),
+            path: plan.path.clone(),
+            identity: plan.identity.clone(),
+            backend: plan.backend.clone(),
+            store: plan.store.clone(),
+            consistency: if stopped && writers.is_empty() {
+                Consistency::PointInTime
+            } else {
+                store.store().capabilities.live
+            },
+            snapshot,
+            writers,
+        });
+        let taken = Taken { time: jiff::Timestamp::now(), members: taken.collect() };
+        failpoint::hit("take:all");
+        self.begun.lock.write_taken(&taken)?;
+        self.begun.taken = Some(taken);
+        failpoint::hit("take:recorded");
+        Ok(())
+    }
+
+    /// The processes run again, and the catalog may be used: the checkpoint can be sealed or given up.
+    pub fn close(self) -> Begun {
+        self.begun
+    }
+
+    /// Leaves a taken checkpoint to be sealed by the next command: while the processes stand there is no time for it.
+    pub fn leave(self) {
+        drop(self);
+    }
+
+    /// Deletes what was taken, and returns `error` with what went wrong in that.
+    ///
+    /// The intent stays, and is dropped by the next command.
+    pub fn give_up(self, error: Error) -> Error {
+        let undone = self.begun.lock.remove_taken().map_err(Error::from).and_then(|()| {
+            let members: Vec<_> = self.stores.iter().zip(&self.begun.pending.members).collect();
+            side_by_side(&members, |(store, member)| {
+                store.deactivate(&member.at)?;
+                Ok(store.delete(&member.at)?)
+            })
+        });
+        error.and_undo(undone.map(drop))
+    }
+}
