@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::proc_dir::{Stat, ended, is_gone, numbers_in, open_proc, stat_in};
+use super::proc_dir::{Stat, ended, is_gone, is_idle, numbers_in, open_proc, stat_in};
 use super::{Error, ProcessId, Result};
 
 /// What `/proc/PID/stat` said of every process at one time.
 ///
 /// The cheapest question about a process, asked once of all, while other processes may stand frozen: who descends from
-/// whom, and who is worth a closer look.
+/// whom, and who is worth a closer look. The kernel's own threads, and processes that have ended, are not in it.
 #[derive(Debug, Clone, Default)]
 pub struct Census {
     pub(super) processes: BTreeMap<i32, Stat>,
@@ -21,6 +21,9 @@ impl Census {
         let proc = open_proc().map_err(read)?;
         let mut processes = BTreeMap::new();
         for pid in numbers_in(&proc).map_err(read)? {
+            if is_idle(&proc, pid) {
+                continue;
+            }
             match stat_in(&proc, pid) {
                 Ok(stat) => drop(processes.insert(pid, stat)),
                 Err(error) if is_gone(&error) => {}

@@ -101,17 +101,17 @@ fn visit_descriptors(
     const O_DIRECTORY: u64 = OFlags::DIRECTORY.bits() as u64;
     let dir = process.open_dir("fd")?;
     for number in numbers_in(&dir)? {
+        // `None`: it was closed meanwhile.
+        let Some(path) = unless_gone(link_in(&dir, &number.to_string()))? else { continue };
+        if !path.is_absolute() {
+            continue; // A socket, a pipe, an eventfd: most of them.
+        }
         // The owner's bits of the link itself tell how the file is open, and cost neither an open nor a look at it.
         let found = rustix::fs::statat(&dir, number.to_string(), AtFlags::SYMLINK_NOFOLLOW);
         let Ok(link) = found else { continue };
         let writable = link.st_mode & 0o200 != 0;
         if !writable && !directories {
             continue;
-        }
-        // `None`: it was closed meanwhile.
-        let Some(path) = unless_gone(link_in(&dir, &number.to_string()))? else { continue };
-        if !path.is_absolute() {
-            continue; // A socket, a pipe, an eventfd.
         }
         let info = unless_gone(process.read(&format!("fdinfo/{number}")))?;
         let Some((open_flags, mount)) = info.as_deref().and_then(parse_fdinfo) else { continue };

@@ -11,8 +11,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use rustix::buffer::spare_capacity;
-use rustix::fs::{CWD, Mode, OFlags, RawDir};
-use rustix::io::retry_on_intr;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir};
+use rustix::io::{Errno, retry_on_intr};
 
 /// The directory of one process, pinned: once the process has ended, every call fails, whoever has its pid now.
 #[derive(Debug)]
@@ -26,6 +26,24 @@ impl ProcDir {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = rustix::fs::openat(CWD, format!("/proc/{pid}"), flags, Mode::empty())?;
         Ok(Self { dir })
+    }
+
+    /// The directory that shows what the process has in use; `state` is the letter of its first thread.
+    ///
+    /// The first thread may end long before the others, and shows nothing then: so it is that of one that lives.
+    pub(crate) fn living(self, state: u8) -> io::Result<Self> {
+        if !ended(state) {
+            return Ok(self);
+        }
+        for thread in self.numbers("task")? {
+            if self.thread_stat(thread).is_ok_and(|stat| !ended(stat.state)) {
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                return Ok(Self {
+                    dir: rustix::fs::openat(&self.dir, format!("task/{thread}"), flags, Mode::empty())?,
+                });
+            }
+        }
+        Err(Errno::SRCH.into())
     }
 
     /// Reads one of its files, such as `stat` or `task/7/children`, whole.
@@ -97,6 +115,16 @@ pub(crate) fn open_proc() -> io::Result<OwnedFd> {
 /// The pids of all processes.
 pub(crate) fn all_pids() -> io::Result<Vec<i32>> {
     numbers_in(open_proc()?)
+}
+
+/// Whether the process has no thread that could write to a file: it is one of the kernel's, or has ended.
+///
+/// Asks twice at most, and `stat` costs three times as much. A process without memory has no program; one whose first
+/// thread alone has ended has none either, but more threads than that.
+pub(crate) fn is_idle(proc: impl AsFd, pid: i32) -> bool {
+    let program = rustix::fs::readlinkat(&proc, format!("{pid}/exe"), [0; 0]);
+    program == Err(Errno::NOENT)
+        && rustix::fs::statat(&proc, format!("{pid}/task"), AtFlags::empty()).is_ok_and(|task| task.st_nlink <= 3)
 }
 
 /// What `stat` says of the process that has this pid now, in three system calls.

@@ -191,13 +191,14 @@ impl<'a> Survey<'a> {
     }
 }
 
-/// Opens the directory of a process, if it is still the same one.
+/// Opens the directory of a process, or of one of its threads that lives, if it is still the same one.
 pub(super) fn open(process: ProcessId) -> io::Result<ProcDir> {
     let dir = ProcDir::of(process.pid)?;
-    if dir.stat()?.start_time != process.start_time {
+    let stat = dir.stat()?;
+    if stat.start_time != process.start_time {
         return Err(rustix::io::Errno::SRCH.into());
     }
-    Ok(dir)
+    dir.living(stat.state)
 }
 
 /// Where the candidate's root lies, if what stands there is still the candidate.

@@ -64,7 +64,7 @@ pub fn writers_among(census: &Census, volumes: &[Candidate], except: &Tree, igno
 }
 
 fn examine(process: ProcessId, stat: &Stat, survey: &mut Survey<'_>, found: &mut Vec<Writer>) -> std::io::Result<()> {
-    let dir = ProcDir::of(process.pid)?;
+    let dir = ProcDir::of(process.pid)?.living(stat.state)?;
     let view = survey.views.of(&dir)?;
     let first = found.len();
     visit_writable(&dir, &view, &survey.views, &mut |file| {

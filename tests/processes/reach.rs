@@ -11,7 +11,7 @@ use fsnap::processes::{Candidate, CandidateKind, How, Tree, reach, writers};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::live::{Case, Live};
+use crate::live::{Case, Live, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("a_file_open_for_writing_counts", a_file_open_for_writing_counts),
@@ -29,6 +29,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_nested_subvolume_belongs_to_its_volume", a_nested_subvolume_belongs_to_its_volume),
     ("a_name_of_any_bytes_hides_nothing", a_name_of_any_bytes_hides_nothing),
     ("a_volume_made_again_is_another", a_volume_made_again_is_another),
+    ("a_process_whose_first_thread_ended_is_seen", a_process_whose_first_thread_ended_is_seen),
     ("writers_outside_the_tree_are_named", writers_outside_the_tree_are_named),
 ];
 
@@ -282,6 +283,18 @@ fn a_volume_made_again_is_another() {
     assert_eq!(reached(&live, std::slice::from_ref(&before)), []);
     fs::remove_dir(&dir).unwrap();
     assert_eq!(reached(&live, &[before]), []);
+}
+
+fn a_process_whose_first_thread_ended_is_seen() {
+    let place = Place::new();
+    let dir = place.dir("one");
+    let live = Live::start(&["first-thread-ends", text(&dir)]);
+    let stat = || fs::read_to_string(format!("/proc/{}/stat", live.id)).unwrap();
+    wait_until("the end of the first thread", || stat().contains(") Z "));
+    wait_until("its file", || fs::read_dir(&dir).unwrap().next().is_some());
+    let found = writers(&[volume(&dir)], &Tree::of_processes([]), &[]).unwrap().writers;
+    assert_eq!(found.iter().map(|found| found.process).collect::<Vec<_>>(), [live.id]);
+    assert_eq!(reached(&live, &[volume(&dir)]).len(), 1);
 }
 
 fn writers_outside_the_tree_are_named() {
