@@ -1,5 +1,6 @@
 //! `fsnap hook`
 
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use fsnap::catalog::PendingCheckpoint;
@@ -44,11 +45,14 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
-    let context = Context::load()?;
     match call.phase {
-        Phase::Starting => start(&context, &call),
-        Phase::Frozen => take(&context, &call),
-        Phase::Restoring => check(&context, &call),
+        Phase::Starting => start(&Context::load()?, &call),
+        Phase::Frozen => {
+            // Side by side with all that comes before the snapshots: the processes stand already.
+            let census = std::thread::spawn(Census::take);
+            take(&Context::load()?, &call, census)
+        }
+        Phase::Restoring => check(&Context::load()?, &call),
         Phase::Restored | Phase::Resumed => Ok(()),
     }
 }
@@ -94,12 +98,10 @@ fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Opt
 }
 
 /// The processes stand: take the snapshots, and leave all else for later.
-fn take(context: &Context, call: &HookCall) -> Outcome {
+fn take(context: &Context, call: &HookCall, census: JoinHandle<fsnap::processes::Result<Census>>) -> Outcome {
     give_up_after(context.config.hook.deadline());
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
-    // Side by side with all that comes before the snapshots.
-    let census = std::thread::spawn(Census::take);
     let images = images(call);
     let Some(mut window) = Window::reopen(&context.state, &images)? else {
         // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.

@@ -7,10 +7,10 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FileType, StatxFlags};
 
 use super::mounts::Device;
-use super::proc_dir::{ProcDir, link_in, numbers_in, parse, read_all, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, read_all, unescape, unless_gone};
 use super::sys;
 use super::view::{Located, View, Views};
 
@@ -54,35 +54,44 @@ pub(crate) struct InUse {
     pub(crate) device: Option<u64>,
 }
 
+/// Where a process's files lie, and where it matters.
+#[derive(Debug)]
+pub(crate) struct Lens<'a> {
+    /// The process's mounts.
+    pub(crate) view: &'a View,
+    /// All that is known of other processes'.
+    pub(crate) views: &'a Views,
+    /// The file systems that are looked for: descriptors of files that surely lie on another are passed over.
+    pub(crate) devices: &'a [Device],
+}
+
 /// Shows `visit` every file that the process has open or mapped for writing, until it says `false`.
 pub(crate) fn visit_writable(
     process: &ProcDir,
-    view: &View,
-    views: &Views,
+    lens: &Lens<'_>,
     visit: &mut dyn FnMut(InUse) -> bool,
 ) -> io::Result<()> {
-    if visit_descriptors(process, view, views, false, visit)? {
-        visit_mappings(process, view, views, visit)?;
+    if visit_descriptors(process, lens, false, visit)? {
+        visit_mappings(process, lens, visit)?;
     }
     Ok(())
 }
 
 /// Shows `visit` those, and the directories below which the process could make or open files without another look-up
 /// from the root: its working directory, its root, its descriptors of directories.
-pub(crate) fn visit_all(
-    process: &ProcDir,
-    view: &View,
-    views: &Views,
-    visit: &mut dyn FnMut(InUse) -> bool,
-) -> io::Result<()> {
-    if !visit_descriptors(process, view, views, true, visit)? || !visit_mappings(process, view, views, visit)? {
+pub(crate) fn visit_all(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUse) -> bool) -> io::Result<()> {
+    if !visit_descriptors(process, lens, true, visit)? || !visit_mappings(process, lens, visit)? {
         return Ok(());
     }
     for (name, how) in [("cwd", How::Cwd), ("root", How::Root)] {
         let path = process.link(name)?;
-        if view.resolve(&path).is_none_or(|mount| mount.writable) {
-            let located = views.locate(view, &path, None);
-            let device = if located == Located::Unknown { device_of(process, name) } else { None };
+        if lens.view.resolve(&path).is_none_or(|mount| mount.writable) {
+            let located = lens.views.locate(lens.view, &path, None);
+            let device = if located == Located::Unknown {
+                target_of(process, name).ok().map(|target| target.device)
+            } else {
+                None
+            };
             if !visit(InUse { how, path, located, device }) {
                 break;
             }
@@ -93,40 +102,40 @@ pub(crate) fn visit_all(
 
 fn visit_descriptors(
     process: &ProcDir,
-    view: &View,
-    views: &Views,
+    lens: &Lens<'_>,
     directories: bool,
     visit: &mut dyn FnMut(InUse) -> bool,
 ) -> io::Result<bool> {
-    const O_DIRECTORY: u64 = OFlags::DIRECTORY.bits() as u64;
     let dir = process.open_dir("fd")?;
     for number in numbers_in(&dir)? {
-        // `None`: it was closed meanwhile.
-        let Some(path) = unless_gone(link_in(&dir, &number.to_string()))? else { continue };
-        if !path.is_absolute() {
-            continue; // A socket, a pipe, an eventfd: most of them.
-        }
+        let name = number.to_string();
         // The owner's bits of the link itself tell how the file is open, and cost neither an open nor a look at it.
-        let found = rustix::fs::statat(&dir, number.to_string(), AtFlags::SYMLINK_NOFOLLOW);
-        let Ok(link) = found else { continue };
+        let Ok(link) = rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
         let writable = link.st_mode & 0o200 != 0;
         if !writable && !directories {
             continue;
         }
-        let info = unless_gone(process.read(&format!("fdinfo/{number}")))?;
-        let Some((open_flags, mount)) = info.as_deref().and_then(parse_fdinfo) else { continue };
-        let how = if writable {
-            How::Descriptor(number)
-        } else if open_flags & O_DIRECTORY != 0 {
-            How::Directory(number)
-        } else {
-            continue;
+        // `None`: it was closed meanwhile.
+        let Some(target) = unless_gone(target_of(&dir, &name))? else { continue };
+        let how = match target.kind {
+            FileType::Directory if !writable => How::Directory(number),
+            // What is written to these goes elsewhere.
+            FileType::Socket | FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice => continue,
+            _ if writable => How::Descriptor(number),
+            _ => continue,
         };
-        let located = views.locate(view, &path, Some(mount));
-        if matches!(how, How::Directory(_)) && view.table.by_id(mount).is_some_and(|mount| !mount.writable) {
+        let mount = target.mount.and_then(|mount| lens.view.table.by_id(mount));
+        let read_only = matches!(how, How::Directory(_)) && mount.is_some_and(|mount| !mount.writable);
+        if read_only || mount.is_some_and(|mount| !lens.devices.contains(&mount.root.device)) {
             continue;
         }
-        let device = if located == Located::Unknown { device_of(&dir, &number.to_string()) } else { None };
+        // Asked last, since it costs the most.
+        let Some(path) = unless_gone(link_in(&dir, &name))? else { continue };
+        if !path.is_absolute() {
+            continue; // An eventfd and its like.
+        }
+        let located = lens.views.locate(lens.view, &path, target.mount);
+        let device = (located == Located::Unknown).then_some(target.device);
         if !visit(InUse { how, path, located, device }) {
             return Ok(false);
         }
@@ -134,30 +143,29 @@ fn visit_descriptors(
     Ok(true)
 }
 
-/// The device of what a link leads to, on a mount that no table shows: a memfd's, a detached or a lazily unmounted one.
-///
-/// `AT_STATX_DONT_SYNC` takes what the kernel knows and asks no server.
-fn device_of(dir: impl AsFd, link: &str) -> Option<u64> {
-    let found = rustix::fs::statx(dir, link, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
-    Some(rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor))
+/// What a link of a process leads to.
+struct Target {
+    kind: FileType,
+    /// The id of the mount through which it was opened.
+    mount: Option<i32>,
+    device: u64,
 }
 
-/// The flags and the mount's id in `/proc/PID/fdinfo/N`.
-fn parse_fdinfo(content: &[u8]) -> Option<(u64, i32)> {
-    let field = |name: &[u8]| {
-        let line = content.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name))?;
-        Some(line.trim_ascii())
-    };
-    let flags = u64::from_str_radix(std::str::from_utf8(field(b"flags:")?).ok()?, 8).ok()?;
-    Some((flags, parse(field(b"mnt_id:")?)?))
+/// `AT_STATX_DONT_SYNC` takes what the kernel knows and asks no server. The mount is told by Linux 5.8 and later.
+fn target_of(dir: impl AsFd, link: &str) -> io::Result<Target> {
+    let wanted = StatxFlags::TYPE | StatxFlags::MNT_ID;
+    let ask = |wanted| rustix::fs::statx(&dir, link, AtFlags::STATX_DONT_SYNC, wanted);
+    // Of a file on another user's FUSE mount the kernel tells the device only, and only if nothing else is asked for.
+    let found = ask(wanted).or_else(|_| ask(StatxFlags::empty()))?;
+    let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID);
+    Ok(Target {
+        kind: FileType::from_raw_mode(found.stx_mode.into()),
+        mount: told.then(|| i32::try_from(found.stx_mnt_id).ok()).flatten(),
+        device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
+    })
 }
 
-fn visit_mappings(
-    process: &ProcDir,
-    view: &View,
-    views: &Views,
-    visit: &mut dyn FnMut(InUse) -> bool,
-) -> io::Result<bool> {
+fn visit_mappings(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUse) -> bool) -> io::Result<bool> {
     let maps = process.open("maps")?;
     if sys::maps_files_for_writing(&maps) == Some(false) {
         return Ok(true);
@@ -171,7 +179,7 @@ fn visit_mappings(
         }
         last = name;
         let path = unescape(name);
-        let located = views.locate_mapped(view, &path, device);
+        let located = lens.views.locate_mapped(lens.view, &path, device);
         if !visit(InUse { how: How::Mapping, path, located, device: None }) {
             return Ok(false);
         }
@@ -211,12 +219,5 @@ mod tests {
         ] {
             assert_eq!(shared_writable(other), None, "{}", String::from_utf8_lossy(other));
         }
-    }
-
-    #[test]
-    fn the_flags_of_a_descriptor_are_octal() {
-        let info = b"pos:\t0\nflags:\t02100002\nmnt_id:\t27\nino:\t9\nlock:\t1: FLOCK  ADVISORY  WRITE 1 0:1:2 0 EOF\n";
-        assert_eq!(parse_fdinfo(info), Some((0o2100002, 27)));
-        assert_eq!(parse_fdinfo(b"pos:\t0\n"), None);
     }
 }

@@ -17,8 +17,8 @@ use fsnap_backend::beneath;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 
 use super::credentials::Credentials;
-use super::files::{How, InUse, visit_all};
-use super::mounts::Place;
+use super::files::{How, InUse, Lens, visit_all};
+use super::mounts::{Device, Place};
 use super::proc_dir::{ProcDir, is_gone};
 use super::view::{Located, View, Views};
 use super::{Error, ProcessId, Result, Tree};
@@ -102,6 +102,7 @@ pub fn reach(tree: &Tree, candidates: &[Candidate]) -> Result<Vec<Reach>> {
 pub(super) struct Survey<'a> {
     candidates: &'a [Candidate],
     places: Vec<Option<Place>>,
+    devices: Vec<Device>,
     pub(super) views: Views,
     user_namespace: PathBuf,
     /// Processes that see and may do the same reach the same: most of a tree does.
@@ -113,15 +114,21 @@ impl<'a> Survey<'a> {
         let own = |source| Error::Read { object: "/proc/thread-self".into(), source };
         let views = Views::new().map_err(own)?;
         let user_namespace = std::fs::read_link("/proc/thread-self/ns/user").map_err(own)?;
-        let places = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
-        Ok(Self { candidates, places, views, user_namespace, seen: HashSet::new() })
+        let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
+        let devices = places.iter().flatten().map(|place| place.device).collect();
+        Ok(Self { candidates, places, devices, views, user_namespace, seen: HashSet::new() })
+    }
+
+    /// For a look at the files of a process that has this view.
+    pub(super) fn lens<'b>(&'b self, view: &'b View) -> Lens<'b> {
+        Lens { view, views: &self.views, devices: &self.devices }
     }
 
     /// Calls `on_found` for each candidate that the process uses or reaches.
     fn examine(&mut self, process: ProcessId, on_found: &mut dyn FnMut(usize, How)) -> io::Result<()> {
         let dir = open(process)?;
         let view = self.views.of(&dir)?;
-        visit_all(&dir, &view, &self.views, &mut |file| {
+        visit_all(&dir, &self.lens(&view), &mut |file| {
             for candidate in self.owners(&file) {
                 on_found(candidate, file.how.clone());
             }

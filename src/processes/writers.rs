@@ -67,7 +67,7 @@ fn examine(process: ProcessId, stat: &Stat, survey: &mut Survey<'_>, found: &mut
     let dir = ProcDir::of(process.pid)?.living(stat.state)?;
     let view = survey.views.of(&dir)?;
     let first = found.len();
-    visit_writable(&dir, &view, &survey.views, &mut |file| {
+    visit_writable(&dir, &survey.lens(&view), &mut |file| {
         for candidate in survey.owners(&file) {
             if !found[first..].iter().any(|writer| writer.candidate == candidate) {
                 let (path, how) = (file.path.clone(), file.how.clone());
