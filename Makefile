@@ -3,6 +3,11 @@
 SHELL := /bin/bash
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
+# Linked statically, the hook starts a third of a millisecond earlier, while processes stand. A target must be named then,
+# since the programs that run during the build need a dynamic linker.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+STATIC = RUSTFLAGS="-C target-feature=+crt-static"
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-build build demo test bench doc check
 
@@ -16,7 +21,8 @@ setup-build:
 	@tests/support/setup.sh build
 
 build: setup-build ## build the release binary, target/release/fsnap
-	cargo build --release --locked
+	$(STATIC) cargo build --release --locked --package fsnap --target $(HOST)
+	install -D target/$(HOST)/release/fsnap target/release/fsnap
 
 demo: setup ## show the whole story on real parts (as root)
 	cargo build --locked --package fsnap --package fsnap-oracle
@@ -26,7 +32,7 @@ test: setup ## run everything that must pass; the last line counts it
 	@tests/support/run-all.sh
 
 bench: setup ## measure against bare system calls and peers
-	cargo bench --locked
+	$(STATIC) FSNAP_CRIU=$(CURDIR)/target/criu/criu cargo bench --locked --target $(HOST)
 
 doc: setup-build ## build the documentation, target/doc/fsnap/index.html
 	cargo doc --locked --workspace --no-deps
