@@ -6,6 +6,7 @@ mod branch;
 mod branches;
 mod checkpoint;
 mod completions;
+mod deadline;
 mod diff;
 mod doctor;
 mod environment;

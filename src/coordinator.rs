@@ -22,6 +22,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use fsnap_backend::{Backend, Identity, Volume};
@@ -101,16 +102,13 @@ fn adopt(backend: &dyn Backend, volume: &Name, path: &PathText, expected: &Ident
 
 /// Runs `work` on every item side by side, and returns all results, in order, or all errors as one.
 fn side_by_side<I: Sync, T: Send>(items: &[I], work: impl Fn(&I) -> Result<T> + Sync) -> Result<Vec<T>> {
-    if let [only] = items {
-        return Ok(vec![work(only)?]);
-    }
+    let Some((first, others)) = items.split_first() else { return Ok(Vec::new()) };
     let results: Vec<Result<T>> = std::thread::scope(|scope| {
         let work = &work;
-        let running: Vec<_> = items.iter().map(|item| scope.spawn(move || work(item))).collect();
-        running
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
+        let running: Vec<_> = others.iter().map(|item| scope.spawn(move || work(item))).collect();
+        let joined =
+            |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        std::iter::once(work(first)).chain(running.into_iter().map(joined)).collect()
     });
     let (done, failed): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     match Error::of_all(failed.into_iter().filter_map(Result::err).collect()) {

@@ -78,7 +78,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let taken = if tree.is_some() || args.freeze_writers {
         take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
-        window.take(false, |pending| writers_outside(pending, &Tree::of_processes([]), &[]))
+        take_searching(&mut window, false, &Tree::of_processes([]))
     };
     let begun = window.close();
     if let Err(error) = taken {
@@ -115,9 +115,18 @@ fn take_frozen(
         freeze_late_writers(window, &mut frozen)?;
     }
     let standing = everyone_in(&frozen);
-    window.take(true, move |pending| writers_outside(pending, &standing, &[]))?;
+    take_searching(window, true, &standing)?;
     frozen.check()?;
     Ok(frozen.thaw()?)
+}
+
+/// Takes the snapshots, and searches for writers outside `tree` meanwhile.
+fn take_searching(window: &mut Window, stopped: bool, tree: &Tree) -> fsnap::Result<()> {
+    let pending = window.pending().clone();
+    std::thread::scope(|scope| {
+        let search = scope.spawn(|| writers_outside(&pending, tree, &[]));
+        window.take(stopped, || search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.

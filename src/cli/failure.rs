@@ -28,22 +28,29 @@ impl<E: Into<Error>> From<E> for Failure {
 impl Failure {
     /// Says on standard error what failed, and what can be done about it.
     pub(crate) fn report(&self) {
+        let _ = anstream::stderr().write_all(self.to_text().as_bytes());
+    }
+
+    /// What there is to say: whole lines, or nothing.
+    pub(crate) fn to_text(&self) -> String {
         match self {
             Self::Error(error) => {
-                say("error", &error.to_string());
-                if let Some(hint) = hint(error) {
-                    say("hint", &hint);
-                }
+                let hint = hint(error).map(|hint| line("hint", &hint)).unwrap_or_default();
+                line("error", &error.to_string()) + &hint
             }
-            Self::Output(error) => say("error", &format!("cannot write the output: {error}")),
-            Self::Reported => {}
+            Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
+            Self::Reported => String::new(),
         }
     }
 }
 
 /// Writes a line on standard error; what cannot be written there cannot be said at all.
 pub(crate) fn say(label: &str, text: &str) {
-    let _ = writeln!(anstream::stderr(), "fsnap: {label}: {text}");
+    let _ = anstream::stderr().write_all(line(label, text).as_bytes());
+}
+
+fn line(label: &str, text: &str) -> String {
+    format!("fsnap: {label}: {text}\n")
 }
 
 fn hint(error: &Error) -> Option<String> {

@@ -1,7 +1,7 @@
 //! `fsnap hook`
 
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use fsnap::catalog::PendingCheckpoint;
 use fsnap::checkpoint::{EngineImages, PathText};
@@ -11,6 +11,7 @@ use fsnap::engine::{ImageRecord, MemberRecord, Phase};
 use fsnap::processes::{Census, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
+use super::deadline::Deadline;
 use super::failure::say;
 use super::{Context, Failure, Outcome, Output, environment};
 
@@ -48,9 +49,9 @@ pub(crate) fn criu() -> Outcome {
     match call.phase {
         Phase::Starting => start(&Context::load()?, &call),
         Phase::Frozen => {
-            // Side by side with all that comes before the snapshots: the processes stand already.
-            let census = std::thread::spawn(Census::take);
-            take(&Context::load()?, &call, census)
+            // First of all, side by side with what comes before the snapshots: it takes the longest.
+            let search = Search::start(&call);
+            take(&Context::load()?, &call, search)
         }
         Phase::Restoring => check(&Context::load()?, &call),
         Phase::Restored | Phase::Resumed => Ok(()),
@@ -98,8 +99,15 @@ fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Opt
 }
 
 /// The processes stand: take the snapshots, and leave all else for later.
-fn take(context: &Context, call: &HookCall, census: JoinHandle<fsnap::processes::Result<Census>>) -> Outcome {
-    give_up_after(context.config.hook.deadline());
+fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
+    // As long as this process lives, the application stands. What was taken so far is undone by the next command.
+    let limit = context.config.hook.deadline();
+    let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
+    let _deadline = Deadline::set(limit, &late.into()).map_err(|source| Error::Io {
+        action: "set",
+        object: "the deadline".into(),
+        source,
+    })?;
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
     let images = images(call);
@@ -114,14 +122,9 @@ fn take(context: &Context, call: &HookCall, census: JoinHandle<fsnap::processes:
     if window.taken().is_some() {
         return Output::new().line(id);
     }
-    let ignore = [call.engine.pid, environment::parent()];
-    let outside = move |pending: &PendingCheckpoint| {
-        let census = census.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        let tree = Tree::of_standing(&census, pid)?;
-        writers_in(&census, pending, &tree, &ignore)
-    };
+    let search = search.among(window.pending().clone());
     let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
-        window.take(true, outside)?;
+        window.take(true, || search.finish())?;
         failpoint::hit("hook:taken");
         Ok(call.images.write_record(&record(&window))?)
     });
@@ -132,6 +135,37 @@ fn take(context: &Context, call: &HookCall, census: JoinHandle<fsnap::processes:
     failpoint::hit("hook:written");
     window.leave();
     Output::new().line(id)
+}
+
+/// The search for writers outside the frozen tree, in a thread that starts before it is known what to look for.
+struct Search {
+    thread: JoinHandle<fsnap::Result<Vec<Vec<String>>>>,
+    plan: Sender<PendingCheckpoint>,
+}
+
+impl Search {
+    fn start(call: &HookCall) -> Self {
+        let (plan, planned) = std::sync::mpsc::channel::<PendingCheckpoint>();
+        let ignore = [call.engine.pid, environment::parent()];
+        let tree = call.tree;
+        let thread = std::thread::spawn(move || {
+            let census = Census::take()?;
+            let (Some(tree), Ok(pending)) = (tree, planned.recv()) else { return Ok(Vec::new()) };
+            writers_in(&census, &pending, &Tree::of_standing(&census, tree)?, &ignore)
+        });
+        Self { thread, plan }
+    }
+
+    /// Says what to look for: files of the checkpoint's volumes.
+    fn among(self, pending: PendingCheckpoint) -> Self {
+        // A thread that has failed already says so when it is joined.
+        let _ = self.plan.send(pending);
+        self
+    }
+
+    fn finish(self) -> fsnap::Result<Vec<Vec<String>>> {
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
 }
 
 /// What is left beside the engine's images.
@@ -162,16 +196,4 @@ fn check(context: &Context, call: &HookCall) -> Outcome {
 
 fn images(call: &HookCall) -> EngineImages {
     EngineImages { name: criu::NAME.into(), images: PathText(call.images.path().to_owned()) }
-}
-
-/// Ends the process after `deadline`, whatever it is doing: as long as it lives, the application stands.
-///
-/// What was taken so far is undone by the next command.
-fn give_up_after(deadline: Duration) {
-    std::thread::spawn(move || {
-        std::thread::sleep(deadline);
-        let what = "taking the snapshots".to_owned();
-        Failure::Error(Error::Deadline { what, seconds: deadline.as_secs_f64() }).report();
-        std::process::exit(1);
-    });
 }

@@ -61,26 +61,20 @@ impl Window {
 
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
-    /// `outside` finds, while the snapshots are taken, who else has files of the volumes open for writing: one list per
-    /// planned member. What was taken is noted without syncing. When this fails, the caller gives the checkpoint up.
-    pub fn take(
-        &mut self,
-        stopped: bool,
-        outside: impl FnOnce(&PendingCheckpoint) -> Result<Vec<Vec<String>>> + Send,
-    ) -> Result<()> {
+    /// `writers` is asked afterwards who else has files of the volumes open for writing: one list per planned member.
+    /// What was taken is noted without syncing. When this fails, the caller gives the checkpoint up.
+    pub fn take(&mut self, stopped: bool, writers: impl FnOnce() -> Result<Vec<Vec<String>>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
         let members: Vec<_> = self.stores.iter().zip(&pending.members).collect();
-        let (snapshots, writers) = std::thread::scope(|scope| {
-            let scan = scope.spawn(move || outside(pending));
-            let snapshots = side_by_side(&members, |(store, member)| {
-                let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
-                let snapshot = store.snapshot(&volume, &member.at)?;
-                failpoint::hit("take:snapshot");
-                Ok(snapshot)
-            });
-            (snapshots, scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        let snapshots = side_by_side(&members, |(store, member)| {
+            let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
+            let snapshot = store.snapshot(&volume, &member.at)?;
+            failpoint::hit("take:snapshot");
+            Ok(snapshot)
         });
+        // Asked in any case: nothing is undone while a search goes on.
+        let writers = writers();
         let (snapshots, writers) = (snapshots?, writers?);
         let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
             volume: plan.volume.clone(),

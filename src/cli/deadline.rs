@@ -1,0 +1,33 @@
+//! Ends this process when it takes too long.
+
+mod sys;
+
+use std::io;
+use std::time::Duration;
+
+use nix::sys::signal::{SaFlags, SigEvent, SigHandler, SigSet, SigevNotify, Signal};
+use nix::sys::time::TimeSpec;
+use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
+use nix::time::ClockId;
+
+use super::Failure;
+
+/// As long as this lives, the process ends when its time is over, whatever it is doing; with exit code 1.
+///
+/// By a signal and not by a thread: a thread costs a tenth of a millisecond to start, while processes stand.
+#[derive(Debug)]
+pub(crate) struct Deadline(#[expect(dead_code, reason = "the timer is disarmed when it is dropped")] Timer);
+
+impl Deadline {
+    /// Ends the process after `time`, with `failure` as its last words. One deadline at a time.
+    pub(crate) fn set(time: Duration, failure: &Failure) -> io::Result<Self> {
+        sys::LAST_WORDS.get_or_init(|| failure.to_text());
+        sys::handle(Signal::SIGALRM, SigHandler::Handler(sys::end), SaFlags::SA_RESTART)?;
+        // Whoever started us may have blocked it.
+        SigSet::from(Signal::SIGALRM).thread_unblock()?;
+        let notify = SigevNotify::SigevSignal { signal: Signal::SIGALRM, si_value: 0 };
+        let mut timer = Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(notify))?;
+        timer.set(Expiration::OneShot(TimeSpec::from_duration(time)), TimerSetTimeFlags::empty())?;
+        Ok(Self(timer))
+    }
+}

@@ -1,0 +1,28 @@
+//! The signal that ends the process: the only `unsafe` of the command line.
+
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+use nix::libc;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+/// What the process says on standard error when its time is over.
+pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
+
+/// Says the last words, and ends the process with exit code 1.
+pub(super) extern "C" fn end(_: libc::c_int) {
+    let words = LAST_WORDS.get().map_or("", String::as_str);
+    // SAFETY: write(2) and _exit(2) may be called in a signal handler (signal-safety(7)), and the buffer lives for ever.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len());
+        libc::_exit(1);
+    }
+}
+
+/// Sets what is done when `signal` comes.
+pub(super) fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> nix::Result<()> {
+    let action = SigAction::new(handler, flags, SigSet::empty());
+    // SAFETY: the one handler that is passed, `end`, calls nothing that may not be called in one.
+    unsafe { sigaction(signal, &action) }.map(drop)
+}
