@@ -95,6 +95,11 @@ impl IntentLock {
             .map_err(io_error("write", &path))
     }
 
+    /// Where the note of what was taken will lie.
+    pub fn note(&self) -> PathBuf {
+        self.files.taken()
+    }
+
     /// Takes the note back: the snapshots are about to be deleted.
     pub fn remove_taken(&self) -> Result<()> {
         let path = self.files.taken();

@@ -2,7 +2,10 @@
 
 mod sys;
 
+use std::ffi::CString;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::{SaFlags, SigEvent, SigHandler, SigSet, SigevNotify, Signal};
@@ -19,6 +22,13 @@ use super::Failure;
 pub(crate) struct Deadline(#[expect(dead_code, reason = "the timer is disarmed when it is dropped")] Timer);
 
 impl Deadline {
+    /// Lets the end of the process take `file` with it: what it says is not to be believed then.
+    pub(crate) fn removes(&self, file: &Path) -> io::Result<()> {
+        let path = CString::new(file.as_os_str().as_bytes())?;
+        sys::NOTE.get_or_init(|| path);
+        Ok(())
+    }
+
     /// Ends the process after `time`, with `failure` as its last words. One deadline at a time.
     pub(crate) fn set(time: Duration, failure: &Failure) -> io::Result<Self> {
         sys::LAST_WORDS.get_or_init(|| failure.to_text());

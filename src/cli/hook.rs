@@ -103,11 +103,8 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     // As long as this process lives, the application stands. What was taken so far is undone by the next command.
     let limit = context.config.hook.deadline();
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
-    let _deadline = Deadline::set(limit, &late.into()).map_err(|source| Error::Io {
-        action: "set",
-        object: "the deadline".into(),
-        source,
-    })?;
+    let cannot = |source| Error::Io { action: "set", object: "the deadline".into(), source };
+    let deadline = Deadline::set(limit, &late.into()).map_err(cannot)?;
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
     let images = images(call);
@@ -122,6 +119,8 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     if window.taken().is_some() {
         return Output::new().line(id);
     }
+    // The engine takes a hook that is late for one that has failed, whatever was taken by then.
+    deadline.removes(&window.note()).map_err(cannot)?;
     let search = search.among(window.pending().clone());
     let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
         window.take(true, || search.finish())?;
@@ -134,7 +133,9 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     }
     failpoint::hit("hook:written");
     window.leave();
-    Output::new().line(id)
+    // A full disk under the engine's log is no reason to call the checkpoint a failure.
+    let _ = Output::new().line(id);
+    Ok(())
 }
 
 /// The search for writers outside the frozen tree, in a thread that starts before it is known what to look for.

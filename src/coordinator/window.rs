@@ -1,7 +1,7 @@
 //! The frozen window: what is done while processes stand, and nothing else.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Consistency};
@@ -52,6 +52,11 @@ impl Window {
     /// What was planned.
     pub fn pending(&self) -> &PendingCheckpoint {
         &self.begun.pending
+    }
+
+    /// The file that says that everything was taken; without it, the next command undoes what was.
+    pub fn note(&self) -> PathBuf {
+        self.begun.lock.note()
     }
 
     /// What was taken, once everything was.

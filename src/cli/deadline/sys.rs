@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::sync::OnceLock;
 
 use nix::libc;
@@ -10,11 +11,17 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 /// What the process says on standard error when its time is over.
 pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
 
-/// Says the last words, and ends the process with exit code 1.
+/// A file that is removed then.
+pub(super) static NOTE: OnceLock<CString> = OnceLock::new();
+
+/// Says the last words, removes the note, and ends the process with exit code 1.
 pub(super) extern "C" fn end(_: libc::c_int) {
     let words = LAST_WORDS.get().map_or("", String::as_str);
-    // SAFETY: write(2) and _exit(2) may be called in a signal handler (signal-safety(7)), and the buffer lives for ever.
+    // SAFETY: these calls may be made in a signal handler (signal-safety(7)), and the texts live for ever.
     unsafe {
+        if let Some(note) = NOTE.get() {
+            libc::unlink(note.as_ptr());
+        }
         libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len());
         libc::_exit(1);
     }
