@@ -10,7 +10,7 @@
 //!
 //! # Code map
 //!
-//! * `store`: the store on disk, its locks; `format`: the specification of its files; `record`, `manifest`: what
+//! * `store`: the store on disk, and which locks order what; `lock`: one of them; `format`: the specification of its files; `record`, `manifest`: what
 //!   they hold; `pack`: where records are written.
 //! * `volume`: which directory can be a volume, and which is the same one.
 //! * `walk`: the comparing walk, and when a file counts as unchanged; `crew`: two threads going through a tree;
@@ -37,6 +37,7 @@
 mod content;
 mod crew;
 mod format;
+mod lock;
 mod manifest;
 mod pack;
 mod record;

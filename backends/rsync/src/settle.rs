@@ -5,7 +5,6 @@
 //! another, everything that the snapshot added is read and checked before it counts as whole.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -13,10 +12,11 @@ use fsnap_backend::{Error, IoContext, Locator, Result, Snapshot};
 
 use crate::content::{self, BUFFER, contents_of};
 use crate::format::{self, Reader};
+use crate::lock::Lock;
 use crate::manifest::{Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, encode_sums};
 use crate::record::{BatchId, Body, ContentRef, RecordRef};
 use crate::snapshot::{boot_id, snapshot_of};
-use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, try_lock, write_file};
+use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, write_file};
 
 /// Makes the snapshot at `at` durable, if it is whole.
 pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
@@ -33,8 +33,7 @@ pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
     }
     // A removal meanwhile is told that the snapshot is busy; a second call waits for the first.
     let path = store.manifest_path(at);
-    let held = File::open(&path).context("open", &path)?;
-    try_lock(held.try_lock_shared(), &path, || format!("the snapshot {at}"), "it is being removed")?;
+    let _held = Lock::try_shared(&path, || format!("the snapshot {at}"), "it is being removed")?;
     let _batch = store.wait_for_batch(found.batch)?;
     let manifest = manifest()?;
     match &manifest.unsettled {

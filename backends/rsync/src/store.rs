@@ -16,7 +16,7 @@
 //! Files here belong to fsnap alone (the directory's mode is 0700), so they are used by their paths.
 
 use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -30,6 +30,7 @@ use rustix::fs::Access;
 
 use crate::KIND;
 use crate::format::{self, Malformed, Writer};
+use crate::lock::Lock;
 use crate::manifest::{Manifest, Partial};
 use crate::record::{self, BatchId, ContentRef, Form, Record, RecordRef};
 use crate::settle::is_of_this_boot;
@@ -198,41 +199,28 @@ impl Inner {
     }
 
     /// Locks the store while a snapshot begins.
-    pub(crate) fn begin_lock(&self) -> Result<File> {
-        let path = self.dir.join("lock");
-        let file = File::open(&path).context("open", &path)?;
-        retry(|| file.lock_shared()).context("lock", &path)?;
-        Ok(file)
+    pub(crate) fn begin_lock(&self) -> Result<Lock> {
+        Lock::shared(&self.dir.join("lock"))
     }
 
     /// Locks the store while a snapshot is withdrawn.
-    pub(crate) fn withdraw_lock(&self) -> Result<File> {
-        self.exclusive("lock")
+    pub(crate) fn withdraw_lock(&self) -> Result<Lock> {
+        Lock::exclusive(&self.dir.join("lock"))
     }
 
     /// Locks out other removals.
-    pub(crate) fn sweep_lock(&self) -> Result<File> {
-        self.exclusive("sweep.lock")
+    pub(crate) fn sweep_lock(&self) -> Result<Lock> {
+        Lock::exclusive(&self.dir.join("sweep.lock"))
     }
 
     /// Waits for the call that writes to a batch, and locks it.
-    pub(crate) fn wait_for_batch(&self, batch: BatchId) -> Result<File> {
-        self.exclusive(&format!("batches/{batch}"))
-    }
-
-    fn exclusive(&self, name: &str) -> Result<File> {
-        let path = self.dir.join(name);
-        let file = File::open(&path).context("open", &path)?;
-        retry(|| file.lock()).context("lock", &path)?;
-        Ok(file)
+    pub(crate) fn wait_for_batch(&self, batch: BatchId) -> Result<Lock> {
+        Lock::exclusive(&self.batch_dir(batch))
     }
 
     /// Locks a batch for the call that writes to it.
-    pub(crate) fn lock_batch(&self, batch: BatchId, at: &Locator) -> Result<File> {
-        let path = self.batch_dir(batch);
-        let dir = File::open(&path).context("open", &path)?;
-        try_lock(dir.try_lock(), &path, || format!("the snapshot {at}"), "it is being taken")?;
-        Ok(dir)
+    pub(crate) fn lock_batch(&self, batch: BatchId, at: &Locator) -> Result<Lock> {
+        Lock::try_exclusive(&self.batch_dir(batch), || format!("the snapshot {at}"), "it is being taken")
     }
 
     /// Reads a small file that is a frame; `None` if it is not there.
@@ -460,28 +448,5 @@ pub(crate) fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.context("remove", path),
-    }
-}
-
-/// Turns a lock that somebody else holds into `Busy`.
-pub(crate) fn try_lock(
-    locked: std::result::Result<(), TryLockError>,
-    path: &Path,
-    what: impl FnOnce() -> String,
-    by: &str,
-) -> Result<()> {
-    match locked {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(Error::Busy { what: what(), by: by.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(error).context("lock", path),
-    }
-}
-
-fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            done => return done,
-        }
     }
 }

@@ -11,13 +11,14 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 
-use fsnap_backend::{Error, IoContext, Locator, Result, beneath};
+use fsnap_backend::{Error, ErrorKind, IoContext, Locator, Result, beneath};
 
 use crate::content::contents_of;
+use crate::lock::Lock;
 use crate::manifest::Manifest;
 use crate::record::{BatchId, Body, ContentRef, RecordRef};
 use crate::restore;
-use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, sync_dir, try_lock};
+use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, sync_dir};
 
 /// Removes the image at `at`, whole or partial.
 pub(crate) fn delete(store: &Inner, at: &Locator) -> Result<()> {
@@ -61,11 +62,10 @@ fn delete_volume(store: &Inner, at: &Locator) -> Result<()> {
 fn withdraw(store: &Inner, at: &Locator) -> Result<()> {
     let _lock = store.withdraw_lock()?;
     let path = store.manifest_path(at);
-    match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        opened => {
-            let manifest = opened.context("open", &path)?;
-            try_lock(manifest.try_lock(), &path, || format!("the snapshot {at}"), "a clone is being made of it")?;
+    match Lock::try_exclusive(&path, || format!("the snapshot {at}"), "a clone is being made of it") {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        locked => {
+            let _manifest = locked?;
             let doomed = store.path("doomed", at.as_str());
             fs::rename(&path, &doomed).context("remove", &path)?;
             sync_dir(&store.dir.join("snapshots"))?;
