@@ -60,7 +60,7 @@ pub(crate) fn criu() -> Outcome {
 
 /// The processes run: plan, and do all that can be done ahead.
 fn start(context: &Context, call: &HookCall) -> Outcome {
-    let coordinator = context.write()?;
+    let coordinator = context.create()?;
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
     if let Some(begun) = coordinator.begun_in(&images)? {
