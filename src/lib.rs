@@ -101,16 +101,22 @@ fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// A name or path of any bytes, fit for a terminal: control characters and bytes that are not UTF-8 are escaped.
+/// A name or path of any bytes, fit for a terminal: what controls a terminal or turns the direction of text is escaped,
+/// and so are bytes that are not UTF-8.
 pub fn printable(text: &OsStr) -> String {
     let mut shown = String::new();
     for chunk in text.as_bytes().utf8_chunks() {
         for c in chunk.valid().chars() {
-            if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+            if c.is_control() || turns_text(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
         }
         for byte in chunk.invalid() {
             shown.push_str(&format!("\\x{byte:02x}"));
         }
     }
     shown
+}
+
+/// Whether the character makes a terminal show other characters in another order than they stand in.
+fn turns_text(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

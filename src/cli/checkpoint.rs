@@ -18,7 +18,7 @@ use super::{Context, Failure, Outcome, Output, internal, json};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// What to say of it
-    #[arg(short, long, default_value = "")]
+    #[arg(short, long, default_value = "", hide_default_value = true)]
     message: String,
     /// A name for it; may be given several times
     #[arg(short, long = "tag", value_name = "TAG")]
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// Print a JSON object
     #[arg(long)]
     json: bool,
-    /// The volumes, by name or path; all that the processes can write to, if none is given
+    /// The volumes, by name or path; if none is given, all that the processes can write to, or all there are
     #[arg(value_name = "VOLUME")]
     volumes: Vec<String>,
 }
