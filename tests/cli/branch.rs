@@ -150,51 +150,51 @@ fn names_are_taken_once_and_are_plain() {
     [exit 1]
     $ fsnap branch base ''
     ! error: invalid value '' for '[NAME]': "" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base ..
     ! error: invalid value '..' for '[NAME]': ".." cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base .hidden
     ! error: invalid value '.hidden' for '[NAME]': ".hidden" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base -- -dash
     ! error: invalid value '-dash' for '[NAME]': "-dash" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base a/b
     ! error: invalid value 'a/b' for '[NAME]': "a/b" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base "$(printf 'a\nb')"
     ! error: invalid value 'a
     ! b' for '[NAME]': "a\nb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base "$(printf 'a\033[2Jb')"
     ! error: invalid value 'ab' for '[NAME]': "a\u{1b}[2Jb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base "$(printf 'a\377b')"
     ! error: invalid UTF-8 was detected in one or more arguments
-    ! 
+    !
     ! Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >/dev/null
     $ fsnap branch base xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
     ! error: invalid value 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' for '[NAME]': "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branches | wc -l
@@ -357,22 +357,22 @@ fn a_restore_needs_a_process_image() {
     [exit 1]
     $ fsnap restore base --branch ../x
     ! error: invalid value '../x' for '--branch <NAME>': "../x" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap restore base extra
     ! error: unexpected argument 'extra' found
-    ! 
+    !
     ! Usage: fsnap restore [OPTIONS] <CKPT> [-- <ENGINE ARGS>...]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap restore
     ! error: the following required arguments were not provided:
     !  <CKPT>
-    ! 
+    !
     ! Usage: fsnap restore <CKPT> [-- <ENGINE ARGS>...]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branches

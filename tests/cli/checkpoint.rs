@@ -307,9 +307,9 @@ fn wrong_usage_is_told_from_failure() {
     ), @r#"
     $ fsnap
     ! Snapshot the files of processes at their checkpoints, and branch from any of them
-    ! 
+    !
     ! Usage: fsnap <COMMAND>
-    ! 
+    !
     ! Commands:
     !  init  Begin to track a directory as a volume
     !  volumes  List the volumes: name, path, backend, what the backend can do
@@ -330,48 +330,48 @@ fn wrong_usage_is_told_from_failure() {
     !  completions  Print the completion script for a shell
     !  man  Print the manual page, or write the pages of all commands into a directory
     !  help  Print this message or the help of the given subcommand(s)
-    ! 
+    !
     ! Options:
     !  -h, --help  Print help (see more with '--help')
     !  -V, --version  Print version
-    ! 
+    !
     ! CKPT is an id, a unique prefix of one (4 digits or more), a tag, @latest, or X~N, the N-th
     ! checkpoint before X.
-    ! 
+    !
     ! Exit codes: 0 done, 1 failed, 2 wrong usage.
     [exit 2]
     $ fsnap frobnicate
     ! error: unrecognized subcommand 'frobnicate'
-    ! 
+    !
     ! Usage: fsnap <COMMAND>
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint --pid x
     ! error: invalid value 'x' for '--pid <PID>': invalid digit found in string
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint --pid 1 --cgroup /x
     ! error: the argument '--pid <PID>' cannot be used with '--cgroup <DIR>'
-    ! 
+    !
     ! Usage: fsnap checkpoint --pid <PID> [VOLUME]...
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint --deadline 0
     ! error: invalid value '0' for '--deadline <SECONDS>': a number of seconds from 0.1 to 3600
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint --deadline NaN
     ! error: invalid value 'NaN' for '--deadline <SECONDS>': a number of seconds from 0.1 to 3600
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint -t a/b
     ! error: invalid value 'a/b' for '--tag <TAG>': "a/b" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap checkpoint --pid 999999999
@@ -385,31 +385,31 @@ fn wrong_usage_is_told_from_failure() {
     [exit 1]
     $ fsnap log --json --graph
     ! error: the argument '--json' cannot be used with '--graph'
-    ! 
+    !
     ! Usage: fsnap log --json
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap log -n -1
     ! error: unexpected argument '-1' found
-    ! 
+    !
     ! Usage: fsnap log [OPTIONS]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap rm
     ! error: the following required arguments were not provided:
     !  <CKPT|--branch <NAME>|--volume <NAME>>
-    ! 
+    !
     ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap rm x --branch y
     ! error: the argument '[CKPT]...' cannot be used with '--branch <NAME>'
-    ! 
+    !
     ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap log

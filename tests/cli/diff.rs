@@ -175,9 +175,9 @@ fn a_volume_that_is_gone_is_said_so() {
     $ fsnap diff
     ! error: the following required arguments were not provided:
     !  <A>
-    ! 
+    !
     ! Usage: fsnap diff <A> [B]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     "#);

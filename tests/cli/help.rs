@@ -12,7 +12,7 @@ fn help(command: &str) -> String {
     // Which backends there are is a matter of what was compiled in.
     let masked = text.lines().map(|line| match line.split_once("[possible values: auto, ") {
         Some((before, _)) => format!("{before}[possible values: auto, …]\n"),
-        None => format!("{line}\n"),
+        None => format!("{}\n", line.trim_end()),
     });
     masked.collect()
 }
@@ -86,7 +86,7 @@ fn init() {
 
           --backend <BACKEND>
               What keeps the snapshots; auto is the first that can hold the directory
-              
+
               [default: auto]
               [possible values: auto, …]
 
@@ -148,7 +148,7 @@ fn checkpoint() {
 
           --deadline <SECONDS>
               Give up, and let the processes run, if they do not stand after so many seconds
-              
+
               [default: 10]
 
           --branch <NAME>

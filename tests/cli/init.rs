@@ -166,12 +166,12 @@ fn what_cannot_be_a_volume_is_refused_with_the_reason() {
     $ fsnap init --backend zfs db
     ! error: invalid value 'zfs' for '--backend <BACKEND>'
     !  [possible values: auto, btrfs, rsync]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap init --name ../x db
     ! error: invalid value '../x' for '--name <NAME>': "../x" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap init --name sub state
@@ -183,9 +183,9 @@ fn what_cannot_be_a_volume_is_refused_with_the_reason() {
     $ fsnap init
     ! error: the following required arguments were not provided:
     !  <DIR>
-    ! 
+    !
     ! Usage: fsnap init <DIR>
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap volumes

@@ -119,9 +119,9 @@ fn every_shell_gets_its_completions() {
     $ fsnap completions tcsh
     ! error: invalid value 'tcsh' for '<SHELL>'
     !  [possible values: bash, elvish, fish, powershell, zsh]
-    ! 
+    !
     !  tip: a similar value exists: 'zsh'
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     ");

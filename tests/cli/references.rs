@@ -234,9 +234,9 @@ fn tags_are_set_moved_and_removed() {
     $ fsnap tag two
     ! error: the following required arguments were not provided:
     !  <NAME>
-    ! 
+    !
     ! Usage: fsnap tag <CKPT> <NAME>
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap tag nope three
@@ -245,17 +245,17 @@ fn tags_are_set_moved_and_removed() {
     [exit 1]
     $ fsnap tag @latest ../x
     ! error: invalid value '../x' for '[NAME]': "../x" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap tag @latest -- -x
     ! error: invalid value '-x' for '[NAME]': "-x" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap tag @latest @latest
     ! error: invalid value '@latest' for '[NAME]': "@latest" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap tag --delete one~1
@@ -263,9 +263,9 @@ fn tags_are_set_moved_and_removed() {
     [exit 1]
     $ fsnap tag --delete one two
     ! error: the argument '--delete' cannot be used with '[NAME]'
-    ! 
+    !
     ! Usage: fsnap tag --delete <CKPT> [NAME]
-    ! 
+    !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap log

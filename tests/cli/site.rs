@@ -234,7 +234,8 @@ fn transcript(output: &Output) -> String {
         seen.push_str("%\n");
     }
     for line in text(&output.stderr).lines() {
-        writeln!(seen, "! {line}").unwrap();
+        seen.push_str(format!("! {line}").trim_end());
+        seen.push('\n');
     }
     match output.status.code() {
         Some(0) => {}
