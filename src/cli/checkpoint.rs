@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fsnap::coordinator::{Coordinator, Request, Window, find_writers, writers_outside};
+use fsnap::failpoint;
 use fsnap::name::Name;
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{Frozen, Quiesce};
@@ -80,10 +81,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     } else {
         take_searching(&mut window, false, &Tree::of_processes([]))
     };
+    // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
+    let noted = taken.and_then(|()| window.write_note());
     let begun = window.close();
-    if let Err(error) = taken {
+    if let Err(error) = noted {
         return Err(Failure::Error(coordinator.give_up(begun, error)));
     }
+    failpoint::hit("take:recorded");
     let checkpoint = coordinator.seal(begun)?;
     let out = Output::new();
     if args.json {
