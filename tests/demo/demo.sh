@@ -11,8 +11,7 @@ PATH=$PATH:/usr/sbin:/sbin
 # It all happens in namespaces of its own. When their first process ends, however it does, the kernel ends all others in
 # there, and unmounts what they mounted; what is left is a directory.
 if [ "${1-}" != --inside ]; then
-    demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
-    story=
+    demo='' story=
 
     cleanup() {
         local status=$? first
@@ -25,7 +24,7 @@ if [ "${1-}" != --inside ]; then
         wait || true
         # The last of them may still be on its way out.
         for _ in {1..50}; do
-            rm -rf --one-file-system "$demo" 2>/dev/null && break
+            [ -n "$demo" ] && ! rm -rf --one-file-system "$demo" 2>/dev/null || break
             sleep 0.1
         done
         [ "$status" = 0 ] || echo "demo: ended with status $status; what it made is removed" >&2
@@ -36,6 +35,7 @@ if [ "${1-}" != --inside ]; then
     trap 'exit 130' INT
     trap 'exit 143' TERM
 
+    demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
     setpriv --pdeathsig KILL -- unshare --mount --pid --fork --kill-child --mount-proc -- "$0" --inside "$demo" &
     story=$!
     wait "$story"

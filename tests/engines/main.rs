@@ -7,6 +7,7 @@
 mod alone;
 mod by_hand;
 mod consistency;
+mod demo;
 mod hook;
 mod identity;
 mod killed;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
         ("alone", alone::CASES),
+        ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
             trials.push(Trial::test(format!("{module}::{name}"), move || {
