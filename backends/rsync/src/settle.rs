@@ -16,7 +16,7 @@ use crate::lock::Lock;
 use crate::manifest::{Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, encode_sums};
 use crate::record::{BatchId, Body, ContentRef, RecordRef};
 use crate::snapshot::{boot_id, snapshot_of};
-use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, write_file};
+use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, remove_unfinished, write_file};
 
 /// Makes the snapshot at `at` durable, if it is whole.
 pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
@@ -57,6 +57,7 @@ fn make_durable(store: &Inner, at: &Locator, mut manifest: Manifest, sums: &Sums
     let dir = store.batch_dir(manifest.batch);
     drop_superseded(store, manifest.batch, sums)?;
     write_file(&dir.join("sums"), &format::seal(SUMS_MAGIC, encode_sums(sums)), false)?;
+    remove_unfinished(store, at)?;
     // One flush of the file system instead of one for each content, and only then the manifest that relies on it.
     store.sync()?;
     manifest.unsettled = None;

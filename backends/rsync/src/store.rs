@@ -439,6 +439,21 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8], durable: bool) -> Result<()>
     if durable { sync_dir(dir) } else { Ok(()) }
 }
 
+/// Removes what [`write_file`] left of a snapshot's files when it was killed; nobody else may be writing them.
+pub(crate) fn remove_unfinished(store: &Inner, at: &Locator) -> Result<()> {
+    let start = format!(".{at}-");
+    for path in [store.manifest_path(at), store.partial_path(at)] {
+        let dir = path.parent().unwrap_or(&path);
+        for entry in fs::read_dir(dir).context("list", dir)? {
+            let name = entry.context("list", dir)?.file_name();
+            if name.as_encoded_bytes().starts_with(start.as_bytes()) {
+                remove_file(&dir.join(name))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).context("make durable", dir)
 }

@@ -18,7 +18,7 @@ use crate::lock::Lock;
 use crate::manifest::Manifest;
 use crate::record::{BatchId, Body, ContentRef, RecordRef};
 use crate::restore;
-use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, sync_dir};
+use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, remove_unfinished, sync_dir};
 
 /// Removes the image at `at`, whole or partial.
 pub(crate) fn delete(store: &Inner, at: &Locator) -> Result<()> {
@@ -71,6 +71,7 @@ fn withdraw(store: &Inner, at: &Locator) -> Result<()> {
             sync_dir(&store.dir.join("snapshots"))?;
         }
     }
+    remove_unfinished(store, at)?;
     let path = store.partial_path(at);
     match store.partial(at) {
         Ok(None) => Ok(()),
