@@ -88,17 +88,6 @@ impl Site {
         self.mounts.push(dir);
     }
 
-    /// Makes `name` a mount of memory, of so many bytes.
-    pub(crate) fn mount_memory(&mut self, name: &str, bytes: u64) {
-        let dir = self.path(name);
-        fs::create_dir_all(&dir).expect("make a mount point");
-        let size = format!("size={bytes}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&dir).output();
-        let mounted = mounted.expect("run mount");
-        assert!(mounted.status.success(), "{mounted:?}");
-        self.mounts.push(dir);
-    }
-
     /// A path in the site.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.temp.path().join(name)
@@ -107,11 +96,6 @@ impl Site {
     /// Sets a variable for every command that follows.
     pub(crate) fn set(&mut self, name: &str, value: &str) {
         self.environment.push((name.into(), value.into()));
-    }
-
-    /// Shows `text` as `name` from now on.
-    pub(crate) fn redact(&mut self, text: impl AsRef<Path>, name: &str) {
-        self.redactor.name(text.as_ref(), name);
     }
 
     /// A shell in another directory of the site.
