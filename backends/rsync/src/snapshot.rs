@@ -12,9 +12,9 @@ use std::path::Path;
 use fsnap_backend::{Error, Identity, IoContext, Locator, Result, Snapshot, Timestamp, Volume};
 use rustix::time::ClockId;
 
-use crate::content::{Maker, Making};
 use crate::format::{self, Writer};
 use crate::lock::Lock;
+use crate::maker::{Maker, Making};
 use crate::manifest::{Manifest, Partial, Primed, Unsettled};
 use crate::pack::Pack;
 use crate::record::{BatchId, RecordRef};

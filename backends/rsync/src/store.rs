@@ -51,6 +51,21 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// What is decided about a store when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// The length in bytes from which a file that changed is kept as the difference to its version before, where blocks
+    /// cannot be shared.
+    pub deltas_from: u64,
+}
+
+impl Default for Options {
+    /// Differences from 1 MiB: for what is smaller, a copy costs less than looking for one.
+    fn default() -> Self {
+        Self { deltas_from: 1 << 20 }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) dir: PathBuf,
@@ -58,6 +73,8 @@ pub(crate) struct Inner {
     /// Device and inode of `dir`.
     pub(crate) place: (u64, u64),
     pub(crate) info: StoreInfo,
+    /// How long a file must be to be kept as the difference to its version before.
+    pub(crate) deltas_from: u64,
     records: Mutex<HashMap<BatchId, Arc<File>>>,
 }
 
@@ -83,6 +100,11 @@ impl Store {
     ///
     /// Fails with [`ErrorKind::NotAStore`] if something else is there.
     pub fn create(place: &Path) -> Result<Self> {
+        Self::create_with(place, Options::default())
+    }
+
+    /// Like [`Store::create`]; a store that is there already keeps the options that it was made with.
+    pub fn create_with(place: &Path, options: Options) -> Result<Self> {
         let refused = |reason: &str| Error::NotAStore { dir: place.to_owned(), kind: KIND, reason: reason.to_owned() };
         if !place.is_absolute() {
             return Err(refused("its path is not absolute"));
@@ -112,6 +134,7 @@ impl Store {
         // The header comes last: a directory without it is no store yet.
         let mut header = Writer::default();
         header.raw(&random()?);
+        header.varint(options.deltas_from);
         let path = place.join(HEADER);
         write_file(&path, &format::seal(STORE_MAGIC, header), true)?;
         if let Some(parent) = place.parent() {
@@ -155,8 +178,9 @@ impl Store {
             return Err(refused("its file fsnap-store is not one of this backend"));
         }
         let mut reader = format::unseal(STORE_MAGIC, &bytes, &path)?;
-        let id = reader.array().and_then(|id| reader.end().map(|()| BatchId(id)));
-        let id = id.map_err(|malformed| malformed.of(path.display().to_string()))?;
+        let header = reader.array().and_then(|id| Ok((BatchId(id), reader.varint()?)));
+        let header = header.and_then(|header| reader.end().map(|()| header));
+        let (id, deltas_from) = header.map_err(|malformed| malformed.of(path.display().to_string()))?;
         let found = beneath::look_fd(&descriptor).context("read the attributes of", &dir)?;
         let capabilities = Capabilities {
             clones: true,
@@ -172,7 +196,7 @@ impl Store {
         let info = StoreInfo { kind: KIND, identity: Identity::new(format!("rsync:{id}")), capabilities };
         let place = (found.device, found.meta.ino);
         let records = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { dir, descriptor, place, info, records }) })
+        Ok(Self { inner: Arc::new(Inner { dir, descriptor, place, info, deltas_from, records }) })
     }
 }
 

@@ -26,10 +26,14 @@ impl Place {
     }
 
     pub(crate) fn below(parent: &Path) -> Self {
+        Self::with(parent, |place| Store::create(place).unwrap())
+    }
+
+    pub(crate) fn with(parent: &Path, store: impl FnOnce(&Path) -> Store) -> Self {
         let temp = tempfile::tempdir_in(parent).unwrap();
         let dir = temp.path().join("volume");
         fs::create_dir(&dir).unwrap();
-        let store = Store::create(&temp.path().join("store")).unwrap();
+        let store = store(&temp.path().join("store"));
         Self { store, dir, _temp: temp }
     }
 
