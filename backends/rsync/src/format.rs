@@ -5,7 +5,7 @@
 //! ```text
 //! <store>/                       mode 0700
 //!   fsnap-store                  frame "fsnapSTO": the store's id, 16 random bytes; from which length on a changed file
-//!                                is kept as a difference (varint)
+//!                                is kept as a difference (varint; missing in a store without differences)
 //!   lock, sweep.lock             empty; flock(2) on them orders snapshots and removals (see `store`)
 //!   batches/<batch>/             what one snapshot added; <batch> is 32 hex digits, random, never used again
 //!     records                    directory records, one after the other (see `record`)

@@ -178,7 +178,11 @@ impl Store {
             return Err(refused("its file fsnap-store is not one of this backend"));
         }
         let mut reader = format::unseal(STORE_MAGIC, &bytes, &path)?;
-        let header = reader.array().and_then(|id| Ok((BatchId(id), reader.varint()?)));
+        let header = reader.array().and_then(|id| {
+            // A store of a release that knew no differences has no such field, and goes on without them.
+            let deltas_from = if reader.is_empty() { u64::MAX } else { reader.varint()? };
+            Ok((BatchId(id), deltas_from))
+        });
         let header = header.and_then(|header| reader.end().map(|()| header));
         let (id, deltas_from) = header.map_err(|malformed| malformed.of(path.display().to_string()))?;
         let found = beneath::look_fd(&descriptor).context("read the attributes of", &dir)?;

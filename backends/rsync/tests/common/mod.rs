@@ -272,6 +272,12 @@ impl Mounted {
     }
 }
 
+impl AsRef<Path> for Mounted {
+    fn as_ref(&self) -> &Path {
+        &self.dir
+    }
+}
+
 impl Drop for Mounted {
     fn drop(&mut self) {
         let unmounted = Command::new("umount").arg(&self.dir).status().is_ok_and(|status| status.success());
