@@ -22,6 +22,7 @@ mod recover;
 mod restore;
 mod rm;
 mod show;
+mod sys;
 mod tag;
 mod verify;
 mod volumes;

@@ -9,6 +9,7 @@ mod site;
 mod branch;
 mod checkpoint;
 mod diff;
+mod faults;
 mod help;
 mod init;
 mod output;
