@@ -11,6 +11,7 @@ mod checkpoint;
 mod diff;
 mod faults;
 mod help;
+mod hostile;
 mod init;
 mod output;
 mod references;
