@@ -95,7 +95,7 @@ fn a_read_only_store_lists_reads_and_verifies() {
 /// Inverts one byte, counted from the end where it is negative; returns the byte that was there.
 fn flip(path: &PathBuf, at: i64) {
     let file = File::options().read(true).write(true).open(path).unwrap();
-    let at = if at < 0 { file.metadata().unwrap().len().strict_sub_signed(-at) } else { at as u64 };
+    let at = if at < 0 { file.metadata().unwrap().len() - at.unsigned_abs() } else { at as u64 };
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[!byte[0]], at).unwrap();
