@@ -174,13 +174,12 @@ fn names_are_taken_once_and_are_plain() {
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base "$(printf 'a\nb')"
-    ! error: invalid value 'a
-    ! b' for '[NAME]': "a\nb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
+    ! error: invalid value 'a\nb' for '[NAME]': "a\nb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
     !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base "$(printf 'a\033[2Jb')"
-    ! error: invalid value 'ab' for '[NAME]': "a\u{1b}[2Jb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
+    ! error: invalid value 'a\u{1b}[2Jb' for '[NAME]': "a\u{1b}[2Jb" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
     !
     ! For more information, try '--help'.
     [exit 2]
