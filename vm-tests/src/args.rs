@@ -9,15 +9,18 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::machine::{Kind, Machine};
-use crate::{Result, guest, run};
+use crate::{Result, guest, run, suites};
 
 /// Runs the tests of fsnap on real kernels, in virtual machines
 #[derive(Debug, Parser)]
-#[command(name = "vm-tests", arg_required_else_help = true)]
+#[command(name = "vm-tests")]
 struct Cli {
     /// Give a prompt in a machine
     #[arg(long, value_name = "MACHINE", num_args = 0..=1, default_missing_value = "uml")]
     shell: Option<Kind>,
+    /// Run only the suites whose name contains this; may be given again
+    #[arg(long, value_name = "PART")]
+    only: Vec<String>,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -71,7 +74,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     }
     match cli.command {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
-        Some(Command::Guest { .. }) | None => Ok(ExitCode::SUCCESS),
+        Some(Command::Guest { .. }) | None => suites::run(&cli.only),
     }
 }
 

@@ -11,6 +11,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -43,8 +44,6 @@ pub(crate) fn main(kind: Kind, exchange: &Path) -> ! {
     if let Err(error) = (Report { code }).write(exchange) {
         complain(&error.to_string());
     }
-    // Whatever still runs must not write while the machine goes.
-    let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     let Err(errno) = reboot(RebootMode::RB_POWER_OFF);
     complain(&format!("cannot turn the machine off: {errno}"));
     std::process::exit(1)

@@ -1,10 +1,8 @@
 //! Runs the tests of fsnap on real kernels, in virtual machines: the same programs that run natively.
 //!
 //! A *machine* is a kernel that starts on this computer's own file system, sees it read-only below a writable layer that
-//! is thrown away, runs one program, and ends. There are two, because they can do different things:
-//!
-//! * user-mode Linux starts in two seconds and has device mapper and NILFS2, so it runs whatever needs those;
-//! * QEMU runs Debian's stock kernel, on which CRIU works, so it runs the full stack.
+//! is thrown away, runs one program, and ends. The machine is user-mode Linux, which starts in two seconds and has device
+//! mapper and NILFS2, so that a developer runs all that needs those at any time.
 //!
 //! The same binary is both sides: [`run`] on the host starts a machine, whose first process is [`guest`]. The two talk
 //! through a directory that both see ([`job`]) and one console that carries the program's output.
@@ -23,6 +21,7 @@ mod kernel_log;
 mod machine;
 mod modules;
 mod run;
+mod suites;
 
 use std::process::ExitCode;
 

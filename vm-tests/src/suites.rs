@@ -1,0 +1,193 @@
+//! The test programs that are run in machines: the same files that `cargo test` runs natively.
+
+use std::collections::VecDeque;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use crate::error::Context;
+use crate::machine::{Kind, Machine};
+use crate::{Error, Result, kernel_log, run};
+
+/// How long a program may take: several times what the slowest takes on a busy computer with two cores.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// A test that cannot pass on the machine's kernel, and why.
+const SKIPPED: &[(&str, &str, &str)] = &[(
+    "fsnap-rsync::snapshots",
+    "everything_is_kept_on_tmpfs",
+    "tmpfs has no extended attributes for users before Linux 6.6",
+)];
+
+/// One test program.
+#[derive(Debug, Clone)]
+struct Suite {
+    /// Its package and target.
+    name: String,
+    program: PathBuf,
+    /// The directory of its package, where `cargo test` starts it as well.
+    dir: PathBuf,
+}
+
+/// What running one came to.
+struct Done {
+    suite: Suite,
+    output: Vec<u8>,
+    complaints: Vec<String>,
+    kernel_log: String,
+}
+
+/// Runs the suites of all backends in user-mode Linux, or those whose name contains one of `only`.
+pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
+    let wanted = |suite: &Suite| only.is_empty() || only.iter().any(|part| suite.name.contains(part.as_str()));
+    let suites: VecDeque<Suite> = find()?.into_iter().filter(wanted).collect();
+    if suites.is_empty() {
+        return Err(Error::Missing { what: format!("a suite whose name contains {only:?}"), package: "fsnap" });
+    }
+    // User-mode Linux has one processor each.
+    let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
+    let waiting = Mutex::new(suites);
+    let verdicts = Mutex::new(Vec::new());
+    let results: Vec<Result<()>> = thread::scope(|scope| {
+        let lane = || -> Result<()> {
+            loop {
+                let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                let Some(suite) = next else { return Ok(()) };
+                let done = in_machine(suite)?;
+                // Held while it is written, so that the output of two does not mix.
+                let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+                show(&done).during("write", "standard output")?;
+                verdicts.push((done.suite.name, done.complaints.is_empty()));
+            }
+        };
+        let lanes: Vec<_> = (0..lanes).map(|_| scope.spawn(lane)).collect();
+        lanes.into_iter().map(|lane| lane.join().unwrap_or(Err(Error::Interrupted))).collect()
+    });
+    results.into_iter().collect::<Result<()>>()?;
+    let verdicts = verdicts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    sum_up(&verdicts).during("write", "standard output")
+}
+
+fn in_machine(suite: Suite) -> Result<Done> {
+    let machine = Machine { deadline: Some(DEADLINE), ..Machine::new(Kind::Uml) };
+    let mut command = vec![suite.program.to_string_lossy().into_owned()];
+    for (_, test, _) in skipped(&suite.name) {
+        command.extend(["--skip".into(), (*test).into()]);
+    }
+    let mut job = run::job(&machine, command)?;
+    job.dir.clone_from(&suite.dir);
+    let mut output = Vec::new();
+    let outcome = machine.run(&job, &mut output)?;
+    let mut complaints = outcome.complaints();
+    match outcome.code {
+        Ok(0) | Err(_) => {}
+        Ok(code) => complaints.push(format!("the program ended with exit code {code}")),
+    }
+    if !String::from_utf8_lossy(&output).contains("test result: ") {
+        complaints.push("the program gave no result".into());
+    }
+    Ok(Done { suite, output, complaints, kernel_log: outcome.kernel_log })
+}
+
+fn skipped(suite: &str) -> impl Iterator<Item = &'static (&'static str, &'static str, &'static str)> {
+    SKIPPED.iter().filter(move |(of, ..)| *of == suite)
+}
+
+fn show(done: &Done) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "     Running {} in user-mode Linux ({})", done.suite.name, done.suite.program.display())?;
+    out.write_all(&done.output)?;
+    if !done.complaints.is_empty() {
+        writeln!(out, "\n{}", kernel_log::tail(&done.kernel_log, 40))?;
+    }
+    for complaint in &done.complaints {
+        writeln!(out, "error: {}: {complaint}", done.suite.name)?;
+    }
+    out.flush()
+}
+
+/// One more result in libtest's format: of each machine, whether it ran to its end and its kernel had nothing to say.
+fn sum_up(verdicts: &[(String, bool)]) -> io::Result<ExitCode> {
+    let mut out = io::stdout().lock();
+    let (mut passed, mut failed, mut ignored) = (0, 0, 0);
+    writeln!(out)?;
+    for (name, ok) in verdicts {
+        writeln!(out, "test uml::{name} ... {}", if *ok { "ok" } else { "FAILED" })?;
+        *(if *ok { &mut passed } else { &mut failed }) += 1;
+        for (_, test, why) in skipped(name) {
+            writeln!(out, "test uml::{name}::{test} ... ignored, {why}")?;
+            ignored += 1;
+        }
+    }
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    writeln!(
+        out,
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; 0 filtered out"
+    )?;
+    out.flush()?;
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Builds the test programs of all backends and finds them.
+fn find() -> Result<Vec<Suite>> {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
+    let mut command = Command::new("cargo");
+    command.args(["test", "--locked", "--workspace", "--no-run", "--message-format=json-render-diagnostics"]);
+    let output =
+        command.current_dir(top).stdin(Stdio::null()).stderr(Stdio::inherit()).output().during("run", "cargo")?;
+    if !output.status.success() {
+        return Err(Error::Command { command: format!("{command:?}"), said: output.status.to_string() });
+    }
+    let backends = top.join("backends");
+    let mut suites: Vec<_> =
+        String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| suite(line, &backends)).collect();
+    suites.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(suites)
+}
+
+/// The suite that a message of cargo is about, if it is a test program of a backend.
+fn suite(message: &str, backends: &Path) -> Option<Suite> {
+    let message: serde_json::Value = serde_json::from_str(message).ok()?;
+    if !message["profile"]["test"].as_bool()? {
+        return None;
+    }
+    let program = PathBuf::from(message["executable"].as_str()?);
+    let dir = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
+    let backend = dir.strip_prefix(backends).ok()?.to_str()?.to_owned();
+    // These two need no kernel.
+    if ["api", "conformance"].contains(&backend.as_str()) {
+        return None;
+    }
+    let target = message["target"]["name"].as_str()?;
+    Some(Suite { name: format!("fsnap-{backend}::{target}"), program, dir })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(dir: &str, test: bool) -> String {
+        format!(
+            r#"{{"reason":"compiler-artifact","manifest_path":"{dir}/Cargo.toml","target":{{"name":"conformance"}},
+            "profile":{{"test":{test}}},"executable":"target/conformance"}}"#
+        )
+    }
+
+    #[test]
+    fn test_programs_of_backends_are_suites() {
+        let found = suite(&message("/top/backends/btrfs", true), Path::new("/top/backends")).unwrap();
+        assert_eq!(found.name, "fsnap-btrfs::conformance");
+        assert_eq!(found.dir, Path::new("/top/backends/btrfs"));
+    }
+
+    #[test]
+    fn nothing_else_is() {
+        for (dir, test) in [("/top/backends/api", true), ("/top", true), ("/top/backends/btrfs", false)] {
+            assert!(suite(&message(dir, test), Path::new("/top/backends")).is_none(), "{dir}");
+        }
+        assert!(suite(r#"{"reason":"build-finished"}"#, Path::new("/top/backends")).is_none());
+    }
+}
