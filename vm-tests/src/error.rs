@@ -32,6 +32,14 @@ pub(crate) enum Error {
         /// What it said, or how it ended.
         said: String,
     },
+    /// Nothing is to be run.
+    #[error("no suite has a name that contains one of {only:?}; there are: {}", there.join(", "))]
+    NoSuite {
+        /// What was asked for.
+        only: Vec<String>,
+        /// The names of all.
+        there: Vec<String>,
+    },
     /// A signal asked the runner to end.
     #[error("interrupted")]
     Interrupted,

@@ -43,9 +43,10 @@ struct Done {
 /// Runs the suites of all backends in user-mode Linux, or those whose name contains one of `only`.
 pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     let wanted = |suite: &Suite| only.is_empty() || only.iter().any(|part| suite.name.contains(part.as_str()));
-    let suites: VecDeque<Suite> = find()?.into_iter().filter(wanted).collect();
+    let (suites, others): (VecDeque<Suite>, Vec<Suite>) = find()?.into_iter().partition(wanted);
     if suites.is_empty() {
-        return Err(Error::Missing { what: format!("a suite whose name contains {only:?}"), package: "fsnap" });
+        let there = others.into_iter().map(|suite| suite.name).collect();
+        return Err(Error::NoSuite { only: only.to_vec(), there });
     }
     // User-mode Linux has one processor each.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
