@@ -43,14 +43,14 @@ struct Done {
 /// Runs the suites of all backends in user-mode Linux, or those whose name contains one of `only`.
 pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     let wanted = |suite: &Suite| only.is_empty() || only.iter().any(|part| suite.name.contains(part.as_str()));
-    let (suites, others): (VecDeque<Suite>, Vec<Suite>) = find()?.into_iter().partition(wanted);
+    let (suites, others): (Vec<Suite>, Vec<Suite>) = find()?.into_iter().partition(wanted);
     if suites.is_empty() {
         let there = others.into_iter().map(|suite| suite.name).collect();
         return Err(Error::NoSuite { only: only.to_vec(), there });
     }
     // User-mode Linux has one processor each.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
-    let waiting = Mutex::new(suites);
+    let waiting = Mutex::new(VecDeque::from(suites));
     let verdicts = Mutex::new(Vec::new());
     let results: Vec<Result<()>> = thread::scope(|scope| {
         let lane = || -> Result<()> {
