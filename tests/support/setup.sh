@@ -12,8 +12,8 @@ log=$top/target/setup.log
 criu_dir=$top/target/criu
 PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
 
-to_build=(make gcc libc6-dev pkg-config libclang-dev libbtrfsutil-dev)
-to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin)
+to_build=(make gcc libc6-dev pkg-config libclang-dev libbtrfsutil-dev libdevmapper-dev)
+to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin dmsetup thin-provisioning-tools user-mode-linux)
 to_unpack_criu=(mmdebstrap)
 # The release whose CRIU knows kernels of this age, and the oldest version that does.
 criu_release=trixie

@@ -128,7 +128,14 @@ pub(crate) fn make_volume(dir: &Path, file_system: FileSystem) -> io::Result<()>
 pub(crate) fn remove_volume(dir: &Path) -> io::Result<()> {
     let device = device_of(dir)?;
     let store = pool_above(dir);
-    umount2(dir, MntFlags::empty())?;
+    match umount2(dir, MntFlags::empty()) {
+        Err(nix::errno::Errno::EBUSY) => {
+            // Somebody has its root open: its device goes with the pool.
+            umount2(dir, MntFlags::MNT_DETACH)?;
+            return fs::remove_dir(dir);
+        }
+        unmounted => unmounted?,
+    }
     let name = device.strip_prefix(&format!("{}-volume-", store.pool_name())).expect("a volume's device");
     store.remove_volume(name).map_err(io::Error::other)?;
     fs::remove_dir(dir)
