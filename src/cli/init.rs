@@ -21,7 +21,7 @@ pub(crate) struct Args {
     /// The volume's name; the directory's, if not given
     #[arg(long)]
     name: Option<Name>,
-    /// What keeps the snapshots: auto, btrfs, rsync
+    /// What keeps the snapshots: auto, btrfs, dm-thin, rsync
     #[arg(long, default_value = "auto")]
     backend: String,
     /// Where the snapshots are kept, outside the directory

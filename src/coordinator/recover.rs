@@ -34,7 +34,16 @@ impl Coordinator {
     /// not record are never touched.
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
-        for (id, intent) in self.catalog.intents()? {
+        let intents = self.catalog.intents()?;
+        for (_, intent) in &intents {
+            let Intent::Checkpoint(pending) = intent else { continue };
+            for member in &pending.members {
+                // To open a store sets its volumes going, should a killed call have stopped one. A store that cannot be
+                // opened is complained of by whoever needs it.
+                let _ = self.store(&member.store);
+            }
+        }
+        for (id, intent) in intents {
             if !self.needs_recovery(id, &intent) {
                 continue;
             }
