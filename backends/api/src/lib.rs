@@ -74,6 +74,7 @@ mod error;
 mod image;
 mod locator;
 mod mount_spec;
+mod read_all;
 mod tree;
 
 pub use backend::{Backend, StoreInfo};
@@ -83,4 +84,5 @@ pub use error::{Error, ErrorKind, IoContext, Result};
 pub use image::{Damage, Image, ImageKind, ImageState, Omission, Snapshot, Source, Volume};
 pub use locator::{Identity, InvalidLocator, Locator};
 pub use mount_spec::MountSpec;
+pub use read_all::read_all;
 pub use tree::{Content, Dir, Entry, FileKind, FileMeta, Timestamp, Xattrs};
