@@ -36,6 +36,8 @@ macro_rules! kind {
 pub const KINDS: &[Kind] = &[
     #[cfg(feature = "btrfs")]
     kind!("btrfs", fsnap_btrfs::Store),
+    #[cfg(feature = "nilfs2")]
+    kind!("nilfs2", fsnap_nilfs2::Store),
     #[cfg(feature = "rsync")]
     kind!("rsync", fsnap_rsync::Store),
 ];

@@ -52,7 +52,10 @@ impl Context {
 
     /// Opens the catalog for a change, and recovers what others left half done.
     pub(crate) fn write(&self) -> Result<Coordinator, Failure> {
-        let coordinator = Coordinator::open(&self.state, Access::Write, PATIENCE)?;
+        let mut coordinator = Coordinator::open(&self.state, Access::Write, PATIENCE)?;
+        if let Some(dir) = &self.config.branches {
+            coordinator.keep_overlays_in(dir);
+        }
         tell(&coordinator.recover()?);
         Ok(coordinator)
     }
@@ -84,6 +87,7 @@ pub(crate) fn tell(recovered: &[Recovered]) {
             Recovered::BranchRemoved(name) => {
                 say("recovered", &format!("branch {name} was not finished; it is removed"))
             }
+            Recovered::Mounted(name) => say("recovered", &format!("branch {name} is mounted again")),
             Recovered::Postponed { what, error } => {
                 say("warning", &format!("{what} is half done and stays so: {error}"))
             }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use fsnap::coordinator::Registration;
 use fsnap::name::Name;
+use fsnap_backend::Capabilities;
 use serde_json::json;
 
 use super::failure::say;
@@ -13,7 +14,7 @@ use super::{Context, Outcome, Output};
 ///
 /// From then on, checkpoints take a snapshot of it. The directory itself is not changed. Its snapshots are kept in a
 /// store on the same file system where possible: on btrfs in the subvolume `.fsnap` at the root of the mount; else in a
-/// directory beside it.
+/// directory beside it. What the snapshots cannot keep is said.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The directory; for btrfs, a subvolume
@@ -21,7 +22,7 @@ pub(crate) struct Args {
     /// The volume's name; the directory's, if not given
     #[arg(long)]
     name: Option<Name>,
-    /// What keeps the snapshots: auto, btrfs, rsync
+    /// What keeps the snapshots: auto, btrfs, nilfs2, rsync
     #[arg(long, default_value = "auto")]
     backend: String,
     /// Where the snapshots are kept, outside the directory
@@ -39,6 +40,9 @@ pub(crate) fn run(args: Args) -> Outcome {
     for (kind, why) in &registered.passed_over {
         say("note", &format!("not {kind}: {why}"));
     }
+    for limit in limits(&registered.store.store().capabilities) {
+        say("note", limit);
+    }
     let (volume, kind) = (&registered.volume, registered.store.store().kind);
     let out = Output::new();
     if args.json {
@@ -51,4 +55,15 @@ pub(crate) fn run(args: Args) -> Outcome {
     }
     let place = fsnap::printable(registered.place.as_os_str());
     out.line(format_args!("volume {} at {}: {kind} snapshots in {place}", volume.name, volume.path))
+}
+
+/// What a store does not keep or cannot do, and its user may take for granted.
+fn limits(can: &Capabilities) -> Vec<&'static str> {
+    let limits = [
+        (can.xattrs, "its snapshots keep no extended attributes, and so no file capabilities"),
+        (can.acls, "its snapshots keep no ACLs"),
+        (can.ownership, "its snapshots keep no owners and no device nodes"),
+        (can.clones, "its branches are overlays over the snapshots, which the kernel's overlayfs makes"),
+    ];
+    limits.into_iter().filter(|(kept, _)| !kept).map(|(_, limit)| limit).collect()
 }

@@ -2,7 +2,7 @@
 
 use super::checkpoint::{boot_id, is_lost};
 use super::{Begun, Coordinator};
-use crate::catalog::{Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
+use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, Member};
 use crate::name::Name;
 use crate::{Result, engine};
@@ -18,6 +18,8 @@ pub enum Recovered {
     BranchRemoved(Name),
     /// A removal is finished.
     Removed,
+    /// A branch whose files were not visible any more, as after a start of the machine, is mounted again.
+    Mounted(Name),
     /// It could not be done now; the next recovery tries again.
     Postponed {
         /// What was begun.
@@ -51,6 +53,7 @@ impl Coordinator {
             done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
         self.catalog.sweep_intent_files()?;
+        done.extend(self.mount_overlays()?);
         Ok(done)
     }
 
@@ -65,8 +68,8 @@ impl Coordinator {
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
         match intent {
-            Intent::Remove { images } => {
-                self.delete(&images)?;
+            Intent::Remove { images, overlays } => {
+                self.delete(&Doomed { images, overlays })?;
                 self.catalog.drop_intent(id)?;
                 lock.finish();
                 Ok(Recovered::Removed)
@@ -138,6 +141,6 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images } => format!("the removal of {} images", images.len()),
+        Intent::Remove { images, overlays } => format!("the removal of {} images", images.len() + overlays.len()),
     }
 }
