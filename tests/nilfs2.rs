@@ -167,7 +167,7 @@ fn kills_leave_nothing() -> Done {
     let site = Site::with_volume()?;
     site.fsnap(&["checkpoint", "--tag", "one"])?;
     for point in ["branch:recorded", "branch:cloned", "branch:mounted", "branch:grown"] {
-        let status = site.command(&["branch", "one", "try"]).env("FSNAP_FAILPOINT", point).status()?;
+        let status = site.command(&["branch", "one", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
         ensure(!status.success(), &format!("it was not killed at {point}"))?;
         site.fsnap(&["recover"])?;
         ensure(!site.branches().join("try").exists(), &format!("{point}: the overlay's directory is still there"))?;
@@ -176,7 +176,7 @@ fn kills_leave_nothing() -> Done {
     }
     for point in ["remove:recorded", "remove:deleted"] {
         site.fsnap(&["branch", "one", "try"])?;
-        let status = site.command(&["rm", "--branch", "try"]).env("FSNAP_FAILPOINT", point).status()?;
+        let status = site.command(&["rm", "--branch", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
         ensure(!status.success(), &format!("it was not killed at {point}"))?;
         site.fsnap(&["recover"])?;
         ensure(!site.branches().join("try").exists(), &format!("{point}: the overlay's directory is still there"))?;
