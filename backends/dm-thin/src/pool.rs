@@ -109,7 +109,7 @@ impl Fill {
     pub fn refusal(&self, limits: &Limits) -> Option<Refusal> {
         let short = |what, free: u64, least: u8| {
             (free < u64::from(least)).then(|| {
-                let how = "make room by removing checkpoints, enlarge it, or lower the limit by `fsnap pool limit`";
+                let how = "remove checkpoints, enlarge it, or lower `limits` in the file `fsnap-store` of its store";
                 Refusal::NoRoom(format!("{free} % of its {what} space is free, less than {least} %: {how}"))
             })
         };
@@ -245,7 +245,7 @@ pub(crate) fn owner(uuid: &str) -> Option<&'static str> {
     if uuid.starts_with("LVM-") {
         Some(
             "it belongs to LVM, which keeps its own record of what is in a pool: take snapshots of it by \
-             `lvcreate --snapshot`, choose the rsync backend, or make a pool of fsnap's by `fsnap pool create`",
+             `lvcreate --snapshot`, choose the rsync backend, or use a pool that nobody else manages",
         )
     } else if uuid.starts_with("stratis-") {
         Some(

@@ -5,7 +5,7 @@
 //!   fsnap-store                  JSON: the version, the store's UUID, its pool, the limits, how the pool is brought up
 //!   begun/ images/ leaving/      one record per image
 //!   suspended/                   a note for each device that is suspended just now
-//!   volumes/                     a record for each volume that `fsnap pool volume` made
+//!   volumes/                     a record for each volume that fsnap made in its pool
 //! ```
 //!
 //! The store lies beside the pool and not in it: a thin pool has room for blocks, and for no word about them.

@@ -14,9 +14,6 @@
 //!
 //! **Snapshots of others** (`mkcp -s`, `chcp ss`) are listed as foreign, and keep their mark whatever fsnap does.
 //!
-//! **Past states.** Every checkpoint that the cleaner has left is a past state of the volume, which
-//! [`pin`](Backend::pin) makes a snapshot.
-//!
 //! # Limits
 //!
 //! * NILFS2 keeps neither extended attributes nor ACLs, and has no writable snapshots: there is nothing to clone by.
