@@ -20,6 +20,9 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 const USUAL: &[&str] =
     &["fsnap-dm-thin::conformance", "fsnap-nilfs2::conformance", "fsnap-btrfs::conformance", "fsnap::nilfs2"];
 
+/// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
+const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
+
 /// A test that cannot pass on the machine's kernel, and why.
 const SKIPPED: &[(&str, &str, &str)] = &[(
     "fsnap-rsync::snapshots",
@@ -33,8 +36,19 @@ struct Suite {
     /// Its package and target.
     name: String,
     program: PathBuf,
+    /// Which of its tests are run, if not all.
+    part: Option<Part>,
     /// The directory of its package, where `cargo test` starts it as well.
     dir: PathBuf,
+}
+
+/// A part of a program's tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// Those with this in their names.
+    With(&'static str),
+    /// The others.
+    Without(&'static str),
 }
 
 /// What running one came to.
@@ -58,6 +72,7 @@ pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
         return Err(Error::NoSuite { only, there });
     }
     suites.sort_by_key(|suite| USUAL.iter().position(|name| *name == suite.name));
+    let suites: Vec<_> = suites.into_iter().flat_map(divide).collect();
     // User-mode Linux has one processor each.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
     let waiting = Mutex::new(VecDeque::from(suites));
@@ -82,9 +97,25 @@ pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     sum_up(&verdicts).during("write", "standard output")
 }
 
+/// The suite, or its two parts.
+fn divide(suite: Suite) -> Vec<Suite> {
+    match DIVIDED.iter().find(|(name, _)| *name == suite.name) {
+        None => vec![suite],
+        Some((name, part)) => {
+            let of = |how, which| Suite { name: format!("{name} {how} {part}"), part: Some(which), ..suite.clone() };
+            vec![of("with", Part::With(part)), of("without", Part::Without(part))]
+        }
+    }
+}
+
 fn in_machine(suite: Suite) -> Result<Done> {
     let machine = Machine { deadline: Some(DEADLINE), ..Machine::new(Kind::Uml) };
     let mut command = vec![suite.program.to_string_lossy().into_owned()];
+    match suite.part {
+        Some(Part::With(part)) => command.push(part.into()),
+        Some(Part::Without(part)) => command.extend(["--skip".into(), part.into()]),
+        None => {}
+    }
     for (_, test, _) in skipped(&suite.name) {
         command.extend(["--skip".into(), (*test).into()]);
     }
@@ -176,7 +207,7 @@ fn suite(message: &str, top: &Path) -> Option<Suite> {
         Err(_) if dir == top && target == "nilfs2" => format!("fsnap::{target}"),
         Err(_) => return None,
     };
-    Some(Suite { name, program, dir })
+    Some(Suite { name, program, part: None, dir })
 }
 
 #[cfg(test)]
@@ -204,6 +235,14 @@ mod tests {
     #[test]
     fn so_is_that_of_the_whole_program_on_nilfs2() {
         assert_eq!(found("/top", "nilfs2", true).unwrap().name, "fsnap::nilfs2");
+    }
+
+    #[test]
+    fn every_test_is_in_one_part() {
+        let whole = found("/top/backends/dm-thin", "conformance", true).unwrap();
+        let parts: Vec<_> = divide(whole).into_iter().map(|suite| suite.part).collect();
+        assert_eq!(parts, [Some(Part::With("ext4::")), Some(Part::Without("ext4::"))]);
+        assert_eq!(divide(found("/top/backends/btrfs", "conformance", true).unwrap()).len(), 1);
     }
 
     #[test]
