@@ -7,7 +7,7 @@
 //! written, so that the snapshot is a point in time for all of them. `prime` writes out ahead what is dirty, while the
 //! writers still run.
 //!
-//! **The device never stays suspended.** See [`suspend`]: it is resumed when the call ends, however it ends, and by the
+//! **The device never stays suspended.** It is resumed when the call ends, however it ends, and by the
 //! next command if fsnap was killed. As long as it is suspended, nothing of fsnap's touches the volume.
 //!
 //! **A pool that is short of room refuses** before anything is suspended, in `reserve`, `prime` and again in `snapshot`; the
@@ -16,7 +16,7 @@
 //!
 //! **Whole or not there.** The kernel makes a thin device in one step and commits the pool before it answers, and it is
 //! only asked once the volume stands still. So an image is whole if its thin device exists; the record that says which
-//! device that is was durable before ([`record`]).
+//! device that is was durable before.
 //!
 //! # Pools
 //!
