@@ -44,8 +44,8 @@ pub enum Error {
         /// The catalog's file.
         path: PathBuf,
     },
-    /// The file system of the catalog is full.
-    #[error("the catalog {} cannot grow: its file system is full", path.display())]
+    /// A file of the catalog cannot grow: its file system is full, or the process may not write files of that size.
+    #[error("the catalog {} cannot grow: its file system is full, or the size of files is limited", path.display())]
     Full {
         /// The catalog's file.
         path: PathBuf,
@@ -197,9 +197,12 @@ impl Catalog {
 fn translate(path: &Path, source: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode;
     let path = path.to_owned();
+    let extended = source.sqlite_error().map(|error| error.extended_code);
     match source.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Error::Locked { path },
         Some(ErrorCode::DiskFull) => Error::Full { path },
+        // The index that readers and writers share is made by the first of them, also by one who only reads.
+        _ if extended == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE) => Error::Full { path },
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
             Error::Damaged { path, reason: source.to_string() }
         }

@@ -22,6 +22,7 @@ mod recover;
 mod restore;
 mod rm;
 mod show;
+mod sys;
 mod tag;
 mod verify;
 mod volumes;
@@ -31,6 +32,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub(crate) use environment::Context;
@@ -91,7 +93,8 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     };
     match parsed {
         Ok(outcome) => finish(outcome),
-        Err(error) => {
+        Err(mut error) => {
+            quote(&mut error);
             let code = if error.use_stderr() { 2 } else { 0 };
             // What cannot be written there cannot be said at all.
             let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
@@ -100,6 +103,16 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
                 true => failure::plain(&error.render().to_string()),
             };
             ExitCode::from(code)
+        }
+    }
+}
+
+/// Keeps what was typed on one line: no line of a message is then what somebody else chose.
+fn quote(error: &mut clap::Error) {
+    for kind in [ContextKind::InvalidArg, ContextKind::InvalidValue, ContextKind::InvalidSubcommand] {
+        if let Some(ContextValue::String(typed)) = error.get(kind) {
+            let printable = fsnap::printable(typed.as_ref());
+            error.insert(kind, ContextValue::String(printable));
         }
     }
 }

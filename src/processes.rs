@@ -31,7 +31,7 @@ pub use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use files::How;
 pub use process_id::ProcessId;
-pub use reach::{Candidate, CandidateKind, Reach, reach};
+pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use tree::{Member, Tree};
 pub use writers::{Writer, WriterScan, writers, writers_among};
 

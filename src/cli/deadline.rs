@@ -1,7 +1,5 @@
 //! Ends this process when it takes too long.
 
-mod sys;
-
 use std::ffi::CString;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +11,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
-use super::Failure;
+use super::{Failure, sys};
 
 /// As long as this lives, the process ends when its time is over, whatever it is doing; with exit code 1.
 ///

@@ -8,8 +8,10 @@ use fsnap::config::Config;
 use fsnap::coordinator::{Coordinator, Recovered};
 use fsnap::engine::criu::{self, Criu};
 use fsnap::failpoint;
+use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
 use super::failure::{Failure, say};
+use super::sys;
 
 /// How long a command waits for another that changes the catalog.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -23,6 +25,9 @@ pub(crate) fn prepare() {
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current = limit.maximum;
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+    // A file that may not grow is an error of the call that writes it, which is told and undone, and not a signal.
+    let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigIgn, SaFlags::empty());
+    let _ = sys::handle(Signal::SIGBUS, SigHandler::Handler(sys::end_without_page), SaFlags::empty());
 }
 
 /// The settings and places of this run.

@@ -89,10 +89,13 @@ fn hint(error: &Error) -> Option<String> {
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
         }
-        Error::Catalog(catalog::Error::Full { .. }) => "free some space there; nothing was changed",
+        Error::Catalog(catalog::Error::Full { .. }) => {
+            "free some space there; `fsnap recover` tells whether anything was begun"
+        }
         Error::Catalog(catalog::Error::Missing { .. }) => {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
+        Error::Catalog(catalog::Error::Database { .. }) => "`fsnap recover` finishes or undoes what was begun",
         Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",

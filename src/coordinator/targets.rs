@@ -1,6 +1,6 @@
 //! Which volumes a checkpoint is to hold.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use fsnap_backend::Identity;
@@ -102,17 +102,8 @@ impl Coordinator {
     /// Who works on a branch: has its files open, or sees it mounted, as restored processes do.
     pub(super) fn users(&self, branch: &Branch) -> Result<Vec<String>> {
         let (candidates, _) = candidates(branch.members.iter().map(|member| on_branch(branch, member)).collect());
-        let nobody = Tree::of_processes([]);
-        let scan = processes::writers(&candidates, &nobody, &[])?;
-        let mut users: BTreeSet<String> =
-            scan.writers.iter().map(|writer| format!("{} ({})", writer.process.pid, writer.command)).collect();
-        for process in processes::all()? {
-            // Another user's process may not be looked at; the backend has the last word.
-            if let Ok(found) = processes::reach(&Tree::of_processes([process]), &candidates) {
-                users.extend(found.iter().map(|reach| format!("{} ({})", reach.process.pid, reach.command)));
-            }
-        }
-        Ok(users.into_iter().collect())
+        let users = processes::users(&candidates)?;
+        Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
     }
 }
 

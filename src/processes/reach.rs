@@ -21,7 +21,7 @@ use super::files::{How, InUse, Lens, visit_all};
 use super::mounts::{Device, Place};
 use super::proc_dir::{ProcDir, is_gone};
 use super::view::{Located, View, Views};
-use super::{Error, ProcessId, Result, Tree};
+use super::{Error, Member, ProcessId, Result, Tree};
 
 /// A volume that processes may be able to write to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub struct Reach {
 /// A candidate whose directory is missing, or is not the one it was, is left out: no process can reach it under that
 /// path. Fails when a member's files may not be looked at.
 pub fn reach(tree: &Tree, candidates: &[Candidate]) -> Result<Vec<Reach>> {
-    let mut survey = Survey::new(candidates)?;
+    let mut survey = Survey::new(candidates, Doubt::Counts)?;
     let mut found: Vec<Option<Reach>> = vec![None; candidates.len()];
     for member in tree.members() {
         let mut on_found = |candidate: usize, how: How| {
@@ -97,10 +97,37 @@ pub fn reach(tree: &Tree, candidates: &[Candidate]) -> Result<Vec<Reach>> {
     Ok(found.into_iter().flatten().collect())
 }
 
+/// Finds the processes that surely use one of the candidates, or see it mounted.
+///
+/// What cannot be told does not count: a descriptor on a mount that no namespace shows may be of any file of its file
+/// system, and a server that holds one would else be a user of everything there. Processes that may not be looked at are
+/// left out.
+pub fn users(candidates: &[Candidate]) -> Result<Vec<Member>> {
+    let mut survey = Survey::new(candidates, Doubt::Ignored)?;
+    let mut found = Vec::new();
+    for process in super::all()? {
+        let mut uses = false;
+        // Its files are seen one after the other: what was found before a failure is true.
+        let _ = survey.examine(process, &mut |_, _| uses = true);
+        found.extend(uses.then(|| Member::look_up(process.pid)).flatten());
+    }
+    Ok(found)
+}
+
+/// Whether a file counts of which cannot be told which candidate of its file system it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Doubt {
+    /// It belongs to each of them: nothing may be missed.
+    Counts,
+    /// It belongs to none: only what is sure may be said.
+    Ignored,
+}
+
 /// The candidates' places, and what has been learnt of the processes' surroundings.
 #[derive(Debug)]
 pub(super) struct Survey<'a> {
     candidates: &'a [Candidate],
+    doubt: Doubt,
     places: Vec<Option<Place>>,
     devices: Vec<Device>,
     pub(super) views: Views,
@@ -110,13 +137,13 @@ pub(super) struct Survey<'a> {
 }
 
 impl<'a> Survey<'a> {
-    pub(super) fn new(candidates: &'a [Candidate]) -> Result<Self> {
+    pub(super) fn new(candidates: &'a [Candidate], doubt: Doubt) -> Result<Self> {
         let own = |source| Error::Read { object: "/proc/thread-self".into(), source };
         let views = Views::new().map_err(own)?;
         let user_namespace = std::fs::read_link("/proc/thread-self/ns/user").map_err(own)?;
         let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
         let devices = places.iter().flatten().map(|place| place.device).collect();
-        Ok(Self { candidates, places, devices, views, user_namespace, seen: HashSet::new() })
+        Ok(Self { candidates, doubt, places, devices, views, user_namespace, seen: HashSet::new() })
     }
 
     /// For a look at the files of a process that has this view.
@@ -149,6 +176,7 @@ impl<'a> Survey<'a> {
     pub(super) fn owners(&self, file: &InUse) -> Vec<usize> {
         match &file.located {
             Located::At(place) => self.owner(place).into_iter().collect(),
+            Located::In(_) | Located::Unknown if self.doubt == Doubt::Ignored => Vec::new(),
             Located::In(device) => {
                 self.indices(|at| self.places[at].as_ref().is_some_and(|place| place.device == *device))
             }

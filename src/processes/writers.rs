@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::files::{How, visit_writable};
 use super::proc_dir::{ProcDir, Stat, is_gone};
-use super::reach::{Candidate, Survey, open};
+use super::reach::{Candidate, Doubt, Survey, open};
 use super::{Census, Member, ProcessId, Result, Tree};
 
 /// A process that can change a volume while others stand frozen.
@@ -44,7 +44,7 @@ pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<W
 /// Processes may stand frozen meanwhile. So kernel threads cost nothing, and any other process one look at each descriptor's mode,
 /// and one question about its mappings.
 pub fn writers_among(census: &Census, volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
-    let mut survey = Survey::new(volumes)?;
+    let mut survey = Survey::new(volumes, Doubt::Counts)?;
     let mut scan = WriterScan::default();
     let own = std::process::id().cast_signed();
     for (&pid, stat) in &census.processes {

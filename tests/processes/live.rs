@@ -3,6 +3,7 @@
 // What a helper has to say, its parent reads from its standard output.
 #![allow(clippy::print_stdout)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -155,20 +156,21 @@ impl Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        // Stopped first, so that none can fork between the look and the kill.
-        let mut tree = Tree::of_processes([self.id]);
+        // Stopped first, so that none can fork between the look and the kill. One whose parent has ended meanwhile is no
+        // longer found below it, but stands because of us.
+        let mut stopped = BTreeSet::new();
+        let mut found = BTreeSet::from([self.id]);
         for _ in 0..100 {
-            for member in tree.members() {
-                signal(member.id, "STOP");
-            }
-            let Ok(found) = Tree::of_pid(self.pid()) else { break };
-            let same = found.members().map(|member| member.id).eq(tree.members().map(|member| member.id));
-            tree = found;
-            if same {
+            found.iter().for_each(|&id| signal(id, "STOP"));
+            let known = found.is_subset(&stopped);
+            stopped.append(&mut found);
+            let Ok(tree) = Tree::of_pid(self.pid()) else { break };
+            if known {
                 break;
             }
+            found = tree.members().map(|member| member.id).collect();
         }
-        tree.members().for_each(|member| signal(member.id, "KILL"));
+        stopped.into_iter().chain(found).for_each(|id| signal(id, "KILL"));
         let _ = self.child.wait();
     }
 }

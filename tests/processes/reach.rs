@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use fsnap::processes::{Candidate, CandidateKind, How, Tree, reach, writers};
+use fsnap::processes::{Candidate, CandidateKind, How, Tree, reach, users, writers};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -24,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     ("what_is_mounted_over_hides", what_is_mounted_over_hides),
     ("a_changed_root_confines", a_changed_root_confines),
     ("the_same_place_counts_under_any_path", the_same_place_counts_under_any_path),
+    ("what_cannot_be_told_makes_no_user", what_cannot_be_told_makes_no_user),
     ("a_part_of_a_volume_counts", a_part_of_a_volume_counts),
     ("a_branch_counts_where_it_is_mounted", a_branch_counts_where_it_is_mounted),
     ("a_nested_subvolume_belongs_to_its_volume", a_nested_subvolume_belongs_to_its_volume),
@@ -202,6 +203,20 @@ fn the_same_place_counts_under_any_path() {
     let script = format!("{script}; exec 9>'{}'; umount -l '{}'", file.display(), elsewhere.display());
     let live = Live::start_in_namespace(&script, &["read", "/dev/null"]);
     assert_eq!(reached(&live, &[branch(&dir)]), [(0, How::Descriptor(9))]);
+}
+
+/// `fsnap rm --branch` was refused because of a process that had a file elsewhere on the file system, behind a mount that
+/// nobody shows any more.
+fn what_cannot_be_told_makes_no_user() {
+    let place = Place::new();
+    let (used, other, elsewhere) = (place.dir("used"), place.dir("other"), place.dir("elsewhere"));
+    let (file, from, to) = (elsewhere.join("file"), other.display(), elsewhere.display());
+    let script = format!("mount --bind '{from}' '{to}'; exec 9>'{}'; umount -l '{to}'", file.display());
+    let doubtful = Live::start_in_namespace(&script, &["read", "/dev/null"]);
+    assert_eq!(reached(&doubtful, &[branch(&used)]), [(0, How::Descriptor(9))]);
+    let sure = Live::start(&["write", text(&used.join("file"))]);
+    let found: Vec<_> = users(&[branch(&used)]).unwrap().into_iter().map(|user| user.id).collect();
+    assert_eq!(found, [sure.id]);
 }
 
 fn a_part_of_a_volume_counts() {

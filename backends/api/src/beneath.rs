@@ -337,6 +337,10 @@ pub fn remove_tree(dir: impl AsFd, name: &OsStr) -> io::Result<()> {
     check_name(name)?;
     match rustix::fs::unlinkat(&dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        // A file system that may not be written refuses before it looks.
+        Err(Errno::ROFS) if stat(&dir, name).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) => {
+            return Ok(());
+        }
         Err(Errno::ISDIR) => {}
         // Some file systems answer EPERM, as POSIX has it, for a directory.
         Err(Errno::PERM) if stat(&dir, name).is_ok_and(|meta| meta.kind == FileKind::Dir) => {}

@@ -10,6 +10,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
+use std::path::Path;
 
 use fsnap_backend::{Error, ErrorKind, IoContext, Locator, Result, beneath};
 
@@ -49,13 +50,23 @@ fn delete_volume(store: &Inner, at: &Locator) -> Result<()> {
     let volumes = store.dir.join("volumes");
     let dir = File::open(&volumes).context("open", &volumes)?;
     let part = restore::remove(store, &dir, at)?;
-    match fs::rename(volumes.join(at.as_str()), volumes.join(&part)) {
+    let whole = volumes.join(at.as_str());
+    match fs::rename(&whole, volumes.join(&part)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // A file system that may not be written refuses before it looks.
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem && !exists(&whole)? => Ok(()),
         renamed => {
-            renamed.context("remove", volumes.join(at.as_str()))?;
+            renamed.context("remove", &whole)?;
             beneath::remove_tree(&dir, &part).context("remove", volumes.join(&part))?;
             sync_dir(&volumes)
         }
+    }
+}
+
+fn exists(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        found => found.map(|_| true).context("look at", path),
     }
 }
 

@@ -1,0 +1,500 @@
+//! What happens when the disk is full, the store is read-only, limits are low, the clock goes backwards, and two
+//! commands want the same.
+//!
+//! Each session shows the message, and then that nothing was lost and nothing was left: what is listed and verified
+//! afterwards, and the images in the store.
+
+use std::process::Stdio;
+
+use insta::{allow_duplicates, assert_snapshot};
+
+use crate::site::Site;
+
+#[test]
+fn a_full_store_fails_one_checkpoint_and_no_other() {
+    let mut site = Site::plain();
+    site.mount("small", 16 << 20, &["mkfs.ext4", "-q"]);
+    assert_snapshot!(site.session(
+        "fsnap init --store small/store --backend rsync db
+         fsnap checkpoint -m before >/dev/null
+         for i in 1 2 3 4 5 6; do head -c 4M /dev/urandom >db/big$i; done
+         fsnap checkpoint -m 'too large' 2>&1 | sed 's/big[1-6]/BIG/'
+         fsnap log
+         fsnap verify
+         fsnap recover
+         ls small/store/snapshots small/store/partials small/store/doomed small/store/batches
+         rm db/big*
+         fsnap diff @latest
+         fsnap checkpoint -m after >/dev/null
+         fsnap log
+         fsnap verify"
+    ), @"
+    $ fsnap init --store small/store --backend rsync db
+    volume db at $T/db: rsync snapshots in $T/small/store
+    $ fsnap checkpoint -m before >/dev/null
+    $ for i in 1 2 3 4 5 6; do head -c 4M /dev/urandom >db/big$i; done
+    $ fsnap checkpoint -m 'too large' 2>&1 | sed 's/big[1-6]/BIG/'
+    fsnap: error: cannot copy $T/db/BIG: No space left on device (os error 28)
+    fsnap: hint: free some space, then try again; nothing was left behind
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID1  TIME  db  before
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    $ fsnap recover
+    nothing is half done
+    $ ls small/store/snapshots small/store/partials small/store/doomed small/store/batches
+    small/store/batches:
+    ID2
+
+    small/store/doomed:
+
+    small/store/partials:
+
+    small/store/snapshots:
+    s-IMAGE1
+    $ rm db/big*
+    $ fsnap diff @latest
+    $ fsnap checkpoint -m after >/dev/null
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID3  TIME  ID1  db  after
+    ID1  TIME  db  before
+    $ fsnap verify
+    verified the catalog and 2 checkpoints: 0 damaged
+    ");
+    assert_eq!(site.images("small/store").len(), 2);
+}
+
+#[test]
+fn a_full_store_of_btrfs_fails_one_checkpoint_and_no_other() {
+    let mut site = Site::empty();
+    site.mount("fs", 24 << 20, &["mkfs.btrfs", "-q", "--mixed"]);
+    assert_snapshot!(site.in_dir("fs").session(
+        "btrfs -q subvolume create db && echo one >db/a
+         fsnap init db
+         fsnap checkpoint -m before >/dev/null
+         cat /dev/zero >db/zero
+         fsnap checkpoint -m refused
+         fsnap branch @latest refused
+         fsnap branches
+         fsnap log
+         fsnap verify
+         fsnap recover
+         ls .fsnap/snapshots .fsnap/volumes
+         cat db/a
+         rm db/zero && sync -f .
+         fsnap checkpoint -m after >/dev/null
+         fsnap diff @latest~1 @latest
+         fsnap verify"
+    ), @"
+    $ btrfs -q subvolume create db && echo one >db/a
+    $ fsnap init db
+    volume db at $T/fs/db: btrfs snapshots in $T/fs/.fsnap
+    $ fsnap checkpoint -m before >/dev/null
+    $ cat /dev/zero >db/zero
+    ! cat: write error: No space left on device
+    [exit 1]
+    $ fsnap checkpoint -m refused
+    ! fsnap: error: cannot make a snapshot of $T/fs/db: No space left on device (os error 28)
+    ! fsnap: hint: free some space, then try again; nothing was left behind
+    [exit 1]
+    $ fsnap branch @latest refused
+    ! fsnap: error: cannot make the clone $T/fs/.fsnap/volumes/v-IMAGE1: No space left on device (os error 28)
+    ! fsnap: hint: free some space, then try again; nothing was left behind
+    [exit 1]
+    $ fsnap branches
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID1  TIME  db  before
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    $ fsnap recover
+    nothing is half done
+    $ ls .fsnap/snapshots .fsnap/volumes
+    .fsnap/snapshots:
+    s-IMAGE2
+
+    .fsnap/volumes:
+    $ cat db/a
+    one
+    $ rm db/zero && sync -f .
+    $ fsnap checkpoint -m after >/dev/null
+    $ fsnap diff @latest~1 @latest
+    $ fsnap verify
+    verified the catalog and 2 checkpoints: 0 damaged
+    ");
+    assert_eq!(site.images("fs/.fsnap").len(), 2);
+}
+
+#[test]
+fn a_read_only_store_of_rsync_can_still_be_read() {
+    let mut site = Site::plain();
+    site.mount("small", 32 << 20, &["mkfs.ext4", "-q"]);
+    assert_snapshot!(site.session(
+        "fsnap init --backend rsync --store small/store db
+         fsnap checkpoint -m before >/dev/null
+         echo changed >db/a
+         mount -o remount,ro small
+         fsnap checkpoint -m refused
+         fsnap branch @latest 2>&1 | sed 's/v-[0-9a-f]*/V/'
+         fsnap log
+         fsnap show @latest | grep message
+         fsnap diff @latest
+         fsnap verify
+         fsnap recover
+         fsnap rm @latest
+         fsnap recover
+         mount -o remount,rw small
+         fsnap recover
+         fsnap checkpoint -m after >/dev/null
+         fsnap log
+         fsnap verify"
+    ), @"
+    $ fsnap init --backend rsync --store small/store db
+    volume db at $T/db: rsync snapshots in $T/small/store
+    $ fsnap checkpoint -m before >/dev/null
+    $ echo changed >db/a
+    $ mount -o remount,ro small
+    $ fsnap checkpoint -m refused
+    ! fsnap: error: cannot make the directory $T/small/store/batches/ID1: Read-only file system (os error 30)
+    ! fsnap: hint: mount it writable first
+    [exit 1]
+    $ fsnap branch @latest 2>&1 | sed 's/v-[0-9a-f]*/V/'
+    fsnap: error: cannot make the directory $T/small/store/volumes/V.part: Read-only file system (os error 30)
+    fsnap: hint: mount it writable first
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID2  TIME  db  before
+    $ fsnap show @latest | grep message
+    message  before
+    $ fsnap diff @latest
+    M db/a
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    $ fsnap recover
+    nothing is half done
+    $ fsnap rm @latest
+    ! fsnap: error: cannot remove $T/small/store/snapshots/s-IMAGE1: Read-only file system (os error 30)
+    ! fsnap: hint: mount it writable first
+    [exit 1]
+    $ fsnap recover
+    postponed: the removal of 1 images: cannot remove $T/small/store/snapshots/s-IMAGE1: Read-only file system (os error 30)
+    [exit 1]
+    $ mount -o remount,rw small
+    $ fsnap recover
+    finished: a removal
+    $ fsnap checkpoint -m after >/dev/null
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID3  TIME  db  after
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    ");
+    assert_eq!(site.images("small/store").len(), 1);
+}
+
+#[test]
+fn a_read_only_store_of_btrfs_can_still_be_read() {
+    let site = Site::btrfs();
+    assert_snapshot!(site.in_dir("fs").session(
+        "fsnap init db
+         fsnap checkpoint -m before >/dev/null
+         echo changed >db/a
+         mount -o remount,ro $TOP
+         fsnap checkpoint -m refused
+         fsnap branch @latest
+         fsnap log
+         fsnap show @latest | grep message
+         fsnap diff @latest
+         fsnap verify
+         fsnap recover
+         fsnap rm @latest
+         fsnap recover
+         mount -o remount,rw $TOP
+         fsnap recover
+         fsnap checkpoint -m after >/dev/null
+         fsnap log
+         fsnap verify"
+    ), @"
+    $ fsnap init db
+    volume db at $T/fs/db: btrfs snapshots in $T/fs/.fsnap
+    $ fsnap checkpoint -m before >/dev/null
+    $ echo changed >db/a
+    $ mount -o remount,ro $TOP
+    $ fsnap checkpoint -m refused
+    ! fsnap: error: cannot make a snapshot of $T/fs/db: Read-only file system (os error 30)
+    ! fsnap: hint: mount it writable first
+    [exit 1]
+    $ fsnap branch @latest
+    ! fsnap: error: cannot make the clone $T/fs/.fsnap/volumes/v-IMAGE1: Read-only file system (os error 30)
+    ! fsnap: hint: mount it writable first
+    [exit 1]
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID1  TIME  db  before
+    $ fsnap show @latest | grep message
+    message  before
+    $ fsnap diff @latest
+    M db/a
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    $ fsnap recover
+    nothing is half done
+    $ fsnap rm @latest
+    ! fsnap: error: cannot remove $T/fs/.fsnap/snapshots/s-IMAGE2: Read-only file system (os error 30)
+    ! fsnap: hint: mount it writable first
+    [exit 1]
+    $ fsnap recover
+    postponed: the removal of 1 images: cannot remove $T/fs/.fsnap/snapshots/s-IMAGE2: Read-only file system (os error 30)
+    [exit 1]
+    $ mount -o remount,rw $TOP
+    $ fsnap recover
+    finished: a removal
+    $ fsnap checkpoint -m after >/dev/null
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID2  TIME  db  after
+    $ fsnap verify
+    verified the catalog and 1 checkpoint: 0 damaged
+    ");
+    assert_eq!(site.images("fs/.fsnap").len(), 1);
+}
+
+/// A file system where a full disk is told by an error of a call, and one where it is told by SIGBUS: of blocks smaller
+/// than a page, some of a page may be missing.
+#[test]
+fn the_file_system_of_the_catalog_is_full() {
+    for block in ["4096", "1024"] {
+        let mut site = Site::plain();
+        site.mount("tiny", 4 << 20, &["mkfs.ext4", "-q", "-O", "^has_journal", "-b", block]);
+        site.set("FSNAP_STATE", site.path("tiny/state").to_str().unwrap());
+        site.run("fsnap init db && fsnap checkpoint -t before");
+        site.shell().output("cat /dev/zero >tiny/zero");
+        for line in ["fsnap checkpoint", "fsnap tag @latest name", "fsnap branch @latest", "fsnap rm @latest"] {
+            let output = site.shell().output(line);
+            let said = String::from_utf8(output.stderr).unwrap();
+            match output.status.code() {
+                Some(1) => assert!(said.contains("fsnap: hint: free some space"), "{line}: {said}"),
+                // The log of the database may have room for one more small change.
+                Some(0) if line.contains("tag") => {}
+                _ => panic!("{line}: {}: {said}", output.status),
+            }
+        }
+        site.run("rm tiny/zero; fsnap tag -d @latest name 2>/dev/null || true");
+        allow_duplicates!(assert_snapshot!(site.session(
+            "fsnap recover >/dev/null
+             fsnap recover
+             fsnap log
+             fsnap branches
+             fsnap verify
+             ls .fsnap/snapshots .fsnap/volumes .fsnap/partials .fsnap/doomed
+             fsnap checkpoint -m after >/dev/null
+             fsnap verify"
+        ), @"
+        $ fsnap recover >/dev/null
+        $ fsnap recover
+        nothing is half done
+        $ fsnap log
+        ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+        ID1  TIME  db  (before)
+        $ fsnap branches
+        $ fsnap verify
+        verified the catalog and 1 checkpoint: 0 damaged
+        $ ls .fsnap/snapshots .fsnap/volumes .fsnap/partials .fsnap/doomed
+        .fsnap/doomed:
+
+        .fsnap/partials:
+
+        .fsnap/snapshots:
+        s-IMAGE1
+
+        .fsnap/volumes:
+        $ fsnap checkpoint -m after >/dev/null
+        $ fsnap verify
+        verified the catalog and 2 checkpoints: 0 damaged
+        "));
+        assert_eq!(site.images(".fsnap").len(), 2);
+    }
+}
+
+#[test]
+fn a_full_memory_file_system_is_told_as_such() {
+    let site = Site::plain();
+    assert_snapshot!(site.session(
+        "mkdir tiny
+         echo 'fsnap init db; fsnap checkpoint -m before; cat /dev/zero >tiny/zero' >script
+         echo 'fsnap checkpoint; fsnap branch @latest; rm tiny/zero; fsnap recover; fsnap log; fsnap verify' >>script
+         FSNAP_STATE=tiny/state unshare --mount sh -c 'mount -t tmpfs -o size=1m tiny tiny; sh script 2>&1'"
+    ), @"
+    $ mkdir tiny
+    $ echo 'fsnap init db; fsnap checkpoint -m before; cat /dev/zero >tiny/zero' >script
+    $ echo 'fsnap checkpoint; fsnap branch @latest; rm tiny/zero; fsnap recover; fsnap log; fsnap verify' >>script
+    $ FSNAP_STATE=tiny/state unshare --mount sh -c 'mount -t tmpfs -o size=1m tiny tiny; sh script 2>&1'
+    fsnap: note: `fsnap doctor $T/db` tells why other backends cannot hold it
+    volume db at $T/db: rsync snapshots in $T/.fsnap
+    ID1
+    cat: write error: No space left on device
+    fsnap: error: the catalog $T/tiny/state/catalog.db cannot grow: its file system is full, or the size of files is limited
+    fsnap: hint: free some space there; `fsnap recover` tells whether anything was begun
+    fsnap: error: the catalog $T/tiny/state/catalog.db cannot grow: its file system is full, or the size of files is limited
+    fsnap: hint: free some space there; `fsnap recover` tells whether anything was begun
+    nothing is half done
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID1  TIME  db  before
+    verified the catalog and 1 checkpoint: 0 damaged
+    ");
+    assert_eq!(site.images(".fsnap").len(), 1);
+}
+
+#[test]
+fn a_file_that_may_not_grow_fails_one_checkpoint_and_no_other() {
+    for (site, dir) in [(Site::plain(), "."), (Site::btrfs(), "fs")] {
+        let shell = site.in_dir(dir);
+        shell.run("fsnap init db && fsnap checkpoint -m before && head -c 200k /dev/urandom >db/big");
+        for blocks in [0, 1, 8] {
+            let said = shell.fail(&format!("ulimit -f {blocks}; fsnap checkpoint"));
+            assert!(said.starts_with("fsnap: error: "), "{blocks}: {said}");
+        }
+        assert_eq!(site.images(&format!("{dir}/.fsnap")).len(), 1);
+        allow_duplicates!(assert_snapshot!(shell.session(
+            "fsnap recover
+             fsnap log
+             fsnap verify
+             fsnap checkpoint -m after >/dev/null
+             fsnap verify"
+        ), @"
+        $ fsnap recover
+        nothing is half done
+        $ fsnap log
+        ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+        ID1  TIME  db  before
+        $ fsnap verify
+        verified the catalog and 1 checkpoint: 0 damaged
+        $ fsnap checkpoint -m after >/dev/null
+        $ fsnap verify
+        verified the catalog and 2 checkpoints: 0 damaged
+        "));
+    }
+}
+
+#[test]
+fn too_few_descriptors_fail_one_checkpoint_and_no_other() {
+    for (site, dir) in [(Site::plain(), "."), (Site::btrfs(), "fs")] {
+        let shell = site.in_dir(dir);
+        shell.run("fsnap init db && fsnap checkpoint -m before && echo changed >db/a");
+        let mut failed = 0;
+        for limit in 4..40 {
+            let output = shell.output(&format!("ulimit -n {limit}; fsnap checkpoint"));
+            let said = String::from_utf8(output.stderr).unwrap();
+            match output.status.code() {
+                Some(0) => break,
+                // The loader, before fsnap is there.
+                Some(127) => assert!(said.contains("shared libraries"), "{limit}: {said}"),
+                Some(1) => {
+                    assert!(said.contains("fsnap: error: "), "{limit}: {said}");
+                    failed += 1;
+                }
+                _ => panic!("{limit}: {}: {said}", output.status),
+            }
+        }
+        assert!(failed > 3, "only {failed} were refused");
+        allow_duplicates!(assert_snapshot!(shell.session(
+            "fsnap recover >/dev/null
+             fsnap recover
+             fsnap log
+             fsnap verify"
+        ), @"
+        $ fsnap recover >/dev/null
+        $ fsnap recover
+        nothing is half done
+        $ fsnap log
+        ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+        ID1  TIME  ID2  db
+        ID2  TIME  db  before
+        $ fsnap verify
+        verified the catalog and 2 checkpoints: 0 damaged
+        "));
+        assert_eq!(site.images(&format!("{dir}/.fsnap")).len(), 2);
+    }
+}
+
+#[test]
+fn the_order_is_not_the_clocks() {
+    let site = Site::plain();
+    assert_snapshot!(site.session(
+        "fsnap init db >/dev/null 2>&1
+         faketime '2036-01-01 00:00:00' fsnap checkpoint -m first >/dev/null
+         faketime '1999-01-01 00:00:00' fsnap checkpoint -m second >/dev/null
+         faketime '1960-01-01 00:00:00' fsnap checkpoint -m third >/dev/null
+         fsnap checkpoint -m fourth >/dev/null
+         fsnap log --graph
+         fsnap log --json | grep time | cut -d '\"' -f 4 | cut -c -4 | sed 1d
+         fsnap show @latest~3 | grep message
+         faketime '1999-01-01 00:00:00' fsnap verify
+         faketime '1999-01-01 00:00:00' fsnap rm @latest
+         faketime '1999-01-01 00:00:00' fsnap recover
+         fsnap show @latest | grep message"
+    ), @r#"
+    $ fsnap init db >/dev/null 2>&1
+    $ faketime '2036-01-01 00:00:00' fsnap checkpoint -m first >/dev/null
+    $ faketime '1999-01-01 00:00:00' fsnap checkpoint -m second >/dev/null
+    $ faketime '1960-01-01 00:00:00' fsnap checkpoint -m third >/dev/null
+    $ fsnap checkpoint -m fourth >/dev/null
+    $ fsnap log --graph
+    ○  ID1  TIME  fourth
+    ○  ID2  TIME  third
+    ○  ID3  TIME  second
+    ○  ID4  TIME  first
+    $ fsnap log --json | grep time | cut -d '"' -f 4 | cut -c -4 | sed 1d
+    1960
+    1999
+    2036
+    $ fsnap show @latest~3 | grep message
+    message  first
+    $ faketime '1999-01-01 00:00:00' fsnap verify
+    verified the catalog and 4 checkpoints: 0 damaged
+    $ faketime '1999-01-01 00:00:00' fsnap rm @latest
+    $ faketime '1999-01-01 00:00:00' fsnap recover
+    nothing is half done
+    $ fsnap show @latest | grep message
+    message  third
+    "#);
+    assert_eq!(site.images(".fsnap").len(), 3);
+}
+
+#[test]
+fn two_removals_at_once() {
+    for (site, dir) in [(Site::plain(), "."), (Site::btrfs(), "fs")] {
+        let shell = site.in_dir(dir);
+        let both = |lines: [&str; 2]| {
+            let running = lines.map(|line| shell.command(line).stderr(Stdio::piped()).spawn().unwrap());
+            running.map(|child| child.wait_with_output().unwrap())
+        };
+        shell.run("fsnap init db && fsnap checkpoint -t kept");
+        for _ in 0..8 {
+            shell.run("echo x >>db/a; fsnap checkpoint -t one; fsnap checkpoint -t two; fsnap checkpoint -t three");
+            let same = both(["fsnap rm one", "fsnap rm one"]);
+            assert_eq!(same.iter().filter(|output| output.status.success()).count(), 1, "{same:?}");
+            let lost = same.iter().find(|output| !output.status.success()).unwrap();
+            assert_eq!(lost.status.code(), Some(1));
+            assert!(String::from_utf8_lossy(&lost.stderr).starts_with("fsnap: error: no checkpoint "), "{lost:?}");
+            let other = both(["fsnap rm two", "fsnap rm three"]);
+            assert!(other.iter().all(|output| output.status.success() && output.stderr.is_empty()), "{other:?}");
+            assert_eq!(site.images(&format!("{dir}/.fsnap")).len(), 1);
+        }
+        allow_duplicates!(assert_snapshot!(shell.session(
+            "fsnap recover
+             fsnap log
+             fsnap verify"
+        ), @"
+        $ fsnap recover
+        nothing is half done
+        $ fsnap log
+        ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+        ID1  TIME  db  (kept)
+        $ fsnap verify
+        verified the catalog and 1 checkpoint: 0 damaged
+        "));
+    }
+}
