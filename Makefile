@@ -9,7 +9,7 @@ HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = RUSTFLAGS="-C target-feature=+crt-static"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-build build demo test bench doc check
+.PHONY: help setup setup-build build demo test vm-shell bench doc check
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -30,6 +30,9 @@ demo: setup ## show the whole story on real parts (as root)
 
 test: setup ## run everything that must pass; the last line counts it
 	@tests/support/run-all.sh
+
+vm-shell: setup ## give a prompt in a virtual machine
+	cargo run --quiet --locked --package vm-tests -- --shell
 
 bench: setup ## measure against bare system calls and peers
 	$(STATIC) FSNAP_CRIU=$(CURDIR)/target/criu/criu cargo bench --locked --target $(HOST)

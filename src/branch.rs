@@ -26,9 +26,9 @@ pub struct BranchMember {
     pub volume: Name,
     /// The backend's name.
     pub backend: String,
-    /// The store that holds it.
+    /// The store that holds it, or the snapshot below it.
     pub store: Identity,
-    /// Where it lives in the store.
+    /// Where that lives in the store.
     pub at: Locator,
     /// Where its files can be read and written.
     pub path: PathText,
@@ -36,4 +36,33 @@ pub struct BranchMember {
     pub identity: Identity,
     /// Where the volume's files were when the checkpoint was taken: a restored process finds the branch there.
     pub origin: PathText,
+    /// How it is made where the store cannot clone; `at` is then the snapshot below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
+}
+
+/// A writable volume over a snapshot that cannot be written: what differs is kept beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// The directory that holds what differs.
+    pub dir: PathText,
+    /// Who takes snapshots of the volume, for the snapshot's own backend cannot; `None` if no backend that takes any
+    /// directory is compiled in.
+    pub keeper: Option<Keeper>,
+}
+
+/// The store for snapshots of an overlay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keeper {
+    /// The backend's name.
+    pub backend: String,
+    /// The store.
+    pub store: Identity,
+}
+
+impl Branch {
+    /// The directories of its overlays.
+    pub fn overlays(&self) -> Vec<PathText> {
+        self.members.iter().filter_map(|member| Some(member.overlay.as_ref()?.dir.clone())).collect()
+    }
 }

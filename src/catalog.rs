@@ -22,7 +22,7 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
-pub use intent::{ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
+pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
 pub use lock::{IntentLock, Note, find_plan};
 pub use query::Removal;
 

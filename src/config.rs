@@ -14,6 +14,8 @@ use crate::{Error, Result};
 pub struct Config {
     /// Where the catalog is; overridden by `FSNAP_STATE`.
     pub state: Option<PathBuf>,
+    /// Where overlays keep what differs from their snapshots; `branches` in the state directory, if not set.
+    pub branches: Option<PathBuf>,
     /// What engines' hooks do.
     pub hook: Hook,
     /// The engine CRIU.

@@ -10,6 +10,7 @@
 mod branch;
 mod checkpoint;
 mod diff;
+mod overlay;
 mod recover;
 mod register;
 mod remove;
@@ -20,14 +21,14 @@ mod window;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use fsnap_backend::{Backend, Identity, Volume};
 
-use crate::catalog::{Access, Catalog, ImageRef};
+use crate::catalog::{Access, Catalog, Doomed, ImageRef};
 use crate::checkpoint::PathText;
 use crate::name::Name;
 use crate::{Error, Result, stores};
@@ -46,6 +47,7 @@ pub use window::Window;
 pub struct Coordinator {
     catalog: Catalog,
     stores: RefCell<BTreeMap<Identity, Arc<dyn Backend>>>,
+    overlays: PathBuf,
 }
 
 impl Coordinator {
@@ -53,7 +55,13 @@ impl Coordinator {
     ///
     /// `patience` bounds every wait for another fsnap.
     pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
-        Ok(Self { catalog: Catalog::open(state, access, patience)?, stores: RefCell::default() })
+        let overlays = state.join("branches");
+        Ok(Self { catalog: Catalog::open(state, access, patience)?, stores: RefCell::default(), overlays })
+    }
+
+    /// Makes new overlays in `dir` instead of the directory `branches` beside the catalog.
+    pub fn keep_overlays_in(&mut self, dir: &Path) {
+        dir.clone_into(&mut self.overlays);
     }
 
     /// The catalog.
@@ -74,14 +82,17 @@ impl Coordinator {
         Ok(backend)
     }
 
-    /// Deletes images; goes on after a failure, and returns all failures as one.
-    fn delete(&self, images: &[ImageRef]) -> Result<()> {
+    /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
+    fn delete(&self, doomed: &Doomed) -> Result<()> {
         let delete = |image: &ImageRef| -> Result<()> {
             let store = self.store(&image.store)?;
             store.deactivate(&image.at)?;
             Ok(store.delete(&image.at)?)
         };
-        let errors = images.iter().filter_map(|image| delete(image).err()).collect();
+        // First what lies over the images.
+        let overlays = doomed.overlays.iter().filter_map(|dir| overlay::remove(dir.as_path()).err());
+        let mut errors: Vec<_> = overlays.collect();
+        errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)
     }
 }

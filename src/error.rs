@@ -207,13 +207,13 @@ pub enum Error {
         /// What it holds.
         found: String,
     },
-    /// The branch could not be made: the backend has no writable clones.
-    #[error("the volume {volume} cannot be branched: its backend {backend} has no writable clones")]
-    NoClones {
-        /// The volume.
-        volume: Name,
-        /// The backend.
-        backend: String,
+    /// The branch could not be made: the backend has no writable clones, and no overlay can be kept here.
+    #[error("an overlay cannot be kept in {dir}: {reason}")]
+    NoOverlay {
+        /// The directory.
+        dir: PathText,
+        /// Why not.
+        reason: String,
     },
     /// The work was not done within the time allowed.
     #[error("{what} took longer than {seconds} s")]

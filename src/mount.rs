@@ -135,6 +135,29 @@ impl Prepared {
         Ok(Self { mount: mount? })
     }
 
+    /// Lays what `upper` in the directory `home` holds over a snapshot; `work` in it belongs to the kernel.
+    ///
+    /// The result is writable: what is written goes to `upper` ([overlayfs]). The snapshot stays mounted as long as this
+    /// is, but nowhere where it could be seen.
+    ///
+    /// [overlayfs]: https://docs.kernel.org/filesystems/overlayfs.html
+    pub fn overlay(lower: &MountSpec, home: &Path, restrictions: Restrictions) -> Result<Self> {
+        let lower = Self::new(lower, restrictions)?;
+        // overlayfs takes paths alone, and only of mounts that this namespace has.
+        let lay = || {
+            let failed = |error| failed("prepare an overlay in", home)(error);
+            private_namespace().map_err(failed)?;
+            // By the path again: a descriptor from before would be of a mount of the other namespace.
+            rustix::process::chdir(home).map_err(failed)?;
+            move_mount(&lower.mount, "", CWD, STAGE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(failed)?;
+            // A rename of a directory that the snapshot has would else be refused.
+            let options = format!("lowerdir={STAGE},upperdir=upper,workdir=work,redirect_dir=on");
+            new_file_system("overlay", Path::new("fsnap"), &options, false, restrictions)
+        };
+        let laid = std::thread::scope(|scope| scope.spawn(lay).join());
+        Ok(Self { mount: laid.unwrap_or_else(|panic| std::panic::resume_unwind(panic))? })
+    }
+
     /// Opens the root of the mount for reading, attached nowhere; the mount goes with the last descriptor of it.
     pub fn open(self) -> Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -271,14 +294,21 @@ fn clone_tree(at: impl AsFd, path: &str) -> rustix::io::Result<OwnedFd> {
     open_tree(at, path, clone)
 }
 
-/// Copies a detached mount with other flags. Requires a thread of its own, whose mount namespace it replaces.
-fn with_flags(mount: &OwnedFd, read_only: bool, restrictions: Restrictions) -> rustix::io::Result<OwnedFd> {
-    // Any directory that is surely there will do; nobody else looks up paths in this namespace.
-    const STAGE: &str = "/proc";
+/// Where this thread mounts what it needs by a path: any directory that is surely there will do, for nobody else looks up
+/// paths in its namespace.
+const STAGE: &str = "/proc";
+
+/// Gives this thread a mount namespace of its own.
+fn private_namespace() -> rustix::io::Result<()> {
     let to_errno = |error: nix::errno::Errno| rustix::io::Errno::from_raw_os_error(error as i32);
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(to_errno)?;
     // Else what is mounted here would show up in the namespace it was copied from.
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+}
+
+/// Copies a detached mount with other flags. Requires a thread of its own, whose mount namespace it replaces.
+fn with_flags(mount: &OwnedFd, read_only: bool, restrictions: Restrictions) -> rustix::io::Result<OwnedFd> {
+    private_namespace()?;
     move_mount(mount, "", CWD, STAGE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     let mut flags = MountFlags::BIND;
     flags.set(MountFlags::RDONLY, read_only);

@@ -36,6 +36,10 @@ macro_rules! kind {
 pub const KINDS: &[Kind] = &[
     #[cfg(feature = "btrfs")]
     kind!("btrfs", fsnap_btrfs::Store),
+    #[cfg(feature = "dm-thin")]
+    kind!("dm-thin", fsnap_dm_thin::Store),
+    #[cfg(feature = "nilfs2")]
+    kind!("nilfs2", fsnap_nilfs2::Store),
     #[cfg(feature = "rsync")]
     kind!("rsync", fsnap_rsync::Store),
 ];

@@ -29,13 +29,19 @@ pub enum Intent {
     Branch {
         /// The branch's name.
         name: Name,
-        /// Where the clones will be.
+        /// Where the clones will be, and the snapshots below overlays.
         images: Vec<ImageRef>,
+        /// The directories of overlays.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        overlays: Vec<PathText>,
     },
     /// Images that nothing needs are being deleted; always finished.
     Remove {
         /// The images that may still be there.
         images: Vec<ImageRef>,
+        /// The directories of overlays that may still be there, or mounted.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        overlays: Vec<PathText>,
     },
 }
 
@@ -44,9 +50,26 @@ impl Intent {
     pub fn images(&self) -> Vec<ImageRef> {
         match self {
             Self::Checkpoint(pending) => pending.members.iter().map(PlannedMember::image).collect(),
-            Self::Branch { images, .. } | Self::Remove { images } => images.clone(),
+            Self::Branch { images, .. } | Self::Remove { images, .. } => images.clone(),
         }
     }
+
+    /// The overlays that the change makes or removes.
+    pub fn overlays(&self) -> Vec<PathText> {
+        match self {
+            Self::Checkpoint(_) => Vec::new(),
+            Self::Branch { overlays, .. } | Self::Remove { overlays, .. } => overlays.clone(),
+        }
+    }
+}
+
+/// What nothing needs any more.
+#[derive(Debug, Clone, Default)]
+pub struct Doomed {
+    /// Images of stores.
+    pub images: Vec<ImageRef>,
+    /// Directories of overlays.
+    pub overlays: Vec<PathText>,
 }
 
 /// An image of some store.

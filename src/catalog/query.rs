@@ -7,9 +7,9 @@ use rusqlite::{OptionalExtension, Params, Row, Transaction, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Catalog, Error, ImageRef, Intent, IntentId, IntentLock, Result};
+use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result};
 use crate::branch::Branch;
-use crate::checkpoint::{Checkpoint, CheckpointId};
+use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::name::Name;
 use crate::volume::{RegisteredVolume, StoreRecord};
 
@@ -58,7 +58,7 @@ pub enum Removal {
     /// The record stays: these branches grew from it.
     Needed(Vec<Name>),
     /// The record is gone, and the images that nothing else holds are the intent's to delete.
-    Begun(IntentId, IntentLock, Vec<ImageRef>),
+    Begun(IntentId, IntentLock, Doomed),
 }
 
 impl Catalog {
@@ -113,15 +113,21 @@ impl Catalog {
         self.one("a store", "SELECT body, digest FROM store WHERE identity = ?1", [identity.as_str()])
     }
 
+    /// Records a store, or where it is now.
+    pub fn add_store(&self, store: &StoreRecord) -> Result<()> {
+        self.transact(|tx| self.add_store_in(tx, store))
+    }
+
+    fn add_store_in(&self, tx: &Transaction<'_>, store: &StoreRecord) -> Result<()> {
+        let (body, digest) = encode(store);
+        let query = "INSERT INTO store VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET body = ?2, digest = ?3";
+        tx.execute(query, params![store.identity.as_str(), body, digest]).map_err(|e| self.failed(e)).map(drop)
+    }
+
     /// Records a volume and the store that holds its snapshots; `false` if the name is taken.
     pub fn add_volume(&self, volume: &RegisteredVolume, store: &StoreRecord) -> Result<bool> {
         self.transact(|tx| {
-            let (body, digest) = encode(store);
-            tx.execute(
-                "INSERT INTO store VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET body = ?2, digest = ?3",
-                params![store.identity.as_str(), body, digest],
-            )
-            .map_err(|e| self.failed(e))?;
+            self.add_store_in(tx, store)?;
             let (body, digest) = encode(volume);
             let added = tx
                 .execute(
@@ -218,6 +224,26 @@ impl Catalog {
     /// Every branch, oldest first.
     pub fn branches(&self) -> Result<Vec<Branch>> {
         self.all("a branch", "SELECT body, digest FROM branch ORDER BY seq", [])
+    }
+
+    /// The branches that have overlays, oldest first.
+    pub fn branches_with_overlays(&self) -> Result<Vec<Branch>> {
+        // Only a hint, so that the others need not be read: names in a body may look like it.
+        self.all("a branch", "SELECT body, digest FROM branch WHERE body LIKE '%\"overlay\"%' ORDER BY seq", [])
+    }
+
+    /// Replaces the record of a branch; `false` if it is gone.
+    pub fn update_branch(&self, branch: &Branch) -> Result<bool> {
+        self.transact(|tx| {
+            let (body, digest) = encode(branch);
+            let changed = tx
+                .execute(
+                    "UPDATE branch SET body = ?2, digest = ?3 WHERE name = ?1",
+                    params![branch.name.as_str(), body, digest],
+                )
+                .map_err(|e| self.failed(e))?;
+            Ok(changed == 1)
+        })
     }
 
     /// The branch of that name.
@@ -406,38 +432,41 @@ impl Catalog {
             }
             .map_err(|e| self.failed(e))?;
             tx.execute("DELETE FROM checkpoint WHERE id = ?1", [&key]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Checkpoint(id))
+            self.begin_removal(tx, &Holder::Checkpoint(id), Vec::new())
         })
     }
 
     /// Takes a branch out of the record. Checkpoints that were taken on it stay.
     pub fn remove_branch(&self, name: &Name) -> Result<Removal> {
         self.transact(|tx| {
+            let overlays = self.branch(name)?.map(|branch| branch.overlays()).unwrap_or_default();
             let gone = tx.execute("DELETE FROM branch WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
             if gone == 0 {
                 return Ok(Removal::Missing);
             }
             tx.execute("DELETE FROM tip WHERE line = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Branch(name))
+            self.begin_removal(tx, &Holder::Branch(name), overlays)
         })
     }
 
-    fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>) -> Result<Removal> {
+    fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>, overlays: Vec<PathText>) -> Result<Removal> {
         let images = self.release_in(tx, holder)?;
-        let (id, lock) = self.begin_in(tx, &Intent::Remove { images: images.clone() })?;
-        Ok(Removal::Begun(id, lock, images))
+        let intent = Intent::Remove { images: images.clone(), overlays: overlays.clone() };
+        let (id, lock) = self.begin_in(tx, &intent)?;
+        Ok(Removal::Begun(id, lock, Doomed { images, overlays }))
     }
 
     /// Turns an intent that was given up into the removal of its images; `None` if it is gone.
-    pub fn abandon(&self, id: IntentId) -> Result<Option<Vec<ImageRef>>> {
+    pub fn abandon(&self, id: IntentId) -> Result<Option<Doomed>> {
         self.transact(|tx| {
             let images = self.release_in(tx, &Holder::Intent(id))?;
-            let (body, digest) = encode(&Intent::Remove { images: images.clone() });
+            let overlays = self.intent(id)?.map(|intent| intent.overlays()).unwrap_or_default();
+            let (body, digest) = encode(&Intent::Remove { images: images.clone(), overlays: overlays.clone() });
             let changed = tx
                 .execute("UPDATE intent SET body = ?2, digest = ?3 WHERE seq = ?1", params![id.0, body, digest])
                 .map_err(|e| self.failed(e))?;
             self.hold(tx, &images, &Holder::Intent(id))?;
-            Ok((changed == 1).then_some(images))
+            Ok((changed == 1).then_some(Doomed { images, overlays }))
         })
     }
 

@@ -66,7 +66,10 @@ impl Context {
     }
 
     fn recovered(&self, access: Access) -> Result<Coordinator, Failure> {
-        let coordinator = self.open(access)?;
+        let mut coordinator = self.open(access)?;
+        if let Some(dir) = &self.config.branches {
+            coordinator.keep_overlays_in(dir);
+        }
         tell(&coordinator.recover()?);
         Ok(coordinator)
     }
@@ -103,6 +106,7 @@ pub(crate) fn tell(recovered: &[Recovered]) {
             Recovered::BranchRemoved(name) => {
                 say("recovered", &format!("branch {name} was not finished; it is removed"))
             }
+            Recovered::Mounted(name) => say("recovered", &format!("branch {name} is mounted again")),
             Recovered::Postponed { what, error } => {
                 say("warning", &format!("{what} is half done and stays so: {error}"))
             }

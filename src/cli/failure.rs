@@ -80,11 +80,11 @@ fn hint(error: &Error) -> Option<String> {
         }
         Error::ImagesInVolume { .. } => "let the engine write its images to a directory outside every volume",
         Error::NoProcessImage { .. } => "`fsnap branch` gives you its files",
-        Error::NoClones { .. } => "its files can still be read: `fsnap diff`",
         Error::NoSuchTag { .. } => "`fsnap log` shows the tags",
         Error::NameTaken { what: "the branch", .. } => {
             "choose another name, or remove the branch: `fsnap rm --branch NAME`"
         }
+        Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"

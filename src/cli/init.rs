@@ -6,6 +6,7 @@ use clap::builder::PossibleValuesParser;
 use fsnap::coordinator::Registration;
 use fsnap::name::Name;
 use fsnap::stores::KINDS;
+use fsnap_backend::Capabilities;
 use serde_json::json;
 
 use super::failure::say;
@@ -15,7 +16,7 @@ use super::{Context, Outcome, Output, json};
 ///
 /// From then on, checkpoints take a snapshot of it. The directory itself is not changed. Its snapshots are kept in a
 /// store on the same file system where possible: on btrfs in the subvolume `.fsnap` at the root of the mount; else in a
-/// directory beside it.
+/// directory beside it. What the snapshots cannot keep is said.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The directory; for btrfs, a subvolume
@@ -46,6 +47,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         let dir = &registered.volume.path;
         say("note", &format!("`fsnap doctor {dir}` tells why other backends cannot hold it"));
     }
+    for limit in limits(&registered.store.store().capabilities) {
+        say("note", limit);
+    }
     let (volume, kind) = (&registered.volume, registered.store.store().kind);
     let out = Output::new();
     if args.json {
@@ -54,4 +58,15 @@ pub(crate) fn run(args: Args) -> Outcome {
     }
     let place = fsnap::printable(registered.place.as_os_str());
     out.line(format_args!("volume {} at {}: {kind} snapshots in {place}", volume.name, volume.path))
+}
+
+/// What a store does not keep or cannot do, and its user may take for granted.
+fn limits(can: &Capabilities) -> Vec<&'static str> {
+    let limits = [
+        (can.xattrs, "its snapshots keep no extended attributes, and so no file capabilities"),
+        (can.acls, "its snapshots keep no ACLs"),
+        (can.ownership, "its snapshots keep no owners and no device nodes"),
+        (can.clones, "its branches are overlays over the snapshots, which the kernel's overlayfs makes"),
+    ];
+    limits.into_iter().filter(|(kept, _)| !kept).map(|(_, limit)| limit).collect()
 }

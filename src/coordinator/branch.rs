@@ -6,22 +6,24 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
 
 use super::{Coordinator, side_by_side};
-use crate::branch::{Branch, BranchMember};
+use crate::branch::{Branch, BranchMember, Overlay};
 use crate::catalog::{ImageRef, Intent};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
 use crate::name::Name;
 use crate::{Error, Result};
 
-/// One clone that is to be made.
+/// One clone or overlay that is to be made.
 struct Planned<'a> {
     member: &'a Member,
     store: Arc<dyn Backend>,
     at: Locator,
+    overlay: Option<Overlay>,
 }
 
 impl Coordinator {
-    /// Makes the branch `name` from `checkpoint`: one writable clone of every member.
+    /// Makes the branch `name` from `checkpoint`: one writable clone of every member, or an overlay over it where the
+    /// store cannot clone.
     ///
     /// All of it or nothing: when one clone fails, the others are deleted.
     pub fn branch(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
@@ -31,15 +33,15 @@ impl Coordinator {
         let mut planned = Vec::with_capacity(checkpoint.members.len());
         for member in &checkpoint.members {
             let store = self.store(&member.store)?;
-            if !store.store().capabilities.clones {
-                let (volume, backend) = (member.volume.clone(), member.backend.clone());
-                return Err(Error::NoClones { volume, backend });
-            }
-            let at = store.reserve(Source::Snapshot(&member.snapshot), &self.catalog.held(&member.store)?)?;
-            planned.push(Planned { member, store, at });
+            let (at, overlay) = match store.store().capabilities.clones {
+                true => (store.reserve(Source::Snapshot(&member.snapshot), &self.catalog.held(&member.store)?)?, None),
+                false => (member.snapshot.at.clone(), Some(self.plan_overlay(name, &member.volume)?)),
+            };
+            planned.push(Planned { member, store, at, overlay });
         }
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
-        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect() };
+        let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
+        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect(), overlays };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {
@@ -63,14 +65,26 @@ impl Coordinator {
 
     fn grow(&self, checkpoint: &Checkpoint, name: &Name, planned: &[Planned<'_>]) -> Result<Branch> {
         side_by_side(planned, |plan| {
-            plan.store.clone_snapshot(&plan.member.snapshot, &plan.at)?;
+            if plan.overlay.is_none() {
+                plan.store.clone_snapshot(&plan.member.snapshot, &plan.at)?;
+            }
             failpoint::hit("branch:cloned");
             Ok(())
         })?;
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
-            let path = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
-            let identity = plan.store.adopt(&path)?.identity().clone();
+            let (path, identity) = match &plan.overlay {
+                Some(overlay) => {
+                    let path = self.make_overlay(plan.store.as_ref(), &plan.member.snapshot, overlay)?;
+                    failpoint::hit("branch:mounted");
+                    (path, self.overlay_identity(overlay)?)
+                }
+                None => {
+                    let path = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
+                    let identity = plan.store.adopt(&path)?.identity().clone();
+                    (path, identity)
+                }
+            };
             members.push(BranchMember {
                 volume: plan.member.volume.clone(),
                 backend: plan.member.backend.clone(),
@@ -79,6 +93,7 @@ impl Coordinator {
                 path: PathText(path),
                 identity,
                 origin: plan.member.path.clone(),
+                overlay: plan.overlay.clone(),
             });
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })

@@ -205,9 +205,9 @@ impl Coordinator {
     /// Deletes what an intent may have made, and then the intent.
     pub(super) fn undo(&self, id: IntentId, lock: IntentLock) -> Result<()> {
         failpoint::hit("undo:before");
-        if let Some(images) = self.catalog.abandon(id)? {
+        if let Some(doomed) = self.catalog.abandon(id)? {
             failpoint::hit("undo:abandoned");
-            self.delete(&images)?;
+            self.delete(&doomed)?;
             failpoint::hit("undo:deleted");
             self.catalog.drop_intent(id)?;
         }

@@ -6,7 +6,7 @@ use fsnap_backend::Locator;
 
 use super::checkpoint::{boot_id, is_lost};
 use super::{Begun, Coordinator};
-use crate::catalog::{Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
+use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, Member};
 use crate::name::Name;
 use crate::volume::StoreRecord;
@@ -23,6 +23,8 @@ pub enum Recovered {
     BranchRemoved(Name),
     /// A removal is finished.
     Removed,
+    /// A branch whose files were not visible any more, as after a start of the machine, is mounted again.
+    Mounted(Name),
     /// It could not be done now; the next recovery tries again.
     Postponed {
         /// What was begun.
@@ -48,7 +50,16 @@ impl Coordinator {
     /// not record are never touched.
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
-        for (id, intent) in self.catalog.intents()? {
+        let intents = self.catalog.intents()?;
+        for (_, intent) in &intents {
+            let Intent::Checkpoint(pending) = intent else { continue };
+            for member in &pending.members {
+                // To open a store sets its volumes going, should a killed call have stopped one. A store that cannot be
+                // opened is complained of by whoever needs it.
+                let _ = self.store(&member.store);
+            }
+        }
+        for (id, intent) in intents {
             if !self.needs_recovery(id, &intent) {
                 continue;
             }
@@ -65,6 +76,7 @@ impl Coordinator {
             done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
         self.catalog.sweep_intent_files()?;
+        done.extend(self.mount_overlays()?);
         Ok(done)
     }
 
@@ -103,8 +115,8 @@ impl Coordinator {
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
         match intent {
-            Intent::Remove { images } => {
-                self.delete(&images)?;
+            Intent::Remove { images, overlays } => {
+                self.delete(&Doomed { images, overlays })?;
                 self.catalog.drop_intent(id)?;
                 lock.finish();
                 Ok(Recovered::Removed)
@@ -176,6 +188,6 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images } => format!("the removal of {} images", images.len()),
+        Intent::Remove { images, overlays } => format!("the removal of {} images", images.len() + overlays.len()),
     }
 }

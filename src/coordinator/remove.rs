@@ -1,7 +1,7 @@
 //! Removes checkpoints and branches.
 
 use super::Coordinator;
-use crate::catalog::{ImageRef, IntentId, IntentLock, Removal};
+use crate::catalog::{Doomed, IntentId, IntentLock, Removal};
 use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::failpoint;
 use crate::name::Name;
@@ -26,7 +26,7 @@ impl Coordinator {
         match self.catalog.remove_checkpoint(id)? {
             Removal::Missing => Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() }),
             Removal::Needed(by) => Err(Error::Needed { id: *id, by }),
-            Removal::Begun(intent, lock, images) => self.finish_removal(intent, lock, &images),
+            Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
         }
     }
 
@@ -40,14 +40,14 @@ impl Coordinator {
             return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
         }
         match self.catalog.remove_branch(name)? {
-            Removal::Begun(intent, lock, images) => self.finish_removal(intent, lock, &images),
+            Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
             Removal::Missing | Removal::Needed(_) => Err(self.no_such_branch(name)),
         }
     }
 
-    fn finish_removal(&self, intent: IntentId, lock: IntentLock, images: &[ImageRef]) -> Result<()> {
+    fn finish_removal(&self, intent: IntentId, lock: IntentLock, doomed: &Doomed) -> Result<()> {
         failpoint::hit("remove:recorded");
-        self.delete(images)?;
+        self.delete(doomed)?;
         failpoint::hit("remove:deleted");
         self.catalog.drop_intent(intent)?;
         lock.finish();

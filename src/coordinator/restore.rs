@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 
+use fsnap_backend::MountSpec;
+
 use super::Coordinator;
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
@@ -53,7 +55,12 @@ impl Coordinator {
         for member in &branch.members {
             let at = member.origin.0.clone();
             let restrictions = Restrictions::of(&at)?;
-            mounts.push(MountPlan { spec: self.store(&member.store)?.activate(&member.at)?, at, restrictions });
+            let spec = match member.overlay {
+                // One overlay cannot be mounted twice: what is mounted is shown there as well.
+                Some(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
+                None => self.store(&member.store)?.activate(&member.at)?,
+            };
+            mounts.push(MountPlan { spec, at, restrictions });
         }
         let logs = self.catalog.state().join("log");
         std::fs::create_dir_all(&logs).context("make the directory", &logs)?;
@@ -88,6 +95,9 @@ impl Coordinator {
     }
 
     fn check_member(&self, checkpoint: CheckpointId, member: &Member) -> Result<()> {
+        if self.shows_overlay(checkpoint, member)? {
+            return Ok(());
+        }
         let found = match self.store(&member.store)?.adopt(member.path.as_path()) {
             Ok(volume) => volume.identity().clone(),
             Err(error) => {
@@ -110,6 +120,22 @@ impl Coordinator {
         };
         let expected = self.expected(member);
         Err(Error::WrongFiles { path: member.path.clone(), checkpoint, expected, found })
+    }
+
+    /// Whether the member's path shows an overlay that grew from the checkpoint: not the member's own backend tells.
+    fn shows_overlay(&self, checkpoint: CheckpointId, member: &Member) -> Result<bool> {
+        for branch in self.catalog.branches_with_overlays()? {
+            let overlays =
+                branch.members.iter().filter(|m| branch.checkpoint == checkpoint && m.volume == member.volume);
+            for (found, overlay) in overlays.filter_map(|m| Some((m, m.overlay.as_ref()?))) {
+                let Some(keeper) = &overlay.keeper else { continue };
+                let shown = self.store(&keeper.store)?.adopt(member.path.as_path());
+                if shown.is_ok_and(|shown| *shown.identity() == found.identity) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     fn expected(&self, member: &Member) -> String {

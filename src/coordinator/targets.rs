@@ -166,12 +166,15 @@ fn candidates(targets: Vec<Target>) -> (Vec<Candidate>, Vec<Option<Target>>) {
 }
 
 fn on_branch(branch: &Branch, member: &BranchMember) -> Target {
+    // An overlay is nothing that the backend of the snapshot below could capture.
+    let keeper = member.overlay.as_ref().and_then(|overlay| overlay.keeper.as_ref());
+    let (backend, store) = keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
     Target {
         volume: member.volume.clone(),
         path: member.path.clone(),
         identity: member.identity.clone(),
         branch: Some(branch.name.clone()),
-        backend: member.backend.clone(),
-        store: member.store.clone(),
+        backend: backend.clone(),
+        store: store.clone(),
     }
 }

@@ -72,7 +72,7 @@ fn init() {
 
     From then on, checkpoints take a snapshot of it. The directory itself is not changed. Its snapshots
     are kept in a store on the same file system where possible: on btrfs in the subvolume `.fsnap` at
-    the root of the mount; else in a directory beside it.
+    the root of the mount; else in a directory beside it. What the snapshots cannot keep is said.
 
     Usage: fsnap init [OPTIONS] <DIR>
 

@@ -165,7 +165,7 @@ fn what_cannot_be_a_volume_is_refused_with_the_reason() {
     [exit 1]
     $ fsnap init --backend zfs db
     ! error: invalid value 'zfs' for '--backend <BACKEND>'
-    !  [possible values: auto, btrfs, rsync]
+    !  [possible values: auto, btrfs, dm-thin, nilfs2, rsync]
     !
     ! For more information, try '--help'.
     [exit 2]
@@ -237,6 +237,7 @@ fn without_privileges_a_directory_of_ones_own_is_enough() {
     $ fsnap init db
     volume db at $T/db: rsync snapshots in $T/.fsnap
     ! fsnap: note: `fsnap doctor $T/db` tells why other backends cannot hold it
+    ! fsnap: note: its snapshots keep no owners and no device nodes
     $ fsnap checkpoint -m mine
     ID1
     $ fsnap verify
@@ -265,6 +266,7 @@ fn without_privileges_the_store_goes_where_the_user_may_write() {
     $ fsnap init root/theirs
     volume theirs at $T/root/theirs: rsync snapshots in $T/state/stores/theirs
     ! fsnap: note: `fsnap doctor $T/root/theirs` tells why other backends cannot hold it
+    ! fsnap: note: its snapshots keep no owners and no device nodes
     $ fsnap checkpoint
     ID1
     $ fsnap verify

@@ -56,6 +56,7 @@ rsync_alone() {
 export RUSTDOCFLAGS="-D warnings"
 step "format" cargo fmt --all --check
 step "tests" cargo test --locked --workspace --no-fail-fast
+step "vm tests" cargo run --quiet --locked --package vm-tests
 step "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
 step "documentation" cargo doc --locked --workspace --no-deps
 step "rsync alone" rsync_alone

@@ -51,8 +51,8 @@
 //! * `Store::probe(dir) -> Result<PathBuf>` tells whether the directory can be a volume of this backend, and the place
 //!   where its store lies unless the user names another; the error says why not.
 //! * `Store::create(place) -> Result<Store>` makes a store there, or opens the one that fsnap made before.
-//! * `Store::open(place) -> Result<Store>` opens an existing one and changes nothing, so that a read-only store can be
-//!   browsed.
+//! * `Store::open(place) -> Result<Store>` opens an existing one and changes nothing in it, so that a read-only store can be
+//!   browsed; but a volume that a killed call left stopped runs again once its store was opened.
 //!
 //! They are functions and not methods of the trait because there is no value to call them on yet; one file of fsnap,
 //! `src/stores.rs`, names all backends and calls them.
@@ -74,6 +74,7 @@ mod error;
 mod image;
 mod locator;
 mod mount_spec;
+mod read_all;
 mod tree;
 
 pub use backend::{Backend, StoreInfo};
@@ -83,4 +84,5 @@ pub use error::{Error, ErrorKind, IoContext, Result};
 pub use image::{Damage, Image, ImageKind, ImageState, Omission, Snapshot, Source, Volume};
 pub use locator::{Identity, InvalidLocator, Locator};
 pub use mount_spec::MountSpec;
+pub use read_all::read_all;
 pub use tree::{Content, Dir, Entry, FileKind, FileMeta, Timestamp, Xattrs};

@@ -37,7 +37,6 @@ mod refusal;
 mod remove;
 mod store;
 mod sys;
-mod verify;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -230,13 +229,13 @@ impl Backend for Store {
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>> {
         let place = self.place_of(ImageDir::Snapshots, &snapshot.at);
         match self.whole(snapshot)? {
-            Found::Plain(root, _) => verify::read_all(root, &place, &[]),
+            Found::Plain(root, _) => fsnap_backend::read_all(root, &place, &[]),
             Found::Group(group, _) => {
                 let mut damage = Vec::new();
                 for number in 0..=group.parts.len() {
                     let prefix = group.path(number).context("find the parts of", &place)?;
                     let part = group.open_part(number).context("open a part of", &place)?;
-                    damage.extend(verify::read_all(part, &place, &prefix)?);
+                    damage.extend(fsnap_backend::read_all(part, &place, &prefix)?);
                 }
                 Ok(damage)
             }

@@ -75,6 +75,11 @@ impl Bytes {
         self.blocks.retain(|&index, _| !(offset <= index * BLOCK && (index + 1) * BLOCK <= end));
     }
 
+    /// Takes blocks of zeros for holes.
+    pub(crate) fn drop_zeros(&mut self) {
+        self.blocks.retain(|_, block| block.iter().any(|&byte| byte != 0));
+    }
+
     /// Reads a content through the contract, and checks that it keeps its promises while it does so.
     pub fn read(content: &dyn Content) -> Verdict<Self> {
         let mut bytes = Self { len: content.len(), blocks: BTreeMap::new() };

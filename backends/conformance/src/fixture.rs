@@ -42,6 +42,19 @@ pub trait Fixture: Send + Sync {
         fs::remove_dir_all(dir)
     }
 
+    /// Moves such a directory to another place of the same workplace.
+    fn move_volume(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    /// Whether the file system of the volumes tells holes from zeros to those who read, and can punch them.
+    ///
+    /// Where it does not, files are read whole: the suite makes no large sparse ones, and does not ask whether holes
+    /// were kept.
+    fn reports_holes(&self) -> bool {
+        true
+    }
+
     /// How to damage a content below fsnap, if that can be done; [`flip_a_byte_below`](crate::flip_a_byte_below) does
     /// it for stores that keep contents as plain files.
     fn damage(&self) -> Option<Damage> {

@@ -97,7 +97,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 impl Wish {
     /// What it comes to in the tree that `model` holds; nothing, if there is nothing for it.
-    fn ops(&self, model: &Model, capabilities: &Capabilities) -> Vec<Op> {
+    fn ops(&self, model: &Model, capabilities: &Capabilities, punches: bool) -> Vec<Op> {
         let paths: Vec<(&TreePath, FileKind)> = model.paths().map(|(path, item)| (path, item.kind)).collect();
         let pick = |index: &usize, fits: &dyn Fn(&TreePath, FileKind) -> bool| {
             let fitting: Vec<_> = paths.iter().filter(|(path, kind)| fits(path, *kind)).collect();
@@ -144,7 +144,7 @@ impl Wish {
                 vec![Op::Store(path, at, data[..len].to_vec())]
             }),
             Self::Truncate(index, len) => file(index).map(|path| vec![Op::Truncate(path, *len)]),
-            Self::Punch(index, at, len) => file(index).map(|path| vec![Op::Punch(path, *at, *len)]),
+            Self::Punch(index, at, len) => file(index).filter(|_| punches).map(|path| vec![Op::Punch(path, *at, *len)]),
             Self::Chmod(index, mode) => opens(index).map(|path| {
                 // The mode and the ACL say the same thing in part: first the ACL goes.
                 // Whoever has no privileges must be able to go on looking into a directory of their own.
@@ -190,10 +190,10 @@ impl World<'_, '_> {
     }
 
     fn change(&mut self, volume: usize, wishes: &[Wish]) -> Verdict {
-        let capabilities = self.site.capabilities();
+        let (capabilities, punches) = (self.site.capabilities(), self.site.fixture.reports_holes());
         let live = self.volume(volume);
         for wish in wishes {
-            let ops = wish.ops(&live.model, &capabilities);
+            let ops = wish.ops(&live.model, &capabilities, punches);
             live.apply(&ops)?;
         }
         Ok(())

@@ -86,5 +86,5 @@ pub use listing::{Difference, Item, Listing};
 pub use model::Model;
 pub use op::{Live, Op, TreePath};
 pub use site::{LiveVolume, Site};
-pub use suite::{Suite, Trial, as_tests, main, main_with};
+pub use suite::{Suite, Trial, as_tests, main, main_ignoring, main_with};
 pub use view::{MountPoint, View};

@@ -95,6 +95,12 @@ impl Listing {
         self.items.insert(path, item);
     }
 
+    /// The same, with every block of zeros taken for a hole.
+    pub(crate) fn with_zeros_as_holes(mut self) -> Self {
+        self.items.values_mut().for_each(|item| item.content.drop_zeros());
+        self
+    }
+
     /// All paths, in order, with what is there.
     pub fn items(&self) -> impl Iterator<Item = (&Vec<u8>, &Item)> {
         self.items.iter()

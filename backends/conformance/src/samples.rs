@@ -85,6 +85,22 @@ pub fn rich(capabilities: &Capabilities) -> Vec<Op> {
     ops
 }
 
+/// The same for a file system that has no holes to those who read: nothing is punched, and no file is huge.
+pub fn without_holes(ops: Vec<Op>) -> Vec<Op> {
+    let huge = |op: &Op| match op {
+        Op::Create(path) | Op::Write(path, ..) | Op::Truncate(path, _) => path == HUGE,
+        _ => false,
+    };
+    let plain = |op| match op {
+        Op::Punch(path, offset, length) => Op::Write(path, offset, vec![0; length as usize]),
+        op => op,
+    };
+    ops.into_iter().filter(|op| !huge(op)).map(plain).collect()
+}
+
+/// A sparse file that cannot be read whole.
+const HUGE: &[u8] = b"contents/a terabyte";
+
 /// Names of any bytes.
 fn names(ops: &mut Vec<Op>) {
     ops.push(Op::MakeDir(b"names".to_vec()));
@@ -148,7 +164,7 @@ fn contents(ops: &mut Vec<Op>) {
     let only_hole = b"contents/only a hole".to_vec();
     ops.extend([Op::Create(only_hole.clone()), Op::Truncate(only_hole, 10 * mib)]);
     // Read or written byte by byte, it would take hours.
-    let huge = b"contents/a terabyte".to_vec();
+    let huge = HUGE.to_vec();
     ops.extend([
         Op::Create(huge.clone()),
         Op::Write(huge.clone(), tib / 2 + 123, b"middle".to_vec()),

@@ -12,7 +12,7 @@ use fsnap_backend::{
 use crate::failure::{During, Verdict, ensure};
 use crate::op::Op;
 use crate::view::View;
-use crate::{Fixture, Listing, Model, Suite};
+use crate::{Fixture, Listing, Model, Suite, samples};
 
 /// One store, opened, with its volumes beside it.
 pub struct Site<'a> {
@@ -85,6 +85,12 @@ impl<'a> Site<'a> {
         Ok(())
     }
 
+    /// [`samples::rich`], as far as the file system of the volumes can hold it.
+    pub fn rich(&self) -> Vec<Op> {
+        let ops = samples::rich(&self.capabilities());
+        if self.fixture.reports_holes() { ops } else { samples::without_holes(ops) }
+    }
+
     /// Makes and adopts an empty volume.
     pub fn volume(&self, name: &str) -> Verdict<LiveVolume> {
         let dir = self.dir.join(name);
@@ -141,10 +147,15 @@ impl<'a> Site<'a> {
     /// Reads the image at `at` through its recipe.
     pub fn read(&self, at: &Locator) -> Verdict<Listing> {
         let view = View::carry_out(&self.store.activate(at).during("activate")?)?;
-        let listing = view.listing().during("read the image")?;
+        let listing = self.seen(view.listing().during("read the image")?);
         drop(view);
         self.store.deactivate(at).during("deactivate")?;
         Ok(listing)
+    }
+
+    /// What was read, without what the file system makes of holes.
+    fn seen(&self, listing: Listing) -> Listing {
+        if self.fixture.reports_holes() { listing } else { listing.with_zeros_as_holes() }
     }
 
     /// The token of the root of the image at `at`, if it is a tree that has one.
@@ -164,7 +175,7 @@ impl<'a> Site<'a> {
 
     /// Requires that a live volume holds what its model says.
     pub fn expect_live(&self, live: &LiveVolume, what: &str) -> Verdict {
-        live.listing().expect(&Listing::of(&live.dir).during(what)?, &self.capabilities(), what)
+        live.listing().expect(&self.seen(Listing::of(&live.dir).during(what)?), &self.capabilities(), what)
     }
 
     /// The images that fsnap made, sorted; nothing may be listed twice.

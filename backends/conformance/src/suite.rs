@@ -122,6 +122,18 @@ pub fn main_with(suites: Vec<Suite>, tests: impl FnOnce(&[Arc<Suite>]) -> Vec<li
     conclusion.exit_code()
 }
 
+/// Like [`main`], where this machine cannot run the suites: every trial is ignored, for the reason.
+pub fn main_ignoring(suites: Vec<Suite>, reason: &'static str) -> ExitCode {
+    let ignored = |suite: &Suite| {
+        let ignored = |trial: Trial| {
+            let name = format!("{}::{}", suite.name, trial.name);
+            libtest_mimic::Trial::ignorable_test(name, move || Ok(Completion::ignored_with(reason)))
+        };
+        suite.trials().into_iter().map(ignored).collect::<Vec<_>>()
+    };
+    libtest_mimic::run(&Arguments::from_args(), suites.iter().flat_map(ignored).collect()).exit_code()
+}
+
 /// Every trial of a suite, as the test program runs it.
 pub fn as_tests(suite: &Arc<Suite>) -> Vec<libtest_mimic::Trial> {
     let as_test = |trial: Trial| {

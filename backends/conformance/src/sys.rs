@@ -58,11 +58,26 @@ pub(crate) struct Entry {
 
 /// The system call that the stopped thread `tid` is about to make; `None` if it has just made one.
 pub(crate) fn entry(tid: Pid) -> nix::Result<Option<Entry>> {
-    let info = nix::sys::ptrace::syscall_info(tid)?;
+    let info = match nix::sys::ptrace::syscall_info(tid) {
+        // User-mode Linux does not tell (it lacks PTRACE_GET_SYSCALL_INFO), but has the registers.
+        #[cfg(target_arch = "x86_64")]
+        Err(nix::errno::Errno::EIO) => return Ok(entry_in(&nix::sys::ptrace::getregs(tid)?)),
+        info => info?,
+    };
     if info.op != nix::libc::PTRACE_SYSCALL_INFO_ENTRY {
         return Ok(None);
     }
     // SAFETY: for this `op` the kernel has filled the union's `entry`, whose fields are plain integers.
     let entry = unsafe { info.u.entry };
     Ok(Some(Entry { number: entry.nr as i64, arguments: entry.args }))
+}
+
+/// The same, read from the registers: a call that is about to be made has no result yet, which is shown as `ENOSYS`.
+#[cfg(target_arch = "x86_64")]
+fn entry_in(registers: &nix::libc::user_regs_struct) -> Option<Entry> {
+    let none_yet = registers.rax as i64 == -i64::from(nix::libc::ENOSYS);
+    none_yet.then_some(Entry {
+        number: registers.orig_rax as i64,
+        arguments: [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9],
+    })
 }

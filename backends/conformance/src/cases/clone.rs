@@ -8,7 +8,7 @@ use crate::{Site, samples};
 
 pub(super) fn clone_is_equal(site: &mut Site<'_>) -> Verdict {
     let mut live = site.volume("volume")?;
-    live.apply(&samples::rich(&site.capabilities()))?;
+    live.apply(&site.rich())?;
     let expected = live.listing();
     let snapshot = site.snapshot(&live)?;
     live.apply(&[Op::Remove(b"links/one".to_vec()), Op::Chmod(b"deep".to_vec(), 0o700)])?;

@@ -69,7 +69,7 @@ pub(super) fn snapshot_is_complete(site: &mut Site<'_>) -> Verdict {
     let mut live = site.volume("volume")?;
     let empty = site.snapshot(&live)?;
     let nothing = live.listing();
-    live.apply(&samples::rich(&site.capabilities()))?;
+    live.apply(&site.rich())?;
     site.expect_live(&live, "the volume itself (the suite is at fault, or its file system)")?;
     let everything = live.listing();
     let full = site.snapshot(&live)?;
@@ -108,7 +108,7 @@ fn changes_everywhere(site: &Site<'_>) -> Vec<Op> {
     if site.capabilities().acls {
         ops.push(Op::SetXattr(path("attributes/with an ACL"), "system.posix_acl_access".into(), samples::acl(77)));
     }
-    ops
+    if site.fixture.reports_holes() { ops } else { samples::without_holes(ops) }
 }
 
 pub(super) fn snapshot_has_fresh_writes(site: &mut Site<'_>) -> Verdict {
@@ -234,7 +234,7 @@ pub(super) fn snapshot_refuses_another_volume(site: &mut Site<'_>) -> Verdict {
         live.apply(&samples::small())?;
         let at = site.reserve(Source::Volume(&live.volume))?;
         if replaced_by_rename {
-            fs::rename(&live.dir, site.dir.join("moved away"))?;
+            site.fixture.move_volume(&live.dir, &site.dir.join("moved away"))?;
         } else {
             site.fixture.remove_volume(&live.dir)?;
         }

@@ -8,7 +8,7 @@ use crate::{Site, samples};
 
 pub(super) fn verify_passes_whole_images(site: &mut Site<'_>) -> Verdict {
     let mut live = site.volume("volume")?;
-    live.apply(&samples::rich(&site.capabilities()))?;
+    live.apply(&site.rich())?;
     let first = site.snapshot(&live)?;
     live.apply(&[Op::Write(b"contents/holes".to_vec(), 0, b"x".to_vec()), Op::Remove(b"links/one".to_vec())])?;
     let second = site.snapshot(&live)?;

@@ -1,13 +1,16 @@
-//! Reading a whole tree, so that btrfs compares every block with its checksum.
+//! Reading a whole tree, so that whatever cannot be read is found.
+//!
+//! Where the file system has checksums of contents, every block is compared with its own.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use fsnap_backend::{Content, Damage, Dir, DirTree, Entry, Error, FileKind, IoContext, Result};
 use rustix::fs::Advice;
 use rustix::io::Errno;
+
+use crate::{Content, Damage, Dir, DirTree, Entry, Error, FileKind, IoContext, Result};
 
 /// So many directories on the way down stay open; one further up is opened again when its turn comes, so that no tree
 /// is so deep that it takes all descriptors.
@@ -17,7 +20,9 @@ const KEPT_OPEN: usize = 64;
 const CHUNK: usize = 1 << 20;
 
 /// Reads everything in the tree `root` and names what is damaged; `prefix` is put before each path.
-pub(crate) fn read_all(root: OwnedFd, shown: &Path, prefix: &[OsString]) -> Result<Vec<Damage>> {
+///
+/// `shown` names the tree in messages. What is cached is read from the disk again.
+pub fn read_all(root: OwnedFd, shown: &Path, prefix: &[OsString]) -> Result<Vec<Damage>> {
     let root = DirTree::from_descriptor(root, shown);
     let mut reader = Reader { path: prefix.to_vec(), damage: Vec::new(), buffer: vec![0; CHUNK] };
     let below = reader.directory(&root)?;
@@ -129,7 +134,7 @@ impl Reader {
     }
 }
 
-/// What btrfs answers for a wrong checksum (EIO) and for a structure that cannot be (EUCLEAN).
+/// What file systems answer for a wrong checksum (EIO) and for a structure that cannot be (EUCLEAN).
 fn is_damage(error: &io::Error) -> bool {
     matches!(error.raw_os_error().map(Errno::from_raw_os_error), Some(Errno::IO | Errno::UCLEAN))
 }
@@ -168,7 +173,7 @@ mod tests {
             std::fs::create_dir(&at).unwrap();
         }
         let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
-        let root = fsnap_backend::beneath::open_root(temp.path()).unwrap();
+        let root = crate::beneath::open_root(temp.path()).unwrap();
         assert_eq!(read_all(root, temp.path(), &[]).unwrap(), []);
         assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
     }

@@ -1,0 +1,529 @@
+//! Pools for those who have none: making one, bringing it up after a restart, and the volumes in it.
+//!
+//! The two devices of a pool are sparse files behind loop devices, or the two parts of one block device:
+//!
+//! ```text
+//! DIR/data, DIR/metadata     files; each is attached to a loop device, which goes with the pool
+//! DEVICE                     metadata from its first sector on, then data
+//! ```
+//!
+//! What cannot be found again from these is in the store's settings. The pool answers with an error when it is full, and
+//! does not wait: a writer that waits could not be stopped for a snapshot either.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use fsnap_backend::{Backend, Error, IoContext, Result, beneath};
+use rustix::fs::{AtFlags, FlockOperation};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::KIND;
+use crate::dm::{By, Mapper, Number, Target};
+use crate::pool::{Pool, ThinId};
+use crate::record::random_id;
+use crate::store::{Settings, Store, VOLUMES, is_made, make, write_json};
+use crate::superblock::FileSystem;
+
+const SECTOR: u64 = 512;
+
+/// The blocks that a pool shares and copies, in sectors: 64 KiB.
+const BLOCK: u64 = 128;
+
+/// What a pool stands on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backing {
+    /// Two files.
+    Files {
+        /// Of the data.
+        data: PathBuf,
+        /// Of the metadata.
+        metadata: PathBuf,
+    },
+    /// One block device, of which the first sectors hold the metadata.
+    Device {
+        /// The device.
+        device: PathBuf,
+        /// So many sectors hold the metadata.
+        metadata: u64,
+    },
+}
+
+/// A pool that is to be made.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What device-mapper is to call it.
+    pub name: String,
+    /// A directory for its files, or a block device.
+    pub on: PathBuf,
+    /// The room for data in bytes; all of a device, if not given.
+    pub size: Option<u64>,
+    /// Where its store lies.
+    pub place: PathBuf,
+}
+
+/// A volume that fsnap made in a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolVolume {
+    id: ThinId,
+    /// Its length in sectors.
+    length: u64,
+    /// The file system that was made on it.
+    pub file_system: FileSystem,
+}
+
+impl PoolVolume {
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.length * SECTOR
+    }
+}
+
+/// The metadata that so much data wants: 64 bytes for each block, and room for snapshots.
+fn metadata_for(data: u64) -> u64 {
+    const MIB: u64 = 1 << 20;
+    let bytes = data / (BLOCK * SECTOR) * 64;
+    bytes.next_multiple_of(MIB).clamp(32 * MIB, 15 << 30)
+}
+
+impl Store {
+    /// Makes a pool and its store.
+    pub fn create_pool(plan: &Plan) -> Result<Self> {
+        let mapper = Mapper::open()?;
+        check_name(&plan.name)?;
+        if mapper.find(By::Name(&plan.name))?.is_some() {
+            return Err(Error::Exists { what: By::Name(&plan.name).to_string() });
+        }
+        if is_made(&plan.place)? {
+            return Err(Error::Exists { what: format!("the store {}", plan.place.display()) });
+        }
+        let kind = fs::metadata(&plan.on).map(|meta| meta.file_type());
+        let backing = match kind {
+            Ok(kind) if kind.is_block_device() => divide(&plan.on, plan.size)?,
+            Ok(kind) if kind.is_dir() => make_files(&plan.on, plan.size)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => make_files(&plan.on, plan.size)?,
+            Ok(_) => {
+                let reason = "it is neither a directory nor a block device".to_owned();
+                return Err(Error::NotAStore { dir: plan.on.clone(), kind: KIND, reason });
+            }
+            Err(error) => return Err(error).context("look at", &plan.on),
+        };
+        let mut settings = Settings::new(&plan.name, "")?;
+        settings.pool_uuid = format!("FSNAP-POOL-{}", settings.uuid);
+        settings.backing = Some(backing.clone());
+        let made = make(&plan.place, &settings).and_then(|()| Self::open(&plan.place));
+        made.map_err(|error| error.and_undo(undo(&mapper, &plan.place, &settings.pool, &backing)))
+    }
+
+    /// Takes the pool down; what is in it stays, and comes back when the store is opened.
+    pub fn stop_pool(self) -> Result<()> {
+        self.stop_volumes()?;
+        self.stop_images()?;
+        remove_pool(&self.mapper, &self.pool.name)
+    }
+
+    /// Removes the pool that fsnap made, and everything in it; refused as long as there is an image or a mounted volume.
+    pub fn remove_pool(self) -> Result<()> {
+        let what = self.pool.to_string();
+        let Some(backing) = self.settings.backing.clone() else {
+            let reason = "fsnap did not make it: remove it by what made it".to_owned();
+            return Err(Error::Unsupported { kind: KIND, action: "remove a pool", reason });
+        };
+        let images = self.records.list()?.len();
+        if images > 0 {
+            return Err(Error::Busy {
+                what,
+                by: format!("{images} snapshots and clones; remove their checkpoints first"),
+            });
+        }
+        self.stop_volumes()?;
+        let foreign = self.list()?.len();
+        if foreign > 0 {
+            return Err(Error::Busy { what, by: format!("{foreign} thin devices that others have in use") });
+        }
+        undo(&self.mapper, &self.place, &self.pool.name, &backing)
+    }
+
+    /// The volumes that fsnap made in the pool, by name.
+    pub fn volumes(&self) -> Result<Vec<(String, PoolVolume)>> {
+        let dir = beneath::open_dir(&self.root, OsStr::new(VOLUMES)).context("open", self.place.join(VOLUMES))?;
+        volumes(&dir, &self.place)
+    }
+
+    /// The node of a volume's device.
+    pub fn volume_node(&self, name: &str) -> Result<PathBuf> {
+        let device = self.mapper.find(By::Name(&volume_device(&self.pool.name, name)))?;
+        let device = device.ok_or_else(|| Error::NotFound { what: format!("the volume {name} of {}", self.pool) })?;
+        Ok(device.number.node())
+    }
+
+    /// Makes a volume of so many bytes with a file system on it, and returns the node of its device.
+    pub fn make_volume(&self, name: &str, bytes: u64, file_system: FileSystem) -> Result<PathBuf> {
+        check_name(name)?;
+        let shown = || format!("the volume {name} of {}", self.pool);
+        let dir = beneath::open_dir(&self.root, OsStr::new(VOLUMES)).context("open", self.place.join(VOLUMES))?;
+        let known = volumes(&dir, &self.place)?;
+        if known.iter().any(|(other, _)| other == name) {
+            return Err(Error::Exists { what: shown() });
+        }
+        self.pool.check_room(&self.mapper, &self.settings.limits, true)?;
+        let volume = PoolVolume { id: self.free_id()?, length: bytes / SECTOR, file_system };
+        write_json(&dir, name, &volume).context("write the record of", shown())?;
+        let made = self
+            .pool
+            .create(&self.mapper, volume.id)
+            .context("make", shown())
+            .and_then(|()| self.pool.check_commit(&self.mapper))
+            .and_then(|()| start_volume(&self.mapper, &self.pool, &self.settings.uuid, name, &volume))
+            .and_then(|node| make_file_system(&node, file_system).map(|()| node));
+        made.map_err(|error| error.and_undo(self.remove_volume(name)))
+    }
+
+    /// Removes a volume that fsnap made, and its device; its snapshots stay. Busy while it is mounted.
+    pub fn remove_volume(&self, name: &str) -> Result<()> {
+        let dir = beneath::open_dir(&self.root, OsStr::new(VOLUMES)).context("open", self.place.join(VOLUMES))?;
+        let (_, volume) = volumes(&dir, &self.place)?
+            .into_iter()
+            .find(|(known, _)| known == name)
+            .ok_or_else(|| Error::NotFound { what: format!("the volume {name} of {}", self.pool) })?;
+        self.stop_volume(name)?;
+        self.pool.delete(&self.mapper, volume.id)?;
+        let remove = || {
+            rustix::fs::unlinkat(&dir, name, AtFlags::empty())?;
+            rustix::fs::fsync(&dir)
+        };
+        remove().context("remove", self.place.join(VOLUMES).join(name))
+    }
+
+    fn stop_volume(&self, name: &str) -> Result<()> {
+        let device = volume_device(&self.pool.name, name);
+        match self.mapper.remove(&device) {
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                let what = format!("the volume {name} of {}", self.pool);
+                Err(Error::Busy { what, by: "it is mounted, or its device is open".to_owned() })
+            }
+            removed => removed.context("remove", By::Name(&device).to_string()),
+        }
+    }
+
+    fn stop_volumes(&self) -> Result<()> {
+        self.volumes()?.iter().try_for_each(|(name, _)| self.stop_volume(name))
+    }
+
+    fn stop_images(&self) -> Result<()> {
+        self.records.list()?.keys().try_for_each(|at| self.stop(at))
+    }
+
+    /// A number that no image and no volume of this store has.
+    fn free_id(&self) -> Result<ThinId> {
+        let images = self.records.list()?;
+        let volumes = self.volumes()?;
+        loop {
+            let id = random_id()?;
+            let of_image = images.keys().filter_map(crate::Form::of).any(|form| form.id == id);
+            if !of_image && volumes.iter().all(|(_, volume)| volume.id != id) {
+                return Ok(id);
+            }
+        }
+    }
+}
+
+/// Brings the pool of a store up, and its volumes; does nothing if it is up.
+pub(crate) fn start(
+    mapper: &Mapper,
+    root: &OwnedFd,
+    place: &Path,
+    settings: &Settings,
+    backing: &Backing,
+) -> Result<()> {
+    let is_up = || Ok::<_, Error>(mapper.find(By::Name(&settings.pool))?.is_some_and(|device| device.active));
+    if is_up()? {
+        return Ok(());
+    }
+    // Two may open the store at once.
+    let lock = beneath::open_dir(root, OsStr::new(VOLUMES)).context("open", place.join(VOLUMES))?;
+    flock(&lock, FlockOperation::LockExclusive).context("lock", place)?;
+    let started = if is_up()? { Ok(()) } else { start_locked(mapper, &lock, place, settings, backing) };
+    flock(&lock, FlockOperation::Unlock).context("unlock", place)?;
+    started
+}
+
+fn flock(dir: &OwnedFd, operation: FlockOperation) -> io::Result<()> {
+    loop {
+        match rustix::fs::flock(dir, operation) {
+            Err(Errno::INTR) => {}
+            done => return Ok(done?),
+        }
+    }
+}
+
+fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Settings, backing: &Backing) -> Result<()> {
+    let name = settings.pool.as_str();
+    let parts = Parts::attach(mapper, name, &settings.uuid, backing)?;
+    let blocks = parts.data_length / BLOCK;
+    let text = format!("{} {} {BLOCK} {} 1 error_if_no_space", parts.metadata, parts.data, blocks / 20);
+    let table = Target { length: blocks * BLOCK, kind: "thin-pool".into(), text };
+    let started = match mapper.find(By::Name(name))? {
+        // A killed call got as far as that.
+        Some(_) => mapper
+            .load(name, std::slice::from_ref(&table), false)
+            .and_then(|()| mapper.start(name))
+            .context("start", By::Name(name).to_string()),
+        None => mapper.make(name, &settings.pool_uuid, &[table], false).map(drop),
+    };
+    // The pool holds its devices now; the files are let go with it.
+    let released = parts.release();
+    if let Err(error) = started.and(released) {
+        return Err(error.and_undo(remove_pool(mapper, name)));
+    }
+    let device = mapper.find(By::Name(name))?.map(|device| Pool::of(mapper, device)).transpose()?.flatten();
+    let pool = device.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
+    for (volume, record) in volumes(dir, place)? {
+        start_volume(mapper, &pool, &settings.uuid, &volume, &record)?;
+    }
+    Ok(())
+}
+
+/// The two devices of a pool.
+struct Parts {
+    metadata: Number,
+    data: Number,
+    /// In sectors.
+    data_length: u64,
+    /// Loop devices, to be let go once the pool has them open.
+    loops: Vec<PathBuf>,
+}
+
+impl Parts {
+    fn attach(mapper: &Mapper, pool: &str, store: &str, backing: &Backing) -> Result<Self> {
+        match backing {
+            Backing::Files { data, metadata } => {
+                let mut parts = Self {
+                    metadata: Number { major: 0, minor: 0 },
+                    data: Number { major: 0, minor: 0 },
+                    data_length: 0,
+                    loops: Vec::new(),
+                };
+                for (file, number) in [(metadata, &mut parts.metadata), (data, &mut parts.data)] {
+                    let device = losetup(&[OsStr::new("--find"), OsStr::new("--show"), file.as_os_str()])?;
+                    parts.loops.push(device.clone());
+                    *number = Number::of(fs::metadata(&device).context("look at", &device)?.rdev());
+                }
+                parts.data_length = fs::metadata(data).context("look at", data)?.len() / SECTOR;
+                Ok(parts)
+            }
+            Backing::Device { device, metadata } => {
+                let all = length_of(device)?;
+                let number = Number::of(fs::metadata(device).context("look at", device)?.rdev());
+                let part = |name: String, from: u64, length: u64| {
+                    if let Some(found) = mapper.find(By::Name(&name))? {
+                        return Ok(found.number);
+                    }
+                    let target = Target { length, kind: "linear".into(), text: format!("{number} {from}") };
+                    mapper.make(&name, &format!("FSNAP-{store}-{name}"), &[target], false).map(|made| made.number)
+                };
+                Ok(Self {
+                    metadata: part(format!("{pool}-metadata"), 0, *metadata)?,
+                    data: part(format!("{pool}-data"), *metadata, all - metadata)?,
+                    data_length: all - metadata,
+                    loops: Vec::new(),
+                })
+            }
+        }
+    }
+
+    /// Lets the loop devices go with their last user.
+    fn release(&self) -> Result<()> {
+        self.loops.iter().try_for_each(|device| losetup(&[OsStr::new("--detach"), device.as_os_str()]).map(drop))
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        // Detached already, unless something failed; an error then says no more.
+        for device in &self.loops {
+            let _ = Command::new("losetup").arg("--detach").arg(device).output();
+        }
+    }
+}
+
+/// Runs losetup(8) and returns what it prints.
+fn losetup(arguments: &[&OsStr]) -> Result<PathBuf> {
+    run(Command::new("losetup").args(arguments)).map(PathBuf::from)
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().context("run", &program)?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(io::Error::other(format!("{}: {said}", output.status))).context("run", program)
+}
+
+fn length_of(device: &Path) -> Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let bytes = File::open(device).and_then(|mut file| file.seek(SeekFrom::End(0))).context("measure", device)?;
+    Ok(bytes / SECTOR)
+}
+
+/// Makes the two files of a pool in `dir`.
+fn make_files(dir: &Path, size: Option<u64>) -> Result<Backing> {
+    let Some(size) = size else {
+        let reason = "say how large a pool of files is to be, with --size".to_owned();
+        return Err(Error::NotAStore { dir: dir.to_owned(), kind: KIND, reason });
+    };
+    fs::create_dir_all(dir).context("make the directory", dir)?;
+    let dir = dir.canonicalize().context("find", dir)?;
+    let (data, metadata) = (dir.join("data"), dir.join("metadata"));
+    let size = size.next_multiple_of(BLOCK * SECTOR);
+    let make = |path: &Path, length| {
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.set_len(length)?;
+        file.sync_all()
+    };
+    make(&metadata, metadata_for(size)).context("make the file", &metadata)?;
+    match make(&data, size).context("make the file", &data) {
+        Ok(()) => Ok(Backing::Files { data, metadata }),
+        Err(error) => Err(error.and_undo(fs::remove_file(&metadata).context("remove", &metadata))),
+    }
+}
+
+/// Divides a block device in two; refuses one that holds anything.
+fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
+    let device = device.canonicalize().context("find", device)?;
+    let refused = |reason: String| Error::NotAStore { dir: device.clone(), kind: KIND, reason };
+    let signature = Command::new("blkid").args(["-p", "-o", "value", "-s", "TYPE"]).arg(&device).output();
+    let signature = signature.context("run", "blkid")?;
+    if !signature.stdout.is_empty() {
+        let found = String::from_utf8_lossy(&signature.stdout).trim().escape_debug().to_string();
+        return Err(refused(format!("it holds {found}; empty it by `wipefs` if that is no longer needed")));
+    }
+    let all = length_of(&device)? * SECTOR;
+    let metadata = metadata_for(size.unwrap_or(all)) / SECTOR;
+    if all / SECTOR < metadata + BLOCK {
+        return Err(refused("it is too small for a pool".to_owned()));
+    }
+    // The kernel makes new metadata where it finds nothing but zeroes.
+    let file = OpenOptions::new().write(true).custom_flags(libc_excl()).open(&device).context("open", &device)?;
+    file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_all()).context("write to", &device)?;
+    Ok(Backing::Device { device, metadata })
+}
+
+/// Opening a block device with it fails as long as somebody uses the device.
+fn libc_excl() -> i32 {
+    rustix::fs::OFlags::EXCL.bits() as i32
+}
+
+/// Takes a pool down, and removes what it stood on and its store.
+fn undo(mapper: &Mapper, place: &Path, pool: &str, backing: &Backing) -> Result<()> {
+    remove_pool(mapper, pool)?;
+    if let Backing::Files { data, metadata } = backing {
+        for file in [data, metadata] {
+            match fs::remove_file(file) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.context("remove", file)?,
+            }
+        }
+    }
+    match fs::remove_dir_all(place) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.context("remove", place),
+    }
+}
+
+fn remove_pool(mapper: &Mapper, pool: &str) -> Result<()> {
+    for name in [pool.to_owned(), format!("{pool}-data"), format!("{pool}-metadata")] {
+        match mapper.remove(&name) {
+            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                return Err(Error::Busy {
+                    what: By::Name(&name).to_string(),
+                    by: "thin devices in it are in use".into(),
+                });
+            }
+            removed => removed.context("remove", By::Name(&name).to_string())?,
+        }
+    }
+    Ok(())
+}
+
+fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVolume)>> {
+    let mut found = Vec::new();
+    for name in beneath::names(dir).context("list", place.join(VOLUMES))? {
+        let Some(name) = name.to_str().filter(|name| check_name(name).is_ok()) else { continue };
+        let path = place.join(VOLUMES).join(name);
+        let file = beneath::open_file(dir, OsStr::new(name)).context("open", &path)?;
+        let record = serde_json::from_reader(file).map_err(|error| Error::Damaged {
+            what: format!("the record {}", path.display()),
+            reason: error.to_string(),
+        })?;
+        found.push((name.to_owned(), record));
+    }
+    found.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(found)
+}
+
+fn volume_device(pool: &str, name: &str) -> String {
+    format!("{pool}-volume-{name}")
+}
+
+fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &PoolVolume) -> Result<PathBuf> {
+    let device = volume_device(&pool.name, name);
+    let uuid = format!("FSNAP-{store}-volume-{name}");
+    let table = pool.table(volume.id, volume.length);
+    let made = match mapper.find(By::Name(&device))? {
+        Some(found) if found.active => found,
+        Some(found) => {
+            mapper
+                .load(&device, &[table], false)
+                .and_then(|()| mapper.start(&device))
+                .context("start", By::Name(&device).to_string())?;
+            found
+        }
+        None => mapper.make(&device, &uuid, &[table], false)?,
+    };
+    Ok(made.number.node())
+}
+
+fn make_file_system(node: &Path, file_system: FileSystem) -> Result<()> {
+    let mut command = Command::new(format!("mkfs.{}", file_system.name()));
+    command.arg("-q").arg(node);
+    run(&mut command).map(drop)
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if (1..=48).contains(&name.len()) && !name.starts_with(['.', '-']) && name.bytes().all(allowed) {
+        return Ok(());
+    }
+    let reason = format!("{name:?} is no name: up to 48 of [A-Za-z0-9._-], not beginning with a dot or a dash");
+    Err(Error::Unsupported { kind: KIND, action: "use that name", reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_grow_with_the_data() {
+        assert_eq!(metadata_for(1 << 30), 32 << 20);
+        assert_eq!(metadata_for(1 << 40), 1 << 30);
+        assert_eq!(metadata_for(1 << 50), 15 << 30);
+    }
+
+    #[test]
+    fn names_lead_nowhere() {
+        for bad in ["", ".", "..", "a/b", "-rf", "a b", &"x".repeat(49)] {
+            assert!(check_name(bad).is_err(), "{bad:?} was accepted");
+        }
+        assert!(check_name("data-1.x_y").is_ok());
+    }
+}

@@ -1,0 +1,211 @@
+//! A device that stands still, and never for longer than its keeper lives.
+//!
+//! Every access to a suspended device waits, so that one that is left suspended takes the whole application with it.
+//! [`Suspended`] resumes it when it is dropped. Against being killed there is a note in the store's directory
+//! `suspended`, named by the number of the thin device and locked as long as its author lives: whoever finds a note
+//! that nobody has locked resumes the device. A note need not outlive a power cut; neither does a suspension.
+//!
+//! The note is also what makes two calls for one volume follow each other: the kernel takes a second suspension for
+//! granted, and the first resume would end both.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use fsnap_backend::{Error, IoContext, Result, beneath};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::dm::{By, Mapper};
+use crate::pool::ThinDevice;
+use crate::record::{Lock, random_hex};
+
+/// The directory of the notes, in the store.
+pub(crate) const DIR: &str = "suspended";
+
+/// What a note says: which device is suspended.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    device: String,
+    uuid: String,
+    number: String,
+}
+
+/// The notes of a store.
+#[derive(Debug)]
+pub(crate) struct Notes {
+    dir: OwnedFd,
+    path: PathBuf,
+}
+
+impl Notes {
+    pub(crate) fn open(root: &OwnedFd, place: &Path) -> Result<Self> {
+        let path = place.join(DIR);
+        Ok(Self { dir: beneath::open_dir(root, OsStr::new(DIR)).context("open", &path)?, path })
+    }
+
+    /// Resumes what killed calls left suspended; tells what was.
+    pub(crate) fn resume_left_behind(&self, mapper: &Mapper) -> Result<Vec<String>> {
+        let mut resumed = Vec::new();
+        for name in beneath::names(&self.dir).context("list", &self.path)? {
+            let path = self.path.join(&name);
+            let Some(file) = self.open_note(&name).context("open", &path)? else { continue };
+            let Some(lock) = Lock::try_take(file).context("lock", &path)? else { continue };
+            resumed.extend(self.settle(mapper, &name, &lock)?);
+        }
+        Ok(resumed)
+    }
+
+    fn open_note(&self, name: &OsStr) -> io::Result<Option<File>> {
+        match beneath::open_file(&self.dir, name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            file => Ok(Some(file?)),
+        }
+    }
+
+    /// Whether the open file is still the note of that name.
+    fn is(&self, name: &OsStr, file: &File) -> io::Result<bool> {
+        match beneath::stat(&self.dir, name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            found => Ok(found?.ino == beneath::stat_fd(file)?.ino),
+        }
+    }
+
+    /// Does what the author of a note, who is gone, can no longer do.
+    fn settle(&self, mapper: &Mapper, name: &OsStr, lock: &Lock) -> Result<Option<String>> {
+        let path = self.path.join(name);
+        // Under another name, and torn, as long as nothing is suspended yet.
+        let torn = name.as_encoded_bytes().starts_with(b".");
+        let mut resumed = None;
+        if !torn {
+            if !self.is(name, &lock.file).context("look at", &path)? {
+                // Its author lived, and took it away.
+                return Ok(None);
+            }
+            let mut text = Vec::new();
+            (&lock.file).take(4096).read_to_end(&mut text).context("read", &path)?;
+            let note: Note = serde_json::from_slice(&text).map_err(|error| Error::Damaged {
+                what: format!("the note {}", path.display()),
+                reason: format!("it names no device that could be resumed: {error}"),
+            })?;
+            let device = mapper.find(By::Name(&note.device))?;
+            if let Some(device) = device.filter(|found| found.suspended && found.uuid == note.uuid) {
+                mapper.resume(&device.name).context("resume", By::Name(&device.name).to_string())?;
+                resumed = Some(device.name);
+            }
+        }
+        self.remove(name)?;
+        Ok(resumed)
+    }
+
+    fn remove(&self, name: &OsStr) -> Result<()> {
+        match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error).context("remove", self.path.join(name)),
+        }
+    }
+
+    /// Notes that the device is about to be suspended, once nobody else has it so.
+    fn write(&self, mapper: &Mapper, thin: &ThinDevice) -> Result<(OsString, Lock)> {
+        let name = OsString::from(thin.id.to_string());
+        let path = self.path.join(&name);
+        let hidden = format!(".{}", random_hex(8)?);
+        let note = Note {
+            device: thin.device.name.clone(),
+            uuid: thin.device.uuid.clone(),
+            number: thin.device.number.to_string(),
+        };
+        let prepare = || {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let mut file = File::from(rustix::fs::openat(&self.dir, &*hidden, flags, Mode::RUSR | Mode::WUSR)?);
+            file.write_all(&serde_json::to_vec(&note)?)?;
+            Lock::take(file)
+        };
+        let lock = prepare().context("write", self.path.join(&hidden))?;
+        loop {
+            match rustix::fs::linkat(&self.dir, &*hidden, &self.dir, &*name, AtFlags::empty()) {
+                Ok(()) => break,
+                Err(Errno::EXIST) => {
+                    // Somebody is at work on the volume, or was killed there.
+                    let Some(file) = self.open_note(&name).context("open", &path)? else { continue };
+                    let theirs = Lock::take(file).context("lock", &path)?;
+                    self.settle(mapper, &name, &theirs)?;
+                }
+                Err(error) => {
+                    let error = Err(error).context("write", &path);
+                    return error.map_err(|error: Error| error.and_undo(self.remove(OsStr::new(&hidden))));
+                }
+            }
+        }
+        self.remove(OsStr::new(&hidden))?;
+        Ok((name, lock))
+    }
+}
+
+/// A device that is suspended, and the file system on it frozen; resumed when dropped.
+#[derive(Debug)]
+pub(crate) struct Suspended<'a> {
+    mapper: &'a Mapper,
+    notes: &'a Notes,
+    device: String,
+    /// `None` once the device is resumed.
+    note: Option<(OsString, Lock)>,
+}
+
+impl<'a> Suspended<'a> {
+    /// Suspends the device; when this fails, it is not suspended.
+    pub(crate) fn new(mapper: &'a Mapper, notes: &'a Notes, thin: &ThinDevice) -> Result<Self> {
+        let note = notes.write(mapper, thin)?;
+        let device = thin.device.name.clone();
+        let guard = Self { mapper, notes, device, note: Some(note) };
+        // Somebody else may have it suspended for a purpose of their own, and is not to be resumed by us.
+        if let Some(found) = mapper.find(By::Name(&guard.device))?
+            && found.suspended
+        {
+            let what = By::Name(&guard.device).to_string();
+            guard.leave()?;
+            return Err(Error::Busy { what, by: "somebody else has suspended it".to_owned() });
+        }
+        match mapper.suspend(&guard.device).context("suspend", By::Name(&guard.device).to_string()) {
+            Ok(()) => Ok(guard),
+            // A suspension that failed may have got half way.
+            Err(error) => Err(error.and_undo(guard.resume())),
+        }
+    }
+
+    /// Whether it stands still all the while: somebody else could have resumed it.
+    pub(crate) fn holds(&self) -> Result<bool> {
+        Ok(self.mapper.find(By::Name(&self.device))?.is_some_and(|device| device.suspended))
+    }
+
+    /// Resumes the device. If that fails, the note stays, and the next command tries again.
+    pub(crate) fn resume(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn leave(mut self) -> Result<()> {
+        match self.note.take() {
+            Some((name, _lock)) => self.notes.remove(&name),
+            None => Ok(()),
+        }
+    }
+
+    fn end(&mut self) -> Result<()> {
+        let Some((name, lock)) = self.note.take() else { return Ok(()) };
+        let resume = || self.mapper.resume(&self.device);
+        resume().or_else(|_| resume()).context("resume", By::Name(&self.device).to_string())?;
+        let removed = self.notes.remove(&name);
+        drop(lock);
+        removed
+    }
+}
+
+impl Drop for Suspended<'_> {
+    fn drop(&mut self) {
+        // There is nobody to tell; the note stays where it fails, and the next command tries again.
+        let _ = self.end();
+    }
+}

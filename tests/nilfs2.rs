@@ -1,0 +1,229 @@
+//! NILFS2 volumes as users see them: branches that are overlays, and past states that no engine asked for.
+//!
+//! Where the kernel has no NILFS2, every case is reported as ignored, with the reason.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output};
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use rustix::mount::{MountFlags, UnmountFlags};
+
+type Done = Result<(), Failed>;
+
+/// A name and what it runs.
+type Case = (&'static str, fn() -> Done);
+
+/// A NILFS2 on a loop device, and an fsnap with a state of its own.
+struct Site {
+    dir: PathBuf,
+    device: PathBuf,
+    volume: PathBuf,
+}
+
+impl Site {
+    fn new() -> Result<Self, Failed> {
+        let dir = tempfile::tempdir()?.keep();
+        let (image, volume) = (dir.join("image"), dir.join("db"));
+        File::create(&image)?.set_len(256 << 20)?;
+        fs::create_dir(&volume)?;
+        let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?;
+        let site = Self { device: PathBuf::from(device.trim()), volume, dir };
+        output(Command::new("mkfs.nilfs2").args(["-q", "-B", "256"]).arg(&site.device))?;
+        rustix::mount::mount(&site.device, &site.volume, "nilfs2", MountFlags::empty(), None)?;
+        Ok(site)
+    }
+
+    /// A site whose volume is registered, with one file in it.
+    fn with_volume() -> Result<Self, Failed> {
+        let site = Self::new()?;
+        fs::write(site.volume.join("file"), "first")?;
+        let said = site.fsnap(&["init", &site.volume.to_string_lossy()])?;
+        ensure(said.contains("volume db at") && said.contains("nilfs2 snapshots"), &said)?;
+        Ok(site)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
+        command.args(arguments).env("FSNAP_STATE", self.dir.join("state")).env_remove("FSNAP_FAILPOINT");
+        command
+    }
+
+    fn fsnap(&self, arguments: &[&str]) -> Result<String, Failed> {
+        output(&mut self.command(arguments))
+    }
+
+    fn fails(&self, arguments: &[&str]) -> Result<String, Failed> {
+        let Output { status, stderr, .. } = self.command(arguments).output()?;
+        ensure(status.code() == Some(1), &format!("{arguments:?} ended with {status}"))?;
+        Ok(String::from_utf8_lossy(&stderr).into_owned())
+    }
+
+    fn branches(&self) -> PathBuf {
+        self.dir.join("state/branches")
+    }
+
+    fn snapshots(&self) -> Result<usize, Failed> {
+        Ok(output(Command::new("lscp").arg("-s").arg(&self.device))?.lines().skip(1).count())
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // Also when a case fails: nothing of it stays mounted.
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+            if Path::new(point).starts_with(&self.dir) {
+                let _ = rustix::mount::unmount(point, UnmountFlags::DETACH);
+            }
+        }
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn output(command: &mut Command) -> Result<String, Failed> {
+    let Output { status, stdout, stderr } = command.output()?;
+    let stderr = String::from_utf8_lossy(&stderr);
+    ensure(status.success(), &format!("{command:?} ended with {status}: {stderr}"))?;
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
+}
+
+fn ensure(holds: bool, what: &str) -> Done {
+    if holds { Ok(()) } else { Err(what.to_owned().into()) }
+}
+
+fn is(path: &Path, expected: &str) -> Done {
+    let found = fs::read_to_string(path)?;
+    ensure(found == expected, &format!("{} holds {found:?} instead of {expected:?}", path.display()))
+}
+
+fn init_says_the_limits() -> Done {
+    let site = Site::new()?;
+    let Output { status, stderr, .. } = site.command(&["init", &site.volume.to_string_lossy()]).output()?;
+    let said = String::from_utf8_lossy(&stderr);
+    ensure(status.success(), &said)?;
+    ensure(said.contains("no extended attributes") && said.contains("no ACLs") && said.contains("overlay"), &said)
+}
+
+/// A branch is written independently, is captured itself, and branched again.
+fn a_branch_is_a_volume() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    fs::write(site.volume.join("file"), "second")?;
+    let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+    is(&files.join("file"), "first")?;
+    fs::write(files.join("file"), "on the branch")?;
+    fs::create_dir(files.join("dir"))?;
+    is(&site.volume.join("file"), "second")?;
+
+    site.fsnap(&["checkpoint", "--branch", "try", "--tag", "two"])?;
+    fs::write(files.join("file"), "later")?;
+    let again = PathBuf::from(site.fsnap(&["branch", "two", "again"])?.trim());
+    is(&again.join("file"), "on the branch")?;
+    let other = PathBuf::from(site.fsnap(&["branch", "one", "other"])?.trim());
+    is(&other.join("file"), "first")?;
+    is(&files.join("file"), "later")?;
+    let diff = site.fsnap(&["diff", "one"])?;
+    ensure(diff.contains("M  db/file") || diff.contains("M db/file"), &diff)
+}
+
+fn a_removed_branch_leaves_nothing() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+    fs::write(files.join("new"), "x")?;
+    let open = File::open(files.join("new"))?;
+    let refused = site.fails(&["rm", "one"])?;
+    ensure(refused.contains("try"), &refused)?;
+    drop(open);
+    site.fsnap(&["rm", "--branch", "try"])?;
+    ensure(!site.branches().join("try").exists(), "the overlay's directory is still there")?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure(!mounts.contains("overlay fsnap"), &mounts)?;
+    ensure(site.snapshots()? == 1, "the snapshot is gone")?;
+    site.fsnap(&["rm", "one"])?;
+    ensure(site.snapshots()? == 0, "the snapshot is still there")
+}
+
+/// After a start of the machine nothing is mounted; what was written is there.
+fn a_branch_survives_a_restart() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+    fs::write(files.join("file"), "on the branch")?;
+    fs::rename(files.join(".nilfs"), files.join("renamed"))?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    ensure(!files.join("file").exists(), "it is still mounted")?;
+    site.fsnap(&["branches"])?;
+    is(&files.join("file"), "on the branch")?;
+    ensure(files.join("renamed").exists() && !files.join(".nilfs").exists(), "a rename was forgotten")?;
+    site.fsnap(&["checkpoint", "--branch", "try"]).map(drop)
+}
+
+/// Killed at every step, the making and the removal of a branch leave nothing.
+fn kills_leave_nothing() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    for point in ["branch:recorded", "branch:cloned", "branch:mounted", "branch:grown"] {
+        let status =
+            site.command(&["branch", "one", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        site.fsnap(&["recover"])?;
+        ensure(!site.branches().join("try").exists(), &format!("{point}: the overlay's directory is still there"))?;
+        ensure(!fs::read_to_string("/proc/self/mountinfo")?.contains("overlay fsnap"), "it is still mounted")?;
+        ensure(site.snapshots()? == 1, &format!("{point}: the snapshot is gone"))?;
+    }
+    for point in ["remove:recorded", "remove:deleted"] {
+        site.fsnap(&["branch", "one", "try"])?;
+        let status =
+            site.command(&["rm", "--branch", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        site.fsnap(&["recover"])?;
+        ensure(!site.branches().join("try").exists(), &format!("{point}: the overlay's directory is still there"))?;
+    }
+    Ok(())
+}
+
+fn an_unfit_place_is_refused() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let config = site.dir.join("config.toml");
+    // NILFS2 itself takes no attributes, in which overlayfs keeps its notes.
+    fs::write(&config, format!("branches = {:?}\n", site.volume.join("below")))?;
+    let Output { status, stderr, .. } =
+        site.command(&["branch", "one", "try"]).env("FSNAP_CONFIG", &config).output()?;
+    let said = String::from_utf8_lossy(&stderr);
+    ensure(status.code() == Some(1) && said.contains("an overlay cannot be kept"), &said)?;
+    ensure(said.contains("`branches` in the settings"), &said)
+}
+
+/// Why nothing of this can run here, if so; in a virtual machine that is made for it, it has to.
+fn why_not() -> Option<&'static str> {
+    let known: io::Result<String> = fs::read_to_string("/proc/filesystems");
+    let has = |name: &str| known.as_ref().is_ok_and(|known| known.lines().any(|line| line.ends_with(name)));
+    let in_vm = std::env::var_os("FSNAP_VM").is_some();
+    let reason = "this kernel has no NILFS2; `cargo run -p vm-tests` runs this in a machine that has";
+    (!in_vm && (!has("\tnilfs2") || !has("\toverlay"))).then_some(reason)
+}
+
+fn main() -> ExitCode {
+    let cases: &[Case] = &[
+        ("init_says_the_limits", init_says_the_limits),
+        ("a_branch_is_a_volume", a_branch_is_a_volume),
+        ("a_removed_branch_leaves_nothing", a_removed_branch_leaves_nothing),
+        ("a_branch_survives_a_restart", a_branch_survives_a_restart),
+        ("kills_leave_nothing", kills_leave_nothing),
+        ("an_unfit_place_is_refused", an_unfit_place_is_refused),
+    ];
+    let trial = |&(name, run): &Case| {
+        Trial::ignorable_test(name, move || match why_not() {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => run().map(|()| Completion::Completed),
+        })
+    };
+    // One after the other: they look at all mounts.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, cases.iter().map(trial).collect()).exit_code()
+}

@@ -1,0 +1,236 @@
+//! A machine: from a job to its outcome.
+
+mod uml;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::error::Context;
+use crate::job::{Job, Report};
+use crate::{Error, Result, kernel_log};
+
+/// Which of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Kind {
+    /// User-mode Linux.
+    Uml,
+}
+
+impl Kind {
+    /// The scratch disk, inside.
+    pub(crate) fn scratch_device(self) -> &'static str {
+        match self {
+            Self::Uml => "/dev/ubda",
+        }
+    }
+
+    /// The console that carries the program's output, inside.
+    pub(crate) fn program_console(self) -> &'static str {
+        match self {
+            Self::Uml => "/dev/tty0",
+        }
+    }
+
+    /// The type, source and options of the mount of the host's directory `exchange`, to be writable inside.
+    pub(crate) fn exchange_mount(self, exchange: &Path) -> (&'static str, &'static str, String) {
+        match self {
+            Self::Uml => ("hostfs", "exchange", exchange.display().to_string()),
+        }
+    }
+
+    /// Where the modules of its kernel are, and which are loaded.
+    pub(crate) fn modules(self) -> Result<(PathBuf, Vec<String>)> {
+        let (dir, names) = match self {
+            Self::Uml => (uml::module_dir()?, uml::TO_LOAD),
+        };
+        Ok((dir, names.iter().map(|name| (*name).to_owned()).collect()))
+    }
+}
+
+/// How a machine is built.
+#[derive(Debug, Clone)]
+pub(crate) struct Machine {
+    /// Which.
+    pub(crate) kind: Kind,
+    /// Its memory.
+    pub(crate) memory_mib: u32,
+    /// The size of its scratch disk, of which only what is written takes room.
+    pub(crate) scratch_gib: u64,
+    /// When it is given up.
+    pub(crate) deadline: Option<Duration>,
+}
+
+/// What a machine is started with.
+struct Plan<'a> {
+    memory_mib: u32,
+    scratch: &'a Path,
+    exchange: &'a Path,
+}
+
+/// How a machine ended.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The exit code of the program, or why there is none.
+    pub(crate) code: std::result::Result<i32, String>,
+    /// All that the kernel said.
+    pub(crate) kernel_log: String,
+}
+
+impl Outcome {
+    /// Why this is a failure although the program may have said otherwise.
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        let kernel =
+            kernel_log::complaints(&self.kernel_log).into_iter().map(|line| format!("the kernel said: {line}"));
+        self.code.as_ref().err().cloned().into_iter().chain(kernel).collect()
+    }
+}
+
+impl Machine {
+    /// One that is enough for most.
+    pub(crate) fn new(kind: Kind) -> Self {
+        Self { kind, memory_mib: 1024, scratch_gib: 16, deadline: None }
+    }
+
+    /// Starts, runs the job, and ends; what the program writes goes to `out` as it comes.
+    pub(crate) fn run(&self, job: &Job, out: &mut dyn Write) -> Result<Outcome> {
+        let place = place()?;
+        let dir =
+            tempfile::Builder::new().prefix("machine-").tempdir_in(&place).during("make a directory in", &place)?;
+        let (exchange, scratch, log) =
+            (dir.path().join("exchange"), dir.path().join("scratch"), dir.path().join("log"));
+        fs::create_dir(&exchange).during("make", &exchange)?;
+        job.write(&exchange)?;
+        make_scratch(&scratch, self.scratch_gib)?;
+        let plan = Plan { memory_mib: self.memory_mib, scratch: &scratch, exchange: &exchange };
+        let ended = self.start(&plan, &log, job.interactive)?.wait(out, self.deadline)?;
+        let kernel_log = fs::read(&log).during("read", &log)?;
+        let kernel_log = String::from_utf8_lossy(&kernel_log).replace('\r', "");
+        let code = match (ended, Report::read(&exchange)?) {
+            (Ended::Off(_), Some(report)) => Ok(report.code),
+            (Ended::Off(status), None) => Err(format!("the machine ended without a report: {status}")),
+            (Ended::Late(deadline), _) => Err(format!("the machine did not end within {} s", deadline.as_secs())),
+        };
+        Ok(Outcome { code, kernel_log })
+    }
+
+    fn start(&self, plan: &Plan<'_>, log: &Path, interactive: bool) -> Result<Running> {
+        let guest = std::env::current_exe().during("find", "/proc/self/exe")?;
+        // The machine ends with its pid namespace, that with `unshare`, and `unshare` with the runner.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL"]);
+        if !nix::unistd::geteuid().is_root() {
+            command.args(["--user", "--map-root-user"]);
+        }
+        match self.kind {
+            Kind::Uml => uml::start(&mut command, plan, &guest)?,
+        }
+        command.stderr(Stdio::piped());
+        if !interactive {
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        }
+        let mut log_file = File::create(log).during("make", log)?;
+        let mut child = command.spawn().during("run", "setpriv")?;
+        let logger = child.stderr.take().map(|mut from| thread::spawn(move || std::io::copy(&mut from, &mut log_file)));
+        Ok(Running { child, logger })
+    }
+}
+
+/// The directory for what machines need while they run.
+fn place() -> Result<PathBuf> {
+    let place = crate::run::target_dir()?.join("vm");
+    fs::create_dir_all(&place).during("make", &place)?;
+    Ok(place)
+}
+
+fn make_scratch(path: &Path, gib: u64) -> Result<()> {
+    File::create(path).and_then(|file| file.set_len(gib << 30)).during("make", path)?;
+    let mut command = Command::new("mkfs.ext4");
+    // It is thrown away: no journal to lose, nothing to initialise ahead.
+    command.args(["-q", "-F", "-E", "lazy_itable_init=1,nodiscard"]).arg(path);
+    run_quietly(&mut command)
+}
+
+/// Runs a program that has nothing to say if all is well.
+pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
+    let said = match command.stdin(Stdio::null()).output() {
+        Ok(output) if output.status.success() => return Ok(()),
+        Ok(output) => format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim()),
+        Err(error) => error.to_string(),
+    };
+    Err(Error::Command { command: format!("{command:?}"), said })
+}
+
+/// How a machine came to its end.
+enum Ended {
+    /// It is off.
+    Off(ExitStatus),
+    /// It was given up.
+    Late(Duration),
+}
+
+/// A machine that is on; off when dropped.
+struct Running {
+    child: Child,
+    /// Keeps what the kernel says.
+    logger: Option<JoinHandle<io::Result<u64>>>,
+}
+
+impl Running {
+    /// Waits for its end, and passes on what it writes.
+    fn wait(mut self, out: &mut dyn Write, deadline: Option<Duration>) -> Result<Ended> {
+        let started = Instant::now();
+        let output = self.child.stdout.take().map(read_in_background);
+        let mut at_end = output.is_none();
+        loop {
+            if let Some(output) = &output
+                && !at_end
+            {
+                match output.recv_timeout(Duration::from_millis(100)) {
+                    Ok(bytes) => out.write_all(&bytes).and_then(|()| out.flush()).during("write", "the output")?,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => at_end = true,
+                }
+            } else {
+                thread::sleep(Duration::from_millis(20));
+            }
+            if at_end && let Some(status) = self.child.try_wait().during("wait for", "the machine")? {
+                return Ok(Ended::Off(status));
+            }
+            if crate::run::interrupted() {
+                return Err(Error::Interrupted);
+            }
+            if let Some(deadline) = deadline.filter(|deadline| started.elapsed() > *deadline) {
+                return Ok(Ended::Late(deadline));
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Nothing to do if it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Whoever reads the log next finds all of it.
+        self.logger.take().map(JoinHandle::join);
+    }
+}
+
+fn read_in_background(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}
