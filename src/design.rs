@@ -19,3 +19,4 @@ page!(catalog, "catalog.md");
 page!(identity, "identity.md");
 page!(restore, "restore.md");
 page!(packages, "packages.md");
+page!(overlay_format, "overlay-format.md");

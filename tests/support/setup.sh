@@ -13,7 +13,7 @@ criu_dir=$top/target/criu
 PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
 
 to_build=(make gcc libc6-dev pkg-config libclang-dev libbtrfsutil-dev)
-to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin)
+to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin fuse3)
 to_unpack_criu=(mmdebstrap)
 # The release whose CRIU knows kernels of this age, and the oldest version that does.
 criu_release=trixie
