@@ -95,8 +95,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Access {
     /// To read only; writes nothing, not even recovery.
     Read,
-    /// To read and change; each commit is durable. Makes the catalog if there is none.
+    /// To read and change; each commit is durable.
     Write,
+    /// The same; makes the catalog if there is none.
+    Create,
 }
 
 /// The open catalog.
@@ -113,13 +115,13 @@ impl Catalog {
     /// `patience` bounds the wait for another writer: [`Error::Locked`] after it.
     pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
         let path = state.join(format::FILE);
-        if access == Access::Write {
+        if access == Access::Create {
             format::create_if_missing(state)?;
         }
         format::check_file(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
-            Access::Write => OpenFlags::SQLITE_OPEN_READ_WRITE,
+            Access::Write | Access::Create => OpenFlags::SQLITE_OPEN_READ_WRITE,
         };
         let opened = Connection::open_with_flags(&path, how | OpenFlags::SQLITE_OPEN_NO_MUTEX);
         let db = opened.map_err(|source| translate(&path, source))?;
@@ -135,7 +137,7 @@ impl Catalog {
         self.db.pragma_update(None, "trusted_schema", false)?;
         match self.access {
             Access::Read => {}
-            Access::Write => {
+            Access::Write | Access::Create => {
                 self.db.pragma_update(None, "synchronous", "FULL")?;
                 self.db.pragma_update(None, "foreign_keys", true)?;
             }

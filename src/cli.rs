@@ -31,6 +31,7 @@ mod verify;
 mod volumes;
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -80,8 +81,6 @@ enum Command {
     Hook(hook::Args),
     Completions(completions::Args),
     Man(man::Args),
-    #[command(hide = true)]
-    Internal(internal::Args),
 }
 
 /// Runs the command that the arguments name.
@@ -92,12 +91,22 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
         return finish(hook::criu());
     }
-    match Cli::try_parse_from(&arguments) {
-        Ok(cli) => finish(run(cli.command)),
+    // What is not for users is no part of the help, the completions and the manual.
+    let parsed = if arguments.get(1).is_some_and(|command| command == internal::NAME) {
+        internal::Args::try_parse_from(&arguments[1..]).map(internal::run)
+    } else {
+        Cli::try_parse_from(&arguments).map(|cli| run(cli.command))
+    };
+    match parsed {
+        Ok(outcome) => finish(outcome),
         Err(error) => {
             let code = if error.use_stderr() { 2 } else { 0 };
-            // Nothing can be done about a closed terminal.
-            let _ = error.print();
+            // What cannot be written there cannot be said at all.
+            let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
+                false => error.print(),
+                // The message repeats the argument: it may come from a script, and must not speak to the terminal.
+                true => failure::plain(&error.render().to_string()),
+            };
             ExitCode::from(code)
         }
     }
@@ -126,7 +135,6 @@ fn run(command: Command) -> Outcome {
         Command::Hook(args) => hook::run(args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),
-        Command::Internal(args) => internal::run(args),
     }
 }
 

@@ -90,7 +90,10 @@ pub enum Error {
         supported: u32,
     },
     /// There is no such program.
-    #[error("CRIU was not found (looked for {looked_for:?}): install it, or name it in the configuration")]
+    #[error(
+        "CRIU was not found: there is no {}; install it, or name it in the configuration",
+        looked_for.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
     NoCriu {
         /// The paths that were tried.
         looked_for: Vec<PathBuf>,

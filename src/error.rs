@@ -47,6 +47,14 @@ pub enum Error {
         /// What may have been meant.
         near: Vec<String>,
     },
+    /// No tag of that name.
+    #[error("no tag {name:?}{}", candidates(.near))]
+    NoSuchTag {
+        /// What the user wrote.
+        name: String,
+        /// The tags that there are.
+        near: Vec<String>,
+    },
     /// Several checkpoints answer to this reference.
     #[error("{reference:?} is ambiguous: it begins {}", list(.candidates))]
     Ambiguous {
@@ -64,7 +72,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// A checkpoint has no such ancestor.
-    #[error("{reference:?} does not exist: only {depth} checkpoints come before {}", .id.short())]
+    #[error("{reference:?} does not exist: {} before {}", came(*.depth), .id.short())]
     TooFarBack {
         /// What the user wrote.
         reference: String,
@@ -278,6 +286,14 @@ impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
     fn context(self, action: &'static str, object: impl AsRef<std::path::Path>) -> Result<T> {
         let object = crate::printable(object.as_ref().as_os_str());
         self.map_err(|source| Error::Io { action, object, source: source.into() })
+    }
+}
+
+fn came(depth: usize) -> String {
+    match depth {
+        0 => "no checkpoint comes".into(),
+        1 => "only one checkpoint comes".into(),
+        several => format!("only {several} checkpoints come"),
     }
 }
 

@@ -18,12 +18,11 @@
 //!                                    │      └─► engine, mount: restore them onto a branch
 //! ```
 //!
-//! A checkpoint goes through three calls of the [`Coordinator`](coordinator::Coordinator), because an engine calls its
-//! hooks as separate processes:
+//! A checkpoint goes through three steps, because an engine calls its hooks as separate processes:
 //!
 //! 1. [`begin`](coordinator::Coordinator::begin), while the processes run: find the volumes, reserve a place for each
 //!    snapshot, record the [intent](catalog::Intent) durably, flush and copy ahead.
-//! 2. [`take`](coordinator::Coordinator::take), while they stand: one snapshot per volume, side by side; note that it is
+//! 2. [`take`](coordinator::Window::take), while they stand: one snapshot per volume, side by side; note that it is
 //!    done, without syncing.
 //! 3. [`seal`](coordinator::Coordinator::seal), when they run again: make it durable, and put the checkpoint in the place
 //!    of its intent. The engine gives no hook here, so that the next command does it: every command begins with
@@ -105,16 +104,22 @@ fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// A name or path of any bytes, fit for a terminal: control characters and bytes that are not UTF-8 are escaped.
+/// A name or path of any bytes, fit for a terminal: what controls a terminal or turns the direction of text is escaped,
+/// and so are bytes that are not UTF-8.
 pub fn printable(text: &OsStr) -> String {
     let mut shown = String::new();
     for chunk in text.as_bytes().utf8_chunks() {
         for c in chunk.valid().chars() {
-            if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+            if c.is_control() || turns_text(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
         }
         for byte in chunk.invalid() {
             shown.push_str(&format!("\\x{byte:02x}"));
         }
     }
     shown
+}
+
+/// Whether the character makes a terminal show other characters in another order than they stand in.
+fn turns_text(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

@@ -210,7 +210,8 @@ impl Quiesce {
 
     /// Stops the tree and what was [added](Self::also), children forked meanwhile included.
     ///
-    /// On failure everything runs again.
+    /// On failure everything runs again. A tree of which nothing is left is a failure; one that was empty from the start, beside
+    /// which others may be stopped, is not.
     pub fn freeze(mut self, within: Duration) -> Result<Frozen> {
         self.guard.wait_ready()?;
         let deadline = Deadline::new(within);
@@ -295,10 +296,11 @@ impl Frozen {
     fn freeze_tree(&mut self, cgroup: Option<Cgroup>) -> Result<()> {
         let Some(freezer) = self.freezer.clone() else {
             let mut tree = self.tree.clone();
+            let was_empty = tree.is_empty();
             let stopped = self.stop(&mut tree);
             self.tree = tree;
             stopped?;
-            return if self.tree.is_empty() { Err(Error::Empty) } else { Ok(()) };
+            return if self.tree.is_empty() && !was_empty { Err(Error::Empty) } else { Ok(()) };
         };
         if cgroup.is_some() {
             self.tell(FreezeRecord { cgroup, ..FreezeRecord::new() })?;

@@ -81,9 +81,17 @@ fn unknown(reference: &str, near: Vec<String>) -> Error {
     Error::NoSuchCheckpoint { reference: reference.to_owned(), near }
 }
 
-/// The newest checkpoints and the tags: one of them may have been meant.
+/// The names of all tags, sorted.
+pub fn tag_names(catalog: &Catalog) -> Result<Vec<String>> {
+    let mut names: Vec<String> = catalog.tags()?.into_values().flatten().map(String::from).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// The newest checkpoint and the tags: one of them may have been meant.
 fn near(catalog: &Catalog) -> Result<Vec<String>> {
-    let mut near: Vec<String> = catalog.tags()?.into_values().flatten().map(String::from).take(8).collect();
+    let mut near = tag_names(catalog)?;
+    near.truncate(8);
     near.extend(catalog.latest()?.map(|latest| format!("{} (@latest)", latest.id.short())));
     Ok(near)
 }

@@ -13,7 +13,7 @@ use super::{Context, Outcome, Output, json};
 /// It prints one directory per volume of the checkpoint.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The checkpoint to grow from
+    /// The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N
     #[arg(value_name = "CKPT")]
     checkpoint: String,
     /// The branch's name; one is made up, if not given

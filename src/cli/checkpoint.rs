@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fsnap::coordinator::{Coordinator, Request, Window, find_writers, writers_outside};
+use fsnap::failpoint;
 use fsnap::name::Name;
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{Frozen, Quiesce};
@@ -18,7 +19,7 @@ use super::{Context, Failure, Outcome, Output, internal, json};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// What to say of it
-    #[arg(short, long, default_value = "")]
+    #[arg(short, long, default_value = "", hide_default_value = true)]
     message: String,
     /// A name for it; may be given several times
     #[arg(short, long = "tag", value_name = "TAG")]
@@ -41,7 +42,7 @@ pub(crate) struct Args {
     /// Print a JSON object
     #[arg(long)]
     json: bool,
-    /// The volumes, by name or path; all that the processes can write to, if none is given
+    /// The volumes, by name or path; if none is given, all that the processes can write to, or all there are
     #[arg(value_name = "VOLUME")]
     volumes: Vec<String>,
 }
@@ -80,10 +81,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     } else {
         take_searching(&mut window, false, &Tree::of_processes([]))
     };
+    // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
+    let noted = taken.and_then(|()| window.write_note());
     let begun = window.close();
-    if let Err(error) = taken {
+    if let Err(error) = noted {
         return Err(Failure::Error(coordinator.give_up(begun, error)));
     }
+    failpoint::hit("take:recorded");
     let checkpoint = coordinator.seal(begun)?;
     let out = Output::new();
     if args.json {

@@ -41,3 +41,9 @@ impl Deadline {
         Ok(Self(timer))
     }
 }
+
+/// Lets signals that end a process wait, but for the deadline's, when nothing is left to do but to say that it was done.
+pub(crate) fn hold_off_signals() -> io::Result<()> {
+    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
+    Ok(signals.into_iter().collect::<SigSet>().thread_block()?)
+}

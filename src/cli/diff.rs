@@ -5,14 +5,14 @@ use fsnap::reference;
 use serde_json::json;
 
 use super::failure::say;
-use super::{Context, Outcome, Output};
+use super::{Context, Outcome, Output, json};
 
 /// List the files that differ between two checkpoints, or between a checkpoint and now
 ///
 /// A was added, D was removed, M has another content, a has other attributes only.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The older checkpoint
+    /// The older checkpoint: an id, a prefix of one, a tag, @latest, or X~N
     #[arg(value_name = "A")]
     old: String,
     /// The newer checkpoint; the files as they are now, if not given
@@ -32,14 +32,16 @@ pub(crate) fn run(args: Args) -> Outcome {
     let side = new.as_ref().map_or(Side::Now, Side::Checkpoint);
     let skipped = coordinator.diff(&old, side, &mut |change| changes.push(change))?;
     for volume in skipped {
-        say("note", &format!("volume {volume} is in only one of the two checkpoints"));
+        let why = if new.is_some() { "is in only one of the two checkpoints" } else { "is tracked no more" };
+        say("note", &format!("volume {volume} {why}"));
     }
     let out = Output::new();
     if args.json {
         let list: Vec<_> = changes
             .iter()
             .map(|change| {
-                json!({ "volume": change.volume, "path": change.path.to_string_lossy(), "change": change.kind.word() })
+                let object = json!({ "volume": change.volume, "change": change.kind.word() });
+                json::with_path(object, "path", &change.path)
             })
             .collect();
         return out.json(&list);

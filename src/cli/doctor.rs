@@ -1,9 +1,12 @@
 //! `fsnap doctor`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use fsnap::coordinator::proposed_place;
 use fsnap::engine::criu::Diagnosis;
+use fsnap::processes::Cgroup;
 use fsnap::stores::KINDS;
+use rustix::fs::{Access, access};
 use serde_json::json;
 
 use super::{Context, Outcome, Output, environment};
@@ -33,7 +36,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 
     let dir = args.dir.canonicalize().unwrap_or(args.dir);
     for kind in KINDS {
-        match (kind.probe)(&dir) {
+        match proposed_place(kind, &dir, &context.state) {
             Ok(place) => {
                 let (dir, place) = (fsnap::printable(dir.as_os_str()), fsnap::printable(place.as_os_str()));
                 found(kind.name, true, format!("{dir} can be a volume; its snapshots would be in {place}"));
@@ -57,9 +60,11 @@ pub(crate) fn run(args: Args) -> Outcome {
             }
         }
     }
-    match std::fs::read_to_string("/proc/filesystems") {
-        Ok(list) if list.contains("\tcgroup2") => found("cgroup freezer", true, "control groups can be frozen".into()),
-        _ => found("cgroup freezer", false, "no cgroup2: processes are stopped by signals instead".into()),
+    match freezer() {
+        Ok(why) => found("freezer", true, why),
+        Err(why) => {
+            found("freezer", false, format!("{why}: processes are stopped by signals instead, which they can notice"))
+        }
     }
     match context.read() {
         Ok(coordinator) => {
@@ -80,4 +85,18 @@ pub(crate) fn run(args: Args) -> Outcome {
     findings.iter().try_for_each(|Finding { what, works, why }| {
         out.line(format_args!("{:3} {what}: {why}", if *works { "ok" } else { "no" }))
     })
+}
+
+/// Whether control groups can be frozen by this user, and why not.
+fn freezer() -> Result<String, String> {
+    let root = Cgroup::open(Path::new("/")).map_err(|_| "no unified hierarchy of control groups is mounted")?;
+    let dir = root.dir();
+    let groups = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    // The root itself cannot be frozen; where there is no other group, one can be made.
+    let first = groups.flatten().map(|entry| entry.path().join("cgroup.freeze")).find(|control| control.exists());
+    let writable = access(first.as_deref().unwrap_or(dir), Access::WRITE_OK);
+    writable.map_err(|error| {
+        format!("the control groups below {} cannot be frozen by this user: {error}", dir.display())
+    })?;
+    Ok(format!("control groups below {} can be frozen", dir.display()))
 }

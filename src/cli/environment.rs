@@ -52,9 +52,23 @@ impl Context {
 
     /// Opens the catalog for a change, and recovers what others left half done.
     pub(crate) fn write(&self) -> Result<Coordinator, Failure> {
-        let coordinator = Coordinator::open(&self.state, Access::Write, PATIENCE)?;
+        self.recovered(Access::Write)
+    }
+
+    /// The same, and makes the catalog if there is none.
+    pub(crate) fn create(&self) -> Result<Coordinator, Failure> {
+        self.recovered(Access::Create)
+    }
+
+    fn recovered(&self, access: Access) -> Result<Coordinator, Failure> {
+        let coordinator = self.open(access)?;
         tell(&coordinator.recover()?);
         Ok(coordinator)
+    }
+
+    /// Opens the catalog, and recovers nothing.
+    pub(crate) fn open(&self, access: Access) -> Result<Coordinator, Failure> {
+        Ok(Coordinator::open(&self.state, access, PATIENCE)?)
     }
 
     /// Opens the catalog to read it; recovers if the user may write it.
@@ -63,7 +77,7 @@ impl Context {
         if writable && self.state.join(fsnap::catalog::format::FILE).exists() {
             return self.write();
         }
-        Ok(Coordinator::open(&self.state, Access::Read, PATIENCE)?)
+        self.open(Access::Read)
     }
 
     /// Opens the catalog to read it, and leaves everything as it is.
@@ -135,6 +149,8 @@ fn search_path() -> Vec<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).filter(|dir| dir.is_absolute()).collect();
     dirs.extend(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
+    let mut seen = std::collections::BTreeSet::new();
+    dirs.retain(|dir| seen.insert(dir.clone()));
     dirs
 }
 

@@ -49,8 +49,16 @@ pub(crate) fn say(label: &str, text: &str) {
     let _ = anstream::stderr().write_all(line(label, text).as_bytes());
 }
 
+/// Writes a text of several lines on standard error, so that nothing in it speaks to the terminal.
+pub(crate) fn plain(text: &str) -> std::io::Result<()> {
+    let lines = text.lines().map(|line| fsnap::printable(line.as_ref()) + "\n");
+    std::io::stderr().write_all(lines.collect::<String>().as_bytes())
+}
+
+/// A message that no name in it can forge: nothing in it speaks to the terminal, and further lines are indented.
 fn line(label: &str, text: &str) -> String {
-    format!("fsnap: {label}: {text}\n")
+    let lines: Vec<String> = text.trim_end().split('\n').map(|line| fsnap::printable(line.as_ref())).collect();
+    format!("fsnap: {label}: {}\n", lines.join("\n    "))
 }
 
 fn hint(error: &Error) -> Option<String> {
@@ -73,6 +81,10 @@ fn hint(error: &Error) -> Option<String> {
         Error::ImagesInVolume { .. } => "let the engine write its images to a directory outside every volume",
         Error::NoProcessImage { .. } => "`fsnap branch` gives you its files",
         Error::NoClones { .. } => "its files can still be read: `fsnap diff`",
+        Error::NoSuchTag { .. } => "`fsnap log` shows the tags",
+        Error::NameTaken { what: "the branch", .. } => {
+            "choose another name, or remove the branch: `fsnap rm --branch NAME`"
+        }
         Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
@@ -88,6 +100,7 @@ fn hint(error: &Error) -> Option<String> {
             ErrorKind::Permission => "run fsnap as root, or use a directory and a store of your own",
             ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
             ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
+            ErrorKind::Busy => "end the processes that use it first",
             _ => return None,
         },
         _ => return None,

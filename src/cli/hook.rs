@@ -4,14 +4,14 @@ use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
 use fsnap::catalog::PendingCheckpoint;
-use fsnap::checkpoint::{EngineImages, PathText};
+use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
 use fsnap::coordinator::{Coordinator, Request, Target, Window, writers_in};
 use fsnap::engine::criu::{self, HookCall};
 use fsnap::engine::{ImageRecord, MemberRecord, Phase};
 use fsnap::processes::{Census, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
-use super::deadline::Deadline;
+use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
 use super::{Context, Failure, Outcome, Output, environment};
 
@@ -60,13 +60,14 @@ pub(crate) fn criu() -> Outcome {
 
 /// The processes run: plan, and do all that can be done ahead.
 fn start(context: &Context, call: &HookCall) -> Outcome {
-    let coordinator = context.write()?;
+    let coordinator = context.create()?;
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
     if let Some(begun) = coordinator.begun_in(&images)? {
         // Called twice for one dump: once more ahead.
         coordinator.prime(&begun)?;
-        return Output::new().line(begun.pending().id);
+        say_id(begun.pending().id);
+        return Ok(());
     }
     let Some(targets) = targets(context, &coordinator, pid)? else {
         say("note", "the processes can write to no registered volume: nothing to take a snapshot of");
@@ -83,7 +84,8 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
         tree: Some(ProcessId::of(pid)?),
         ..Request::default()
     })?;
-    Output::new().line(begun.pending().id)
+    say_id(begun.pending().id);
+    Ok(())
 }
 
 /// The volumes that are named for hooks, or those that the processes can write to; `None` if there are none.
@@ -117,7 +119,8 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     };
     let id = window.pending().id;
     if window.taken().is_some() {
-        return Output::new().line(id);
+        say_id(id);
+        return Ok(());
     }
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
     deadline.removes(&window.note()).map_err(cannot)?;
@@ -125,17 +128,24 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
         window.take(true, || search.finish())?;
         failpoint::hit("hook:taken");
-        Ok(call.images.write_record(&record(&window))?)
+        call.images.write_record(&record(&window))?;
+        failpoint::hit("hook:written");
+        say_id(id);
+        // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
+        hold_off_signals().map_err(cannot)?;
+        window.write_note()
     });
     if let Err(error) = taken {
         let error = error.and_undo(call.images.remove_record().map_err(Error::from));
         return Err(window.give_up(error).into());
     }
-    failpoint::hit("hook:written");
     window.leave();
-    // A full disk under the engine's log is no reason to call the checkpoint a failure.
-    let _ = Output::new().line(id);
     Ok(())
+}
+
+/// A full disk under the engine's log is no reason to call the checkpoint a failure.
+fn say_id(id: CheckpointId) {
+    let _ = Output::new().line(id);
 }
 
 /// The search for writers outside the frozen tree, in a thread that starts before it is known what to look for.
@@ -187,12 +197,10 @@ fn record(window: &Window) -> ImageRecord {
 fn check(context: &Context, call: &HookCall) -> Outcome {
     let coordinator = context.read()?;
     match coordinator.check_restore(&call.images)? {
-        Some(id) => Output::new().line(id),
-        None => {
-            say("note", "these images belong to no checkpoint of fsnap: their files are not checked");
-            Ok(())
-        }
+        Some(id) => say_id(id),
+        None => say("note", "these images belong to no checkpoint of fsnap: their files are not checked"),
     }
+    Ok(())
 }
 
 fn images(call: &HookCall) -> EngineImages {

@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use clap::builder::PossibleValuesParser;
 use fsnap::coordinator::Registration;
 use fsnap::name::Name;
+use fsnap::stores::KINDS;
 use serde_json::json;
 
 use super::failure::say;
-use super::{Context, Outcome, Output};
+use super::{Context, Outcome, Output, json};
 
 /// Begin to track a directory as a volume
 ///
@@ -21,8 +23,8 @@ pub(crate) struct Args {
     /// The volume's name; the directory's, if not given
     #[arg(long)]
     name: Option<Name>,
-    /// What keeps the snapshots: auto, btrfs, rsync
-    #[arg(long, default_value = "auto")]
+    /// What keeps the snapshots; auto is the first that can hold the directory
+    #[arg(long, default_value = "auto", value_parser = kinds())]
     backend: String,
     /// Where the snapshots are kept, outside the directory
     #[arg(long, value_name = "PLACE")]
@@ -32,22 +34,23 @@ pub(crate) struct Args {
     json: bool,
 }
 
+fn kinds() -> PossibleValuesParser {
+    PossibleValuesParser::new(["auto"].into_iter().chain(KINDS.iter().map(|kind| kind.name)))
+}
+
 pub(crate) fn run(args: Args) -> Outcome {
-    let coordinator = Context::load()?.write()?;
+    let coordinator = Context::load()?.create()?;
     let wanted = Registration { dir: args.dir, name: args.name, backend: Some(args.backend), store: args.store };
     let registered = coordinator.register(wanted)?;
-    for (kind, why) in &registered.passed_over {
-        say("note", &format!("not {kind}: {why}"));
+    if !registered.passed_over.is_empty() {
+        let dir = &registered.volume.path;
+        say("note", &format!("`fsnap doctor {dir}` tells why other backends cannot hold it"));
     }
     let (volume, kind) = (&registered.volume, registered.store.store().kind);
     let out = Output::new();
     if args.json {
-        return out.json(&json!({
-            "name": volume.name,
-            "path": volume.path.as_path().to_string_lossy(),
-            "backend": kind,
-            "store": registered.place.to_string_lossy(),
-        }));
+        let object = json!({ "name": volume.name, "backend": kind, "store": registered.place.to_string_lossy() });
+        return out.json(&json::with_path(object, "path", volume.path.as_path()));
     }
     let place = fsnap::printable(registered.place.as_os_str());
     out.line(format_args!("volume {} at {}: {kind} snapshots in {place}", volume.name, volume.path))

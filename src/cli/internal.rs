@@ -7,8 +7,12 @@ use fsnap::quiesce::{GuardCommand, run_guard};
 
 use super::{Failure, Outcome};
 
+/// The first argument, by which fsnap knows that it was started by itself.
+pub(crate) const NAME: &str = "internal";
+
 /// A part of fsnap that it starts itself
-#[derive(Debug, clap::Args)]
+#[derive(Debug, clap::Parser)]
+#[command(name = NAME)]
 pub(crate) struct Args {
     #[command(subcommand)]
     part: Part,
@@ -37,10 +41,10 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Starts the guard of a freeze.
 pub(crate) fn guard_command() -> GuardCommand {
-    GuardCommand { program: OWN_PROGRAM.into(), args: vec!["internal".into(), "thaw-guard".into()] }
+    GuardCommand { program: OWN_PROGRAM.into(), args: vec![NAME.into(), "thaw-guard".into()] }
 }
 
 /// Starts a stage of a restore.
 pub(crate) fn stage_command() -> StageCommand {
-    StageCommand { program: OWN_PROGRAM.into(), args: vec!["internal".into(), "restore-stage".into()] }
+    StageCommand { program: OWN_PROGRAM.into(), args: vec![NAME.into(), "restore-stage".into()] }
 }

@@ -1,11 +1,23 @@
 //! The JSON that `--json` prints: a promise to programs, so that each field is spelled out here.
 
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
 use fsnap::branch::Branch;
 use fsnap::checkpoint::Checkpoint;
 use fsnap::name::Name;
 use serde_json::{Value, json};
 
 use super::output::rfc3339;
+
+/// Puts a path into an object under `key`; a path that is not UTF-8 is exact only under `key_hex`.
+pub(crate) fn with_path(mut object: Value, key: &str, path: &Path) -> Value {
+    object[key] = json!(path.to_string_lossy());
+    if path.to_str().is_none() {
+        object[format!("{key}_hex")] = json!(hex::encode(path.as_os_str().as_bytes()));
+    }
+    object
+}
 
 /// A checkpoint, as `checkpoint --json`, `show --json` and each element of `log --json` print it.
 pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
@@ -16,19 +28,20 @@ pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
         "time": rfc3339(checkpoint.time),
         "message": checkpoint.message,
         "tags": tags,
-        "engine": checkpoint.engine.as_ref().map(|engine| json!({
-            "name": engine.name,
-            "images": engine.images.as_path().to_string_lossy(),
-        })),
-        "members": checkpoint.members.iter().map(|member| json!({
-            "volume": member.volume,
-            "backend": member.backend,
-            "consistency": member.consistency,
-            "snapshot": member.snapshot.at,
-            "path": member.path.as_path().to_string_lossy(),
-            "writers": member.writers,
-            "omissions": member.snapshot.omissions,
-        })).collect::<Vec<_>>(),
+        "engine": checkpoint.engine.as_ref().map(|engine| {
+            with_path(json!({ "name": engine.name }), "images", engine.images.as_path())
+        }),
+        "members": checkpoint.members.iter().map(|member| {
+            let object = json!({
+                "volume": member.volume,
+                "backend": member.backend,
+                "consistency": member.consistency,
+                "snapshot": member.snapshot.at,
+                "writers": member.writers,
+                "omissions": member.snapshot.omissions,
+            });
+            with_path(object, "path", member.path.as_path())
+        }).collect::<Vec<_>>(),
     })
 }
 
@@ -38,9 +51,8 @@ pub(crate) fn branch(branch: &Branch) -> Value {
         "name": branch.name,
         "checkpoint": branch.checkpoint,
         "time": rfc3339(branch.time),
-        "members": branch.members.iter().map(|member| json!({
-            "volume": member.volume,
-            "path": member.path.as_path().to_string_lossy(),
-        })).collect::<Vec<_>>(),
+        "members": branch.members.iter().map(|member| {
+            with_path(json!({ "volume": member.volume }), "path", member.path.as_path())
+        }).collect::<Vec<_>>(),
     })
 }

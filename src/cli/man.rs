@@ -16,8 +16,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args, command: clap::Command) -> Outcome {
     if let Some(dir) = args.dir {
-        std::fs::create_dir_all(&dir).map_err(Failure::Output)?;
-        return clap_mangen::generate_to(command, dir).map_err(Failure::Output);
+        let written = std::fs::create_dir_all(&dir).and_then(|()| clap_mangen::generate_to(command, &dir));
+        let object = fsnap::printable(dir.as_os_str());
+        return Ok(written.map_err(|source| fsnap::Error::Io { action: "write the pages to", object, source })?);
     }
     let mut page = Vec::new();
     Man::new(command).render(&mut page).map_err(Failure::Output)?;

@@ -1,15 +1,15 @@
 //! `fsnap recover`
 
 use fsnap::catalog::Access;
-use fsnap::coordinator::{Coordinator, Recovered};
+use fsnap::coordinator::Recovered;
 use serde_json::json;
 
 use super::{Context, Failure, Outcome, Output};
 
 /// Finish or undo what a killed fsnap or engine left half done
 ///
-/// Every command does the same when it starts; this one says what it did. Images that fsnap did not record are never
-/// touched. Exits with 1 if something had to be left as it is.
+/// Every command does the same when it starts; this one says what it did. It also names the snapshots and clones in the
+/// stores that fsnap did not record; they are never touched. Exits with 1 if something had to be left half done.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print an array of JSON objects
@@ -18,10 +18,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let context = Context::load()?;
-    let coordinator = Coordinator::open(&context.state, Access::Write, std::time::Duration::from_secs(30))?;
+    let coordinator = Context::load()?.open(Access::Write)?;
     let recovered = coordinator.recover()?;
-    let told: Vec<(&str, String)> = recovered
+    let mut told: Vec<(&str, String)> = recovered
         .iter()
         .map(|one| match one {
             Recovered::Sealed(id) => ("sealed", format!("checkpoint {}", id.short())),
@@ -31,6 +30,10 @@ pub(crate) fn run(args: Args) -> Outcome {
             Recovered::Postponed { what, error } => ("postponed", format!("{what}: {error}")),
         })
         .collect();
+    told.extend(coordinator.strays()?.into_iter().map(|stray| {
+        let (at, kind, place) = (stray.at, stray.store.backend, stray.store.place);
+        ("unknown", format!("{at} in the {kind} store at {place}: not recorded in this catalog, and left alone"))
+    }));
     let out = Output::new();
     if args.json {
         out.json(&told.iter().map(|(done, what)| json!({ "done": done, "what": what })).collect::<Vec<_>>())?;

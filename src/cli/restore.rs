@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use fsnap::coordinator::RestoreRequest;
 use fsnap::engine::PidSpace;
 use fsnap::name::Name;
-use fsnap::reference;
+use fsnap::{Error, reference};
 use serde_json::json;
 
 use super::branch::free_name;
@@ -18,7 +18,7 @@ use super::{Context, Outcome, Output, environment, internal, json};
 /// side by side. It returns when they run; end them by killing the namespace's first process, whose pid is printed.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The checkpoint
+    /// The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
     #[arg(value_name = "CKPT")]
     checkpoint: String,
     /// The name of the new branch; one is made up, if not given
@@ -42,6 +42,9 @@ pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.write()?;
     let checkpoint = reference::resolve(coordinator.catalog(), &args.checkpoint)?;
+    if checkpoint.engine.is_none() {
+        return Err(Error::NoProcessImage { id: checkpoint.id }.into());
+    }
     let name = match args.branch {
         Some(name) => name,
         None => free_name(&coordinator, &checkpoint.id)?,

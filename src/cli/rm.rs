@@ -12,7 +12,7 @@ use super::{Context, Outcome};
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true))]
 pub(crate) struct Args {
-    /// The checkpoints to remove
+    /// The checkpoints to remove; none goes if one is still needed
     #[arg(value_name = "CKPT", group = "what")]
     checkpoints: Vec<String>,
     /// Remove this branch and its files
@@ -28,6 +28,8 @@ pub(crate) fn run(args: Args) -> Outcome {
     // All are looked up before the first is removed: a typing error removes nothing, and `@latest` means one thing.
     let found = args.checkpoints.iter().map(|text| reference::resolve(coordinator.catalog(), text));
     let found = found.collect::<fsnap::Result<Vec<_>>>()?;
+    // So is what is still needed: all go, or none.
+    coordinator.check_removable(&found)?;
     let mut removed = std::collections::BTreeSet::new();
     for checkpoint in &found {
         if removed.insert(checkpoint.id) {

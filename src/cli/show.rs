@@ -9,7 +9,7 @@ use super::{Context, Outcome, Output, json};
 /// Show one checkpoint: its volumes, their consistency, and what is not in it
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The checkpoint
+    /// The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
     #[arg(value_name = "CKPT")]
     checkpoint: String,
     /// Print a JSON object

@@ -8,7 +8,7 @@ use super::{Context, Outcome};
 /// Give a checkpoint a name
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The checkpoint; the tag itself with --delete
+    /// The checkpoint: an id, a prefix of one, a tag, @latest, or X~N; with --delete, the tag
     #[arg(value_name = "CKPT")]
     checkpoint: String,
     /// The tag
@@ -30,7 +30,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         if catalog.remove_tag(&tag)? {
             return Ok(());
         }
-        return Err(Error::NoSuchCheckpoint { reference: tag.to_string(), near: Vec::new() }.into());
+        return Err(Error::NoSuchTag { name: tag.into(), near: reference::tag_names(catalog)? }.into());
     };
     let checkpoint = reference::resolve(catalog, &args.checkpoint)?;
     if args.force {

@@ -4,7 +4,7 @@ use fsnap::stores;
 use fsnap_backend::Capabilities;
 use serde_json::json;
 
-use super::{Context, Outcome, Output};
+use super::{Context, Outcome, Output, json};
 
 /// List the volumes: name, path, backend, what the backend can do
 #[derive(Debug, clap::Args)]
@@ -29,13 +29,13 @@ pub(crate) fn run(args: Args) -> Outcome {
         let list: Vec<_> = rows
             .iter()
             .map(|(volume, store, opened)| {
-                json!({
+                let object = json!({
                     "name": volume.name,
-                    "path": volume.path.as_path().to_string_lossy(),
                     "backend": store.as_ref().map(|store| &store.backend),
                     "store": store.as_ref().map(|store| store.place.as_path().to_string_lossy()),
                     "capabilities": opened.as_ref().and_then(|opened| opened.as_ref().ok()),
-                })
+                });
+                json::with_path(object, "path", volume.path.as_path())
             })
             .collect();
         return out.json(&list);

@@ -47,13 +47,19 @@ pub enum Side<'a> {
 impl Coordinator {
     /// Tells `report` of every file that differs from `old` to `new`, volume by volume, in the order of paths.
     ///
-    /// A volume that only one of two checkpoints has is skipped and returned.
+    /// A volume that only one side has is skipped and returned.
     pub fn diff(&self, old: &Checkpoint, new: Side<'_>, report: &mut dyn FnMut(Change)) -> Result<Vec<Name>> {
         let mut skipped = Vec::new();
         for member in &old.members {
             let before = self.read(self.store(&member.store)?.as_ref(), &member.snapshot)?;
             let after: Arc<dyn Dir> = match new {
-                Side::Now => Arc::new(DirTree::open(&self.live_path(old, &member.volume)?)?),
+                Side::Now => match self.live_path(old, &member.volume)? {
+                    Some(path) => Arc::new(DirTree::open(&path)?),
+                    None => {
+                        skipped.push(member.volume.clone());
+                        continue;
+                    }
+                },
                 Side::Checkpoint(other) => match other.members.iter().find(|m| m.volume == member.volume) {
                     Some(found) => self.read(self.store(&found.store)?.as_ref(), &found.snapshot)?,
                     None => {
@@ -72,14 +78,14 @@ impl Coordinator {
         Ok(skipped)
     }
 
-    /// Where the files of a checkpoint's line of work are now.
-    fn live_path(&self, checkpoint: &Checkpoint, volume: &Name) -> Result<PathBuf> {
+    /// Where the files of a checkpoint's line of work are now; `None` if the volume was forgotten.
+    fn live_path(&self, checkpoint: &Checkpoint, volume: &Name) -> Result<Option<PathBuf>> {
         if let Some(name) = &checkpoint.branch {
             let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
             let member = branch.members.iter().find(|member| member.volume == *volume);
-            return Ok(member.ok_or_else(|| self.no_such_volume(volume.as_str()))?.path.0.clone());
+            return Ok(member.map(|member| member.path.0.clone()));
         }
-        Ok(self.catalog.volume(volume)?.ok_or_else(|| self.no_such_volume(volume.as_str()))?.path.0)
+        Ok(self.catalog.volume(volume)?.map(|volume| volume.path.0))
     }
 }
 

@@ -1,10 +1,15 @@
 //! Finishes or undoes what was begun by somebody who is gone.
 
+use std::collections::BTreeSet;
+
+use fsnap_backend::Locator;
+
 use super::checkpoint::{boot_id, is_lost};
 use super::{Begun, Coordinator};
 use crate::catalog::{Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, Member};
 use crate::name::Name;
+use crate::volume::StoreRecord;
 use crate::{Result, engine};
 
 /// What recovery did with one intent.
@@ -25,6 +30,15 @@ pub enum Recovered {
         /// Why it could not be done.
         error: crate::Error,
     },
+}
+
+/// An image that this catalog does not record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stray {
+    /// The store.
+    pub store: StoreRecord,
+    /// Where in it.
+    pub at: Locator,
 }
 
 impl Coordinator {
@@ -52,6 +66,30 @@ impl Coordinator {
         }
         self.catalog.sweep_intent_files()?;
         Ok(done)
+    }
+
+    /// The images that the catalog does not record, in the stores that can be opened: another catalog's, perhaps.
+    ///
+    /// They are shown, and never touched.
+    pub fn strays(&self) -> Result<Vec<Stray>> {
+        let mut strays = Vec::new();
+        for record in self.catalog.stores()? {
+            // Whether a store is there is another question: `fsnap volumes` tells.
+            let Ok(store) = self.store(&record.identity) else { continue };
+            let listed = |store: &dyn fsnap_backend::Backend| -> Result<BTreeSet<Locator>> {
+                Ok(store.list()?.into_iter().map(|image| image.at).collect())
+            };
+            let before = listed(store.as_ref())?;
+            let held = self.catalog.held(&record.identity)?;
+            if before.is_subset(&held) {
+                continue;
+            }
+            // What is being removed by another fsnap has lost its hold, and is gone in a moment.
+            let after = listed(store.as_ref())?;
+            let unheld = before.intersection(&after).filter(|at| !held.contains(*at));
+            strays.extend(unheld.map(|at| Stray { store: record.clone(), at: at.clone() }));
+        }
+        Ok(strays)
     }
 
     fn needs_recovery(&self, id: IntentId, intent: &Intent) -> bool {

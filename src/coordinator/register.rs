@@ -1,5 +1,6 @@
 //! Puts a directory under fsnap's care.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -70,6 +71,7 @@ impl Coordinator {
             .unwrap_or(Error::NotAVolume { dir: PathText(dir), reason: "no backend is compiled in".into() }))
     }
 
+    /// Opens the store for `dir`, or makes one: at `place` if the user named one, else at the first place that will do.
     fn open_for(
         &self,
         kind: &Kind,
@@ -77,25 +79,30 @@ impl Coordinator {
         place: Option<&Path>,
         name: &Name,
     ) -> Result<(Arc<dyn Backend>, PathBuf)> {
-        let default = (kind.probe)(dir)?;
-        let place = match place {
-            Some(place) => std::path::absolute(place).context("resolve", place)?,
-            None => default,
-        };
-        let place = match kind.create(&place) {
-            // The usual place is not writable for this user: one of their own does as well.
-            Err(Error::Backend(error)) if error.kind() == ErrorKind::Permission && kind.name == "rsync" => {
-                self.catalog.state().join("stores").join(name.as_str())
+        let usual = (kind.probe)(dir).map_err(Error::from);
+        if let Some(place) = place {
+            let place = outside(dir, place)?;
+            return match usual {
+                Err(error) if !takes_any_place(kind) => Err(error),
+                _ => adopt_into(kind, dir, place),
+            };
+        }
+        let opened = usual.and_then(|usual| match adopt_into(kind, dir, usual.clone()) {
+            Err(Error::Backend(error)) if error.kind() == ErrorKind::NotAStore => {
+                adopt_into(kind, dir, beside(usual, kind))
             }
-            Err(error) => return Err(error),
-            Ok(store) => {
-                store.adopt(dir)?;
-                return Ok((store, place));
+            opened => opened,
+        });
+        match opened {
+            Err(error) if takes_any_place(kind) => {
+                let place = own_place(self.catalog.state(), name);
+                let parent = place.parent().unwrap_or(self.catalog.state());
+                let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent);
+                // The first failure is the one that the user can do something about.
+                made.ok().and_then(|()| adopt_into(kind, dir, place).ok()).ok_or(error)
             }
-        };
-        let store = kind.create(&place)?;
-        store.adopt(dir)?;
-        Ok((store, place))
+            opened => opened,
+        }
     }
 
     fn record(
@@ -162,6 +169,57 @@ impl Coordinator {
         let near = near.iter().map(|volume| volume.name.to_string()).collect();
         Error::NoSuchVolume { name: name.to_owned(), near }
     }
+}
+
+/// Where `init` would put the store of a directory; the error says why the backend cannot hold the directory.
+///
+/// `state` is fsnap's own directory.
+pub fn proposed_place(kind: &Kind, dir: &Path, state: &Path) -> Result<PathBuf> {
+    match (kind.probe)(dir) {
+        Ok(usual) => match kind.open(&usual) {
+            Err(Error::Backend(error)) if usual.exists() && error.kind() == ErrorKind::NotAStore => {
+                Ok(beside(usual, kind))
+            }
+            _ => Ok(usual),
+        },
+        Err(_) if takes_any_place(kind) && std::fs::read_dir(dir).is_ok() => Ok(own_place(state, &name_of(dir)?)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether a store can be made in any directory, so that the usual place is a proposal.
+fn takes_any_place(kind: &Kind) -> bool {
+    kind.name == "rsync"
+}
+
+/// Where a store goes if another backend was first at the usual place.
+fn beside(usual: PathBuf, kind: &Kind) -> PathBuf {
+    let mut place = usual.into_os_string();
+    place.push(format!("-{}", kind.name));
+    place.into()
+}
+
+/// Where a store goes if this user may not write at the usual place.
+fn own_place(state: &Path, name: &Name) -> PathBuf {
+    state.join("stores").join(name.as_str())
+}
+
+/// Makes a store at `place`, or opens the one that is there, and makes sure that it takes `dir`.
+fn adopt_into(kind: &Kind, dir: &Path, place: PathBuf) -> Result<(Arc<dyn Backend>, PathBuf)> {
+    let store = kind.create(&place)?;
+    store.adopt(dir)?;
+    Ok((store, place))
+}
+
+/// The absolute path of a place for a store; refused, before anything is made, if it lies in the volume.
+fn outside(dir: &Path, place: &Path) -> Result<PathBuf> {
+    let place = std::path::absolute(place).context("resolve", place)?;
+    let there = place.ancestors().find_map(|above| above.canonicalize().ok());
+    if there.is_some_and(|there| there.starts_with(dir)) {
+        let reason = format!("the store {} would lie in it, and every snapshot would hold all others", PathText(place));
+        return Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason });
+    }
+    Ok(place)
 }
 
 fn name_of(dir: &Path) -> Result<Name> {

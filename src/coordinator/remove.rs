@@ -2,12 +2,25 @@
 
 use super::Coordinator;
 use crate::catalog::{ImageRef, IntentId, IntentLock, Removal};
-use crate::checkpoint::CheckpointId;
+use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::failpoint;
 use crate::name::Name;
 use crate::{Error, Result};
 
 impl Coordinator {
+    /// Fails with [`Error::Needed`] if branches grew from one of these checkpoints.
+    pub fn check_removable(&self, checkpoints: &[Checkpoint]) -> Result<()> {
+        let branches = self.catalog.branches()?;
+        for Checkpoint { id, .. } in checkpoints {
+            let grown = branches.iter().filter(|branch| branch.checkpoint == *id);
+            let by: Vec<Name> = grown.map(|branch| branch.name.clone()).collect();
+            if !by.is_empty() {
+                return Err(Error::Needed { id: *id, by });
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a checkpoint; refused while branches that grew from it exist.
     pub fn remove_checkpoint(&self, id: &CheckpointId) -> Result<()> {
         match self.catalog.remove_checkpoint(id)? {

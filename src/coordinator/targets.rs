@@ -138,10 +138,12 @@ pub fn writers_in(
     }
     // What the kernel hides even from root is a process that no user could name or freeze either.
     if !rustix::process::geteuid().is_root() {
-        for hidden in scan.unseen {
-            let text = format!("{} ({}) perhaps: this user may not look at its files", hidden.id.pid, hidden.command);
-            lists.iter_mut().for_each(|list| list.push(text.clone()));
-        }
+        let text = match scan.unseen.as_slice() {
+            [] => return Ok(lists),
+            [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
+            several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
+        };
+        lists.iter_mut().for_each(|list| list.push(text.clone()));
     }
     Ok(lists)
 }

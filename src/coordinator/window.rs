@@ -67,7 +67,7 @@ impl Window {
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
     /// `writers` is asked afterwards who else has files of the volumes open for writing: one list per planned member.
-    /// What was taken is noted without syncing. When this fails, the caller gives the checkpoint up.
+    /// When this fails, the caller gives the checkpoint up.
     pub fn take(&mut self, stopped: bool, writers: impl FnOnce() -> Result<Vec<Vec<String>>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
@@ -95,12 +95,18 @@ impl Window {
             snapshot,
             writers,
         });
-        let taken = Taken { time: jiff::Timestamp::now(), members: taken.collect() };
+        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect() });
         failpoint::hit("take:all");
-        self.begun.lock.write_taken(&taken)?;
-        self.begun.taken = Some(taken);
-        failpoint::hit("take:recorded");
         Ok(())
+    }
+
+    /// Notes, without syncing, that everything was taken: from here on, the next command seals the checkpoint if nobody
+    /// else does.
+    ///
+    /// An engine's hook does nothing afterwards but end, for what the engine calls a failure must not be noted.
+    pub fn write_note(&self) -> Result<()> {
+        let nothing = || Error::NothingToTake { why: "no snapshot was taken".into() };
+        Ok(self.begun.lock.write_taken(self.begun.taken.as_ref().ok_or_else(nothing)?)?)
     }
 
     /// The processes run again, and the catalog may be used: the checkpoint can be sealed or given up.
@@ -108,9 +114,11 @@ impl Window {
         self.begun
     }
 
-    /// Leaves a taken checkpoint to be sealed by the next command: while the processes stand there is no time for it.
+    /// Leaves a noted checkpoint to be sealed by the next command: while the processes stand there is no time for it.
+    ///
+    /// This process must end now. It holds the lock until then, so that nobody seals what it may still take back.
     pub fn leave(self) {
-        drop(self);
+        std::mem::forget(self);
     }
 
     /// Deletes what was taken, and returns `error` with what went wrong in that.

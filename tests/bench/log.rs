@@ -37,7 +37,7 @@ fn both(site: &Site, rounds: usize) -> Result<[Duration; 2], Failure> {
 
 /// Records copies of the newest checkpoint, each the parent of the next.
 fn fill(state: &Path) -> Result<(), Failure> {
-    let catalog = Catalog::open(state, Access::Write, Duration::from_secs(10))?;
+    let catalog = Catalog::open(state, Access::Create, Duration::from_secs(10))?;
     let mut last = catalog.latest()?.ok_or("there is no checkpoint to copy")?;
     for number in 0..MANY {
         let id = CheckpointId::random()?;

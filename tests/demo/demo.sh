@@ -8,33 +8,46 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 [ "$(id -u)" = 0 ] || { echo "demo: mounting and CRIU need root" >&2; exit 1; }
 PATH=$PATH:/usr/sbin:/sbin
 
-demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
-mounted=
-processes=() # what is killed at the end; the init of a pid namespace takes all in it along
+# It all happens in namespaces of its own. When their first process ends, however it does, the kernel ends all others in
+# there, and unmounts what they mounted; what is left is a directory.
+if [ "${1-}" != --inside ]; then
+    demo='' story=
 
-cleanup() {
-    local status=$? pid
-    trap - EXIT
-    cd /
-    for pid in "${processes[@]}"; do
-        kill -KILL "$pid" 2>/dev/null || continue
-        # Unmounting must wait until it is dead, and its files are closed.
-        timeout 20 tail --pid="$pid" --sleep-interval=0.1 -f /dev/null || true
-    done
-    if [ -n "$mounted" ]; then umount "$mounted" || umount --lazy "$mounted" || true; fi
-    rm -rf --one-file-system "$demo"
-    [ "$status" = 0 ] || echo "demo: failed with status $status; what it made is removed" >&2
-    exit "$status"
-}
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+    cleanup() {
+        local status=$? first
+        trap '' INT TERM HUP
+        trap - EXIT
+        if [ -n "$story" ] && first=$(cat "/proc/$story/task/$story/children" 2>/dev/null); then
+            # shellcheck disable=SC2086 # one word, or none
+            kill -KILL $first "$story" 2>/dev/null || true
+        fi
+        wait || true
+        # The last of them may still be on its way out.
+        for _ in {1..50}; do
+            [ -n "$demo" ] && ! rm -rf --one-file-system "$demo" 2>/dev/null || break
+            sleep 0.1
+        done
+        [ "$status" = 0 ] || echo "demo: ended with status $status; what it made is removed" >&2
+        exit "$status"
+    }
+    trap cleanup EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+
+    demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
+    setpriv --pdeathsig KILL -- unshare --mount --pid --fork --kill-child --mount-proc -- "$0" --inside "$demo" &
+    story=$!
+    wait "$story"
+    exit
+fi
+demo=$2
 
 bold= plain=
 if [ -t 1 ]; then bold=$'\e[1m' plain=$'\e[0m'; fi
 
 # say TEXT: tells the story.
-say() { printf '\n'; fold -s -w 88 <<<"$*"; }
+say() { printf '\n'; fold -s -w 88 <<<"$*" | sed 's/ *$//'; }
 
 # show COMMAND…: shows a command and runs it.
 show() {
@@ -65,7 +78,6 @@ truncate --size 1G disk.img
 mkfs.btrfs --quiet disk.img >mkfs.log 2>&1 || { cat mkfs.log; exit 1; }
 mkdir disk
 mount -o loop disk.img disk
-mounted=$demo/disk
 show btrfs subvolume create disk/job
 
 say "fsnap begins to track the subvolume as a volume. Nothing in it changes."
@@ -76,7 +88,6 @@ say "A process starts. Its threads count in memory and write their counts to fil
     "Asked, it compares memory with every byte of its files."
 show fsnap-oracle start --reports reports --kinds append,overwrite,mmap,rename,order,sparse disk/job | tee pid
 job=$(tail -n 1 pid)
-processes+=("$job")
 show fsnap-oracle ask --brief --reports reports "$job"
 
 for number in 1 2 3; do
@@ -97,8 +108,7 @@ show fsnap-oracle ask --brief --reports reports "$job"
 say "Now back to the second checkpoint: a branch grows from it, and the process is restored onto the branch, beside the" \
     "original. Both see their files at the same path, each its own."
 show fsnap restore @latest~1 --branch second | tee restored
-read -r second init < <(sed -n 's|.*: process \([0-9]*\), under \([0-9]*\)$|\1 \2|p' restored)
-processes+=("$init")
+second=$(sed -n 's|.*: process \([0-9]*\), under.*|\1|p' restored)
 branch=$(path second)
 show fsnap branches
 
@@ -126,7 +136,7 @@ chown nobody: home
 export HOME=$demo/home XDG_STATE_HOME=$demo/home/state
 group=$(id -g nobody)
 as_nobody() { setpriv --reuid=nobody --regid="$group" --clear-groups --no-new-privs -- "$@"; }
-for program in fsnap fsnap-oracle id mkdir cat cmp; do
+for program in fsnap fsnap-oracle id mkdir cat cmp touch; do
     eval "$program() { as_nobody \$(type -P $program) \"\$@\"; }"
 done
 cd home
@@ -135,15 +145,18 @@ show mkdir work reports
 show fsnap init --backend rsync work
 show fsnap-oracle start --reports reports --kinds append,overwrite,mmap,rename,order,sparse work/job | tee ../pid
 job=$(tail -n 1 ../pid)
-processes+=("$job")
 
-say "No engine this time: fsnap stops the process, takes the snapshot, and sets it running again."
-sleep 0.5
-show fsnap checkpoint --pid "$job" --tag good --message "all is well"
-sleep 0.5
-show fsnap checkpoint --pid "$job"
-show fsnap diff good
-show fsnap branch good try
+say "No engine this time: fsnap stops the process, takes the snapshot, and sets it running again. Three checkpoints:"
+for tag in one two three; do
+    sleep 0.5
+    show fsnap checkpoint --pid "$job" --tag "$tag" --message "a plain directory"
+done
+show fsnap log
+show fsnap diff two three
+
+say "The process goes on. A branch grows from the second checkpoint: its files are those of that instant, and can be" \
+    "changed without the process noticing."
+show fsnap branch two try
 branch=$(path try)
 show fsnap-oracle examine --brief "$branch/job"
 show cat work/job/order-first "$branch/job/order-first"
@@ -151,8 +164,11 @@ if cmp --silent work/job/order-first "$branch/job/order-first"; then
     echo "demo: the branch has the files of the original" >&2
     exit 1
 fi
+show touch "$branch/only-here"
+show fsnap checkpoint --branch try --message "on the branch"
+show fsnap diff two @latest
 show fsnap-oracle ask --brief --reports reports "$job"
-show fsnap log
+show fsnap log --graph
 show fsnap verify
 
 say "That is all. Everything made here is removed now."

@@ -147,7 +147,9 @@ impl Wish {
             Self::Punch(index, at, len) => file(index).map(|path| vec![Op::Punch(path, *at, *len)]),
             Self::Chmod(index, mode) => opens(index).map(|path| {
                 // The mode and the ACL say the same thing in part: first the ACL goes.
-                let mode = Op::Chmod(path.clone(), [0o755, 0o600, 0o700, 0o1777][*mode]);
+                // Whoever has no privileges must be able to go on looking into a directory of their own.
+                let searchable = if is_root() { 0 } else { 0o100 };
+                let mode = Op::Chmod(path.clone(), [0o755, 0o600, 0o700, 0o1777][*mode] | searchable);
                 if capabilities.acls { vec![Op::RemoveXattr(path, ACL.into()), mode] } else { vec![mode] }
             }),
             Self::Chown(index, owner) => {

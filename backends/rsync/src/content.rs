@@ -1,8 +1,7 @@
-//! Contents of regular files: making them, reading them, and their sums.
+//! Contents of regular files: reading, copying and comparing them, and their sums.
 //!
-//! A content never changes. It is made by sharing the file's blocks (`FICLONE`, which takes the file as of one instant)
-//! where volume and store lie on one file system that can, else by copying the ranges that hold data. In both cases
-//! the file in the store is exactly the volume's file, holes included, so it can be opened and mapped as it is.
+//! A content never changes. A whole one is a file of exactly the volume's file's bytes and holes, so it can be opened and
+//! mapped as it is; a patch is the difference to others (see [`crate::patch`]). Both are read in the same way.
 //!
 //! The *sum* of a content is BLAKE3 over its blocks of 4 KiB that are not all zero: each run of such blocks, followed by
 //! its offset and length (8 bytes each), and at the end the file's length (8 bytes). So a sparse terabyte is summed as
@@ -11,44 +10,48 @@
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::path::Path;
 
-use fsnap_backend::{Content, Error, IoContext, Result, WholeFile, beneath};
+use fsnap_backend::{Content, Error, IoContext, Result, WholeFile};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::manifest::Made;
+use crate::patch::Patch;
 use crate::record::{BatchId, ContentRef, Form};
 use crate::store::{Inner, content_name};
 
 /// The unit in which zeros are told from data.
-const BLOCK: u64 = 4096;
+pub(crate) const BLOCK: u64 = 4096;
 
 /// How much is read at once.
 pub(crate) const BUFFER: usize = 256 << 10;
 
-/// Up to this size a file that is taken in the frozen window is copied: sharing the blocks of a file that was just
-/// written makes the kernel write them out first, and the writers stand still meanwhile.
-const COPY_WHEN_FROZEN: u64 = 64 << 10;
-
 /// Opens a content for reading.
 pub(crate) fn open(store: &Inner, content: &ContentRef, length: u64) -> Result<Box<dyn Content>> {
-    let path = store.content_path(content);
-    let damaged = |reason: &str| Error::Damaged { what: path.display().to_string(), reason: reason.to_owned() };
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged("it is missing")),
-        opened => opened.context("open", &path)?,
-    };
     let opened: Box<dyn Content> = match content.form {
-        Form::Whole => Box::new(WholeFile::new(file).context("read the attributes of", &path)?),
-        Form::Patch => return Err(damaged("its form is unknown")),
+        Form::Whole => {
+            let path = store.content_path(content);
+            let file = open_file(&path)?;
+            Box::new(WholeFile::new(file).context("read the attributes of", &path)?)
+        }
+        Form::Patch => Box::new(Patch::open(store, content)?),
     };
     if opened.len() != length {
-        return Err(damaged("its length is wrong"));
+        let what = store.content_path(content).display().to_string();
+        return Err(Error::Damaged { what, reason: "its length is wrong".to_owned() });
     }
     Ok(opened)
+}
+
+/// Opens a file that must be there.
+pub(crate) fn open_file(path: &Path) -> Result<File> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(Error::Damaged { what: path.display().to_string(), reason: "it is missing".to_owned() })
+        }
+        opened => opened.context("open", path),
+    }
 }
 
 /// All contents that a batch has, whether anything uses them or not.
@@ -167,30 +170,52 @@ pub(crate) fn copy(
     mut sum: Option<&mut Summer>,
     buffer: &mut [u8],
 ) -> io::Result<()> {
-    let length = from.len();
-    let mut done = 0;
-    while let Some(range) = from.data_after(done)? {
-        // Whole blocks are read, since sums are of whole blocks; only what is data is written.
-        let mut at = done.max(range.start - range.start % BLOCK);
-        let end = range.end.next_multiple_of(BLOCK).min(length);
-        while at < end {
-            let wanted = buffer.len().min((end - at) as usize);
-            let bytes = &mut buffer[..wanted];
-            read_exact(from, bytes, at)?;
-            if let Some(sum) = &mut sum {
-                sum.add(at, bytes);
-            }
-            if let Some(to) = to {
-                let data = range.start.max(at)..range.end.min(at + wanted as u64);
-                if !data.is_empty() {
-                    to.write_all_at(&bytes[(data.start - at) as usize..(data.end - at) as usize], data.start)?;
-                }
-            }
-            at += wanted as u64;
+    pieces(from, buffer, &mut |at, bytes, ranges| -> io::Result<()> {
+        if let Some(sum) = &mut sum {
+            sum.add(at, bytes);
         }
-        done = end.max(range.end);
+        for range in ranges.iter().filter(|_| to.is_some()) {
+            let data = &bytes[(range.start - at) as usize..(range.end - at) as usize];
+            to.map_or(Ok(()), |to| to.write_all_at(data, range.start))?;
+        }
+        Ok(())
+    })?;
+    to.map_or(Ok(()), |to| to.set_len(from.len()))
+}
+
+/// What is told of a piece: where it begins, its bytes, and which ranges of the file are data.
+type Each<'a, E> = dyn FnMut(u64, &[u8], &[Range<u64>]) -> std::result::Result<(), E> + 'a;
+
+/// Reads all that is data, in order and in pieces of at most the length of `buffer`, a multiple of 4 KiB.
+///
+/// A piece consists of whole blocks, since sums are of whole blocks, and begins at a multiple of one; `each` is told
+/// which ranges of the file within it are data. A file system with smaller blocks has several in one of ours.
+pub(crate) fn pieces<E: From<io::Error>>(
+    from: &dyn Content,
+    buffer: &mut [u8],
+    each: &mut Each<'_, E>,
+) -> std::result::Result<(), E> {
+    let mut next = from.data_after(0)?;
+    let mut ranges = Vec::new();
+    while let Some(mut range) = next {
+        let at = range.start - range.start % BLOCK;
+        let end = range.end.next_multiple_of(BLOCK).min(from.len()).min(at + buffer.len() as u64);
+        let bytes = &mut buffer[..(end - at) as usize];
+        read_exact(from, bytes, at)?;
+        ranges.clear();
+        next = loop {
+            ranges.push(range.start..range.end.min(end));
+            if range.end > end {
+                break Some(end..range.end);
+            }
+            match from.data_after(range.end)? {
+                Some(more) if more.start < end => range = more,
+                more => break more,
+            }
+        };
+        each(at, bytes, &ranges)?;
     }
-    to.map_or(Ok(()), |to| to.set_len(length))
+    Ok(())
 }
 
 /// Reads exactly `buffer`, or fails with `UnexpectedEof`.
@@ -237,172 +262,6 @@ pub(crate) fn equal(one: &dyn Content, other: &dyn Content, buffer: &mut [u8]) -
             }
             at += wanted as u64;
         }
-    }
-}
-
-/// What all makers of one batch share.
-#[derive(Debug)]
-pub(crate) struct Making {
-    pub(crate) batch: BatchId,
-    /// The next directory of contents.
-    next_chunk: AtomicU64,
-    /// Cleared when the file system says that it cannot share blocks.
-    reflinks: AtomicBool,
-    /// Writers stand still.
-    frozen: bool,
-}
-
-impl Making {
-    /// Goes on after the contents that a batch has.
-    pub(crate) fn new(store: &Inner, batch: BatchId, frozen: bool) -> Result<Self> {
-        let path = store.batch_dir(batch);
-        let mut next = 0;
-        for entry in fs::read_dir(&path).context("list", &path)? {
-            let name = entry.context("list", &path)?.file_name();
-            if let Some(chunk) = name.to_str().and_then(|name| u64::from_str_radix(name, 16).ok()) {
-                next = next.max(chunk + 1);
-            }
-        }
-        Ok(Self { batch, next_chunk: AtomicU64::new(next), reflinks: AtomicBool::new(true), frozen })
-    }
-}
-
-/// Makes contents for one thread.
-#[derive(Debug)]
-pub(crate) struct Maker<'a> {
-    store: &'a Inner,
-    making: &'a Making,
-    /// The directory that this thread alone fills, and the next number in it.
-    chunk: Option<(OwnedFd, u64)>,
-    pub(crate) buffer: Vec<u8>,
-    /// What was made, for the batch's table.
-    pub(crate) made: Vec<Made>,
-}
-
-/// What became of a file's content.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Taken {
-    /// It is what the file had before.
-    Kept,
-    /// It was taken as of one instant; so long it is.
-    Shared(ContentRef, u64),
-    /// It was read piece by piece: whether the file changed meanwhile must be looked at.
-    Copied(ContentRef),
-    /// The file became shorter meanwhile.
-    Torn,
-}
-
-/// The content that a file had before.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Before {
-    pub(crate) content: ContentRef,
-    pub(crate) length: u64,
-    /// Nothing says that the bytes changed since.
-    pub(crate) likely_equal: bool,
-}
-
-/// Up to this size a file that probably did not change is compared before it is taken again.
-const COMPARE: u64 = 1 << 20;
-
-impl<'a> Maker<'a> {
-    pub(crate) fn new(store: &'a Inner, making: &'a Making) -> Self {
-        Self { store, making, chunk: None, buffer: vec![0; BUFFER], made: Vec::new() }
-    }
-
-    /// Takes the content of `file`, which is `length` bytes long and not empty.
-    pub(crate) fn take(&mut self, file: &File, length: u64, before: Option<Before>) -> io::Result<Taken> {
-        match self.try_take(file, length, before) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Taken::Torn),
-            taken => taken,
-        }
-    }
-
-    fn try_take(&mut self, file: &File, length: u64, before: Option<Before>) -> io::Result<Taken> {
-        let live = Live { file, length };
-        // Sharing the blocks of a large file again is faster than reading it twice to learn that it is the same.
-        if length > COMPARE
-            && let Some(taken) = self.share(file)?
-        {
-            return Ok(taken);
-        }
-        // A content that cannot be opened is damaged: it is not compared with, and the file is taken anew.
-        if let Some(before) = before.filter(|before| before.length == length && before.likely_equal)
-            && let Ok(old) = open(self.store, &before.content, length)
-            && equal(&live, &*old, &mut self.buffer)?
-        {
-            return Ok(Taken::Kept);
-        }
-        if length <= COMPARE
-            && !(self.making.frozen && length <= COPY_WHEN_FROZEN)
-            && let Some(taken) = self.share(file)?
-        {
-            return Ok(taken);
-        }
-        let (content, to) = self.create(Form::Whole)?;
-        let mut sum = Summer::default();
-        match copy(&live, Some(&to), Some(&mut sum), &mut self.buffer) {
-            Ok(()) => {
-                let hash = Some(sum.finish(length));
-                self.made.push(Made { number: content.number, length, hash });
-                Ok(Taken::Copied(content))
-            }
-            Err(error) => {
-                self.unlink(&content)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// Shares the file's blocks; `None` if that cannot be done.
-    fn share(&mut self, file: &File) -> io::Result<Option<Taken>> {
-        if !self.making.reflinks.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
-        let (content, to) = self.create(Form::Whole)?;
-        match rustix::fs::ioctl_ficlone(&to, file) {
-            Ok(()) => {
-                let length = to.metadata()?.len();
-                self.made.push(Made { number: content.number, length, hash: None });
-                Ok(Some(Taken::Shared(content, length)))
-            }
-            Err(error) => {
-                self.unlink(&content)?;
-                match error {
-                    // Another file system, or one that cannot: true of all other files, too.
-                    Errno::XDEV | Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS => {
-                        self.making.reflinks.store(false, Ordering::Relaxed);
-                        Ok(None)
-                    }
-                    // This file cannot be shared: a swap file, one without checksums beside one with them.
-                    Errno::INVAL | Errno::TXTBSY | Errno::PERM | Errno::ACCESS => Ok(None),
-                    error => Err(error.into()),
-                }
-            }
-        }
-    }
-
-    fn create(&mut self, form: Form) -> io::Result<(ContentRef, File)> {
-        if self.chunk.as_ref().is_none_or(|(_, next)| next & 0xff == 0) {
-            let chunk = self.making.next_chunk.fetch_add(1, Ordering::Relaxed);
-            let batch = beneath::open_root(&self.store.batch_dir(self.making.batch))?;
-            let dir = beneath::make_dir(batch, content_name(chunk << 8, form).0.as_ref())?;
-            self.chunk = Some((dir, chunk << 8));
-        }
-        let Some((dir, next)) = &mut self.chunk else { unreachable!("it was made above") };
-        let number = *next;
-        let file = beneath::create_file(dir, content_name(number, form).1.as_ref(), 0o600)?;
-        *next += 1;
-        Ok((ContentRef { batch: self.making.batch, number, form }, file))
-    }
-
-    /// Removes a content that this maker made.
-    pub(crate) fn discard(&mut self, content: &ContentRef) -> io::Result<()> {
-        self.made.retain(|made| made.number != content.number);
-        self.unlink(content)
-    }
-
-    fn unlink(&self, content: &ContentRef) -> io::Result<()> {
-        fs::remove_file(self.store.content_path(content))
     }
 }
 
@@ -459,6 +318,50 @@ mod tests {
         copy(&Live { file: &from, length: 1 << 40 }, Some(&to), None, &mut vec![0; 8192]).unwrap();
         assert_eq!(sum_of(&to), sum_of(&from));
         assert!(to.metadata().unwrap().blocks() < 1000, "{}", to.metadata().unwrap().blocks());
+    }
+
+    /// A content whose holes are smaller than our blocks.
+    #[derive(Debug)]
+    struct Fine(Vec<u8>, Vec<Range<u64>>);
+
+    impl Content for Fine {
+        fn len(&self) -> u64 {
+            self.0.len() as u64
+        }
+
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+            let from = &self.0[offset as usize..];
+            let length = from.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&from[..length]);
+            Ok(length)
+        }
+
+        fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+            let range = self.1.iter().find(|range| range.end > offset);
+            Ok(range.map(|range| range.start.max(offset)..range.end))
+        }
+    }
+
+    #[test]
+    fn every_hole_of_a_file_system_with_small_blocks_is_seen() {
+        let mut bytes = vec![0; 20_000];
+        let ranges = vec![0..1024, 2048..3072, 4096..6144, 7168..12_288, 19_456..20_000];
+        ranges.iter().for_each(|range| bytes[range.start as usize..range.end as usize].fill(7));
+        let from = Fine(bytes.clone(), ranges.clone());
+        let (to, mut sum) = (tempfile::tempfile().unwrap(), Summer::default());
+        copy(&from, Some(&to), Some(&mut sum), &mut [0; 8192]).unwrap();
+        let mut copied = vec![0; 20_000];
+        to.read_exact_at(&mut copied, 0).unwrap();
+        assert_eq!(copied, bytes);
+        assert_eq!(sum.finish(20_000), sum_of(&to));
+        let mut seen = Vec::new();
+        pieces(&from, &mut [0; 4096], &mut |_, _, ranges| -> io::Result<()> {
+            seen.extend_from_slice(ranges);
+            Ok(())
+        })
+        .unwrap();
+        seen.dedup_by(|next, before| before.end == next.start && std::mem::replace(&mut before.end, next.end) > 0);
+        assert_eq!(seen, ranges);
     }
 
     #[test]

@@ -4,14 +4,15 @@
 //!
 //! ```text
 //! <store>/                       mode 0700
-//!   fsnap-store                  frame "fsnapSTO": the store's id, 16 random bytes
+//!   fsnap-store                  frame "fsnapSTO": the store's id, 16 random bytes; from which length on a changed file
+//!                                is kept as a difference (varint; missing in a store without differences)
 //!   lock, sweep.lock             empty; flock(2) on them orders snapshots and removals (see `store`)
 //!   batches/<batch>/             what one snapshot added; <batch> is 32 hex digits, random, never used again
 //!     records                    directory records, one after the other (see `record`)
 //!     table                      until settled: the contents that were made, and their sums where known
 //!     sums                       frame "fsnapSUM": number, length and sum of each content
 //!     <hi>/<lo>                  content number 256 × hi + lo, both in hex: exactly the file's bytes and holes
-//!     <hi>/<lo>.patch            the same, as the difference to another content (see `patch`)
+//!     <hi>/<lo>.patch            the same, as the difference to other contents (see `patch`)
 //!   partials/<locator>           frame "fsnapPAR": a snapshot that was begun
 //!   snapshots/<locator>          frame "fsnapMAN": the manifest of a whole snapshot
 //!   doomed/<locator>             the manifest of a snapshot that is being removed

@@ -10,11 +10,12 @@
 //!
 //! # Code map
 //!
-//! * `store`: the store on disk, its locks; `format`: the specification of its files; `record`, `manifest`: what
+//! * `store`: the store on disk, and which locks order what; `lock`: one of them; `format`: the specification of its files; `record`, `manifest`: what
 //!   they hold; `pack`: where records are written.
 //! * `volume`: which directory can be a volume, and which is the same one.
 //! * `walk`: the comparing walk, and when a file counts as unchanged; `crew`: two threads going through a tree;
-//!   `content`: taking, copying, comparing and summing contents.
+//!   `maker`: taking a file's content, shared, copied or as a patch; `delta`: making a patch; `patch`: reading one;
+//!   `content`: reading, copying, comparing and summing contents.
 //! * `snapshot`: `prime` and `snapshot`; `settle`: making one durable; `tree`: reading one; `restore`: cloning
 //!   one; `verify`: checking one; `sweep`: removing one, and what nobody needs any more.
 //!
@@ -36,9 +37,13 @@
 
 mod content;
 mod crew;
+mod delta;
 mod format;
+mod lock;
+mod maker;
 mod manifest;
 mod pack;
+mod patch;
 mod record;
 mod restore;
 mod settle;
@@ -59,7 +64,7 @@ use fsnap_backend::{
     Backend, Damage, Image, ImageKind, ImageState, Locator, MountSpec, Result, Snapshot, Source, StoreInfo, Volume,
 };
 
-pub use store::Store;
+pub use store::{Options, Store};
 
 /// The backend's name.
 const KIND: &str = "rsync";

@@ -16,14 +16,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use fsnap_backend::{Content, Error, FileKind, FileMeta, IoContext, Locator, Result, Snapshot, Xattrs, beneath};
+use fsnap_backend::{
+    Content, Error, ErrorKind, FileKind, FileMeta, IoContext, Locator, Result, Snapshot, Xattrs, beneath,
+};
 use rustix::fs::{Gid, Mode, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use crate::content::{self, BUFFER};
 use crate::crew::{self, Root, Task, Work};
+use crate::lock::Lock;
 use crate::record::{Body, Item, RecordRef};
-use crate::store::{Inner, is_root, is_volume, no_image, sync_dir, try_lock};
+use crate::store::{Inner, is_root, is_volume, no_image, sync_dir};
 
 /// Makes the volume `at` of `snapshot`.
 pub(crate) fn clone_snapshot(store: &Inner, snapshot: &Snapshot, at: &Locator) -> Result<()> {
@@ -32,11 +35,10 @@ pub(crate) fn clone_snapshot(store: &Inner, snapshot: &Snapshot, at: &Locator) -
     }
     // Held while its contents are read: `delete` answers Busy.
     let path = store.manifest_path(&snapshot.at);
-    let held = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(no_image(&snapshot.at)),
-        opened => opened.context("open", &path)?,
+    let _held = match Lock::try_shared(&path, || format!("the snapshot {}", snapshot.at), "it is being removed") {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(no_image(&snapshot.at)),
+        held => held?,
     };
-    try_lock(held.try_lock_shared(), &path, || format!("the snapshot {}", snapshot.at), "it is being removed")?;
     let manifest = store.whole(snapshot)?;
     let volumes = store.dir.join("volumes");
     if fs::symlink_metadata(volumes.join(at.as_str())).is_ok() {

@@ -4,8 +4,7 @@
 //! the manifest and lose what it names. Therefore an unsettled manifest names the start of the system that wrote it; under
 //! another, everything that the snapshot added is read and checked before it counts as whole.
 
-use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -13,10 +12,12 @@ use fsnap_backend::{Error, IoContext, Locator, Result, Snapshot};
 
 use crate::content::{self, BUFFER, contents_of};
 use crate::format::{self, Reader};
+use crate::lock::Lock;
 use crate::manifest::{Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, encode_sums};
-use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::patch::Index;
+use crate::record::{BatchId, Body, ContentRef, Form, RecordRef};
 use crate::snapshot::{boot_id, snapshot_of};
-use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, try_lock, write_file};
+use crate::store::{Inner, is_snapshot, no_image, read_file, remove_file, remove_unfinished, write_file};
 
 /// Makes the snapshot at `at` durable, if it is whole.
 pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
@@ -33,18 +34,17 @@ pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
     }
     // A removal meanwhile is told that the snapshot is busy; a second call waits for the first.
     let path = store.manifest_path(at);
-    let held = File::open(&path).context("open", &path)?;
-    try_lock(held.try_lock_shared(), &path, || format!("the snapshot {at}"), "it is being removed")?;
+    let _held = Lock::try_shared(&path, || format!("the snapshot {at}"), "it is being removed")?;
     let _batch = store.wait_for_batch(found.batch)?;
     let manifest = manifest()?;
     match &manifest.unsettled {
         None => Ok(snapshot_of(at, &manifest)),
         Some(unsettled) => {
-            let sums = match new_sums(store, &manifest, unsettled) {
+            let (sums, needed) = match new_sums(store, &manifest, unsettled) {
                 Err(Error::Damaged { .. }) => return Err(no_image(at)),
-                sums => sums?,
+                new => new?,
             };
-            make_durable(store, at, manifest, &sums)
+            make_durable(store, at, manifest, &sums, &needed)
         }
     }
 }
@@ -54,10 +54,17 @@ pub(crate) fn is_of_this_boot(unsettled: &Unsettled) -> bool {
     boot_id() == Some(unsettled.boot)
 }
 
-fn make_durable(store: &Inner, at: &Locator, mut manifest: Manifest, sums: &Sums) -> Result<Snapshot> {
+fn make_durable(
+    store: &Inner,
+    at: &Locator,
+    mut manifest: Manifest,
+    sums: &Sums,
+    needed: &BTreeSet<ContentRef>,
+) -> Result<Snapshot> {
     let dir = store.batch_dir(manifest.batch);
-    drop_superseded(store, manifest.batch, sums)?;
+    drop_superseded(store, manifest.batch, sums, needed)?;
     write_file(&dir.join("sums"), &format::seal(SUMS_MAGIC, encode_sums(sums)), false)?;
+    remove_unfinished(store, at)?;
     // One flush of the file system instead of one for each content, and only then the manifest that relies on it.
     store.sync()?;
     manifest.unsettled = None;
@@ -69,11 +76,13 @@ fn make_durable(store: &Inner, at: &Locator, mut manifest: Manifest, sums: &Sums
 
 /// The sums of all contents that a snapshot added and uses, while it is unsettled.
 pub(crate) fn sums_of(store: &Inner, manifest: &Manifest) -> Result<Sums> {
-    manifest.unsettled.as_ref().map_or_else(|| Ok(Sums::new()), |unsettled| new_sums(store, manifest, unsettled))
+    let new = manifest.unsettled.as_ref().map(|unsettled| new_sums(store, manifest, unsettled)).transpose()?;
+    Ok(new.map_or_else(Sums::new, |(sums, _)| sums))
 }
 
-/// The sums of all contents that a snapshot added and uses. [`Error::Damaged`] where the snapshot is not whole.
-fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result<Sums> {
+/// The sums of all contents that a snapshot added and uses, and what else of its batch is needed. [`Error::Damaged`]
+/// where the snapshot is not whole.
+fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result<(Sums, BTreeSet<ContentRef>)> {
     let path = store.batch_dir(manifest.batch).join("table");
     let table = read_file(&path)?;
     let damaged = |reason: &str| Error::Damaged { what: path.display().to_string(), reason: reason.to_owned() };
@@ -89,7 +98,8 @@ fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result
     let trusted = is_of_this_boot(unsettled);
     let mut sums = Sums::new();
     let mut unknown = Vec::new();
-    for (content, length) in new_contents(store, manifest.batch, manifest.root)? {
+    let new = New::of(store, manifest.batch, manifest.root, &made)?;
+    for (content, length) in new.contents {
         match made.get(&content.number) {
             Some(&Made { length: found, hash: Some(hash), .. }) if trusted && found == length => {
                 sums.insert(content.number, Sum { length, hash });
@@ -99,29 +109,49 @@ fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result
         }
     }
     sums.extend(compute(store, &unknown)?);
-    Ok(sums)
+    Ok((sums, new.needed))
 }
 
-/// The contents of one batch that a tree uses. Only records of that batch can refer to them.
-fn new_contents(store: &Inner, batch: BatchId, root: RecordRef) -> Result<Vec<(ContentRef, u64)>> {
-    let mut found = BTreeMap::new();
-    let mut waiting = vec![root];
-    let mut seen = HashSet::new();
-    while let Some(at) = waiting.pop() {
-        if at.batch != batch || !seen.insert(at.offset) {
-            continue;
-        }
-        for item in store.record(&at)?.items {
-            match item.body {
-                Body::Dir(below) => waiting.push(below),
-                Body::File(Some(content)) if content.batch == batch => {
-                    found.insert(content, item.meta.size);
+/// What of one batch a tree uses. Only records and patches of that batch can refer to it.
+#[derive(Default)]
+struct New {
+    /// The contents of its files, and whole contents that patches among them need.
+    contents: BTreeMap<ContentRef, u64>,
+    /// Patches whose data other patches need: whoever reads those checks these.
+    needed: BTreeSet<ContentRef>,
+}
+
+impl New {
+    fn of(store: &Inner, batch: BatchId, root: RecordRef, made: &BTreeMap<u64, Made>) -> Result<Self> {
+        let mut new = Self::default();
+        let mut waiting = vec![root];
+        let mut seen = HashSet::new();
+        while let Some(at) = waiting.pop() {
+            if at.batch != batch || !seen.insert(at.offset) {
+                continue;
+            }
+            for item in store.record(&at)?.items {
+                match item.body {
+                    Body::Dir(below) => waiting.push(below),
+                    Body::File(Some(content)) if content.batch == batch => {
+                        new.contents.insert(content, item.meta.size);
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
         }
+        let patches: Vec<_> = new.contents.keys().filter(|content| content.form == Form::Patch).copied().collect();
+        for patch in patches {
+            let index = Index::read(&store.content_path(&patch))?;
+            for source in index.sources.into_iter().filter(|source| source.batch == batch) {
+                match (source.form, made.get(&source.number)) {
+                    (Form::Whole, Some(made)) => drop(new.contents.entry(source).or_insert(made.length)),
+                    _ => drop(new.needed.insert(source)),
+                }
+            }
+        }
+        Ok(new)
     }
-    Ok(found.into_iter().collect())
 }
 
 /// Reads contents and computes their sums, two at a time; checks those that are known.
@@ -152,8 +182,8 @@ fn compute(store: &Inner, contents: &[(ContentRef, Made)]) -> Result<Vec<(u64, S
 }
 
 /// Removes contents that `prime` made and `snapshot` replaced, or that a call left that was cut short.
-fn drop_superseded(store: &Inner, batch: BatchId, sums: &Sums) -> Result<()> {
-    let used = |content: &ContentRef| sums.contains_key(&content.number);
+fn drop_superseded(store: &Inner, batch: BatchId, sums: &Sums, needed: &BTreeSet<ContentRef>) -> Result<()> {
+    let used = |content: &ContentRef| sums.contains_key(&content.number) || needed.contains(content);
     for content in contents_of(store, batch)?.into_iter().filter(|content| !used(content)) {
         remove_file(&store.content_path(&content))?;
     }

@@ -4,7 +4,7 @@
 //! of the volume, `snapshot` with what `prime` left. Both write to one batch. Nothing here waits for the disk; `settle`
 //! does.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
@@ -12,8 +12,9 @@ use std::path::Path;
 use fsnap_backend::{Error, Identity, IoContext, Locator, Result, Snapshot, Timestamp, Volume};
 use rustix::time::ClockId;
 
-use crate::content::{Maker, Making};
 use crate::format::{self, Writer};
+use crate::lock::Lock;
+use crate::maker::{Maker, Making};
 use crate::manifest::{Manifest, Partial, Primed, Unsettled};
 use crate::pack::Pack;
 use crate::record::{BatchId, RecordRef};
@@ -54,7 +55,7 @@ struct Taking {
     partial: Partial,
     /// The earlier record to compare with.
     before: Option<RecordRef>,
-    _batch: File,
+    _batch: Lock,
 }
 
 impl Begun {
@@ -70,13 +71,18 @@ impl Begun {
             let what = format!("the volume of the snapshot {at}");
             Err(Error::WrongIdentity { what, expected: volume.identity().clone(), found: found.clone() })
         };
-        if let Some(manifest) = store.manifest(at)? {
-            of_this_volume(&manifest.volume)?;
-            return Ok(Self::Whole(manifest));
-        }
-        if let Some(partial) = store.partial(at)? {
+        loop {
+            if let Some(manifest) = store.manifest(at)? {
+                of_this_volume(&manifest.volume)?;
+                return Ok(Self::Whole(manifest));
+            }
+            let Some(partial) = store.partial(at)? else { break };
             of_this_volume(&partial.volume)?;
             let _batch = store.lock_batch(partial.batch, at)?;
+            // Another call may have ended between the two, and left a whole snapshot, or nothing.
+            if store.partial(at)?.as_ref() != Some(&partial) {
+                continue;
+            }
             let before = match (&partial.primed, &partial.base) {
                 (Some(primed), _) => Some(primed.root),
                 (None, Some(base)) => store.manifest(base)?.map(|base| base.root),

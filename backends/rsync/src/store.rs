@@ -16,7 +16,7 @@
 //! Files here belong to fsnap alone (the directory's mode is 0700), so they are used by their paths.
 
 use std::collections::HashMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -30,6 +30,7 @@ use rustix::fs::Access;
 
 use crate::KIND;
 use crate::format::{self, Malformed, Writer};
+use crate::lock::Lock;
 use crate::manifest::{Manifest, Partial};
 use crate::record::{self, BatchId, ContentRef, Form, Record, RecordRef};
 use crate::settle::is_of_this_boot;
@@ -50,6 +51,21 @@ pub struct Store {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// What is decided about a store when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// The length in bytes from which a file that changed is kept as the difference to its version before, where blocks
+    /// cannot be shared.
+    pub deltas_from: u64,
+}
+
+impl Default for Options {
+    /// Differences from 1 MiB: for what is smaller, a copy costs less than looking for one.
+    fn default() -> Self {
+        Self { deltas_from: 1 << 20 }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) dir: PathBuf,
@@ -57,6 +73,8 @@ pub(crate) struct Inner {
     /// Device and inode of `dir`.
     pub(crate) place: (u64, u64),
     pub(crate) info: StoreInfo,
+    /// How long a file must be to be kept as the difference to its version before.
+    pub(crate) deltas_from: u64,
     records: Mutex<HashMap<BatchId, Arc<File>>>,
 }
 
@@ -82,6 +100,11 @@ impl Store {
     ///
     /// Fails with [`ErrorKind::NotAStore`] if something else is there.
     pub fn create(place: &Path) -> Result<Self> {
+        Self::create_with(place, Options::default())
+    }
+
+    /// Like [`Store::create`]; a store that is there already keeps the options that it was made with.
+    pub fn create_with(place: &Path, options: Options) -> Result<Self> {
         let refused = |reason: &str| Error::NotAStore { dir: place.to_owned(), kind: KIND, reason: reason.to_owned() };
         if !place.is_absolute() {
             return Err(refused("its path is not absolute"));
@@ -111,6 +134,7 @@ impl Store {
         // The header comes last: a directory without it is no store yet.
         let mut header = Writer::default();
         header.raw(&random()?);
+        header.varint(options.deltas_from);
         let path = place.join(HEADER);
         write_file(&path, &format::seal(STORE_MAGIC, header), true)?;
         if let Some(parent) = place.parent() {
@@ -154,8 +178,13 @@ impl Store {
             return Err(refused("its file fsnap-store is not one of this backend"));
         }
         let mut reader = format::unseal(STORE_MAGIC, &bytes, &path)?;
-        let id = reader.array().and_then(|id| reader.end().map(|()| BatchId(id)));
-        let id = id.map_err(|malformed| malformed.of(path.display().to_string()))?;
+        let header = reader.array().and_then(|id| {
+            // A store of a release that knew no differences has no such field, and goes on without them.
+            let deltas_from = if reader.is_empty() { u64::MAX } else { reader.varint()? };
+            Ok((BatchId(id), deltas_from))
+        });
+        let header = header.and_then(|header| reader.end().map(|()| header));
+        let (id, deltas_from) = header.map_err(|malformed| malformed.of(path.display().to_string()))?;
         let found = beneath::look_fd(&descriptor).context("read the attributes of", &dir)?;
         let capabilities = Capabilities {
             clones: true,
@@ -171,7 +200,7 @@ impl Store {
         let info = StoreInfo { kind: KIND, identity: Identity::new(format!("rsync:{id}")), capabilities };
         let place = (found.device, found.meta.ino);
         let records = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { dir, descriptor, place, info, records }) })
+        Ok(Self { inner: Arc::new(Inner { dir, descriptor, place, info, deltas_from, records }) })
     }
 }
 
@@ -198,41 +227,28 @@ impl Inner {
     }
 
     /// Locks the store while a snapshot begins.
-    pub(crate) fn begin_lock(&self) -> Result<File> {
-        let path = self.dir.join("lock");
-        let file = File::open(&path).context("open", &path)?;
-        retry(|| file.lock_shared()).context("lock", &path)?;
-        Ok(file)
+    pub(crate) fn begin_lock(&self) -> Result<Lock> {
+        Lock::shared(&self.dir.join("lock"))
     }
 
     /// Locks the store while a snapshot is withdrawn.
-    pub(crate) fn withdraw_lock(&self) -> Result<File> {
-        self.exclusive("lock")
+    pub(crate) fn withdraw_lock(&self) -> Result<Lock> {
+        Lock::exclusive(&self.dir.join("lock"))
     }
 
     /// Locks out other removals.
-    pub(crate) fn sweep_lock(&self) -> Result<File> {
-        self.exclusive("sweep.lock")
+    pub(crate) fn sweep_lock(&self) -> Result<Lock> {
+        Lock::exclusive(&self.dir.join("sweep.lock"))
     }
 
     /// Waits for the call that writes to a batch, and locks it.
-    pub(crate) fn wait_for_batch(&self, batch: BatchId) -> Result<File> {
-        self.exclusive(&format!("batches/{batch}"))
-    }
-
-    fn exclusive(&self, name: &str) -> Result<File> {
-        let path = self.dir.join(name);
-        let file = File::open(&path).context("open", &path)?;
-        retry(|| file.lock()).context("lock", &path)?;
-        Ok(file)
+    pub(crate) fn wait_for_batch(&self, batch: BatchId) -> Result<Lock> {
+        Lock::exclusive(&self.batch_dir(batch))
     }
 
     /// Locks a batch for the call that writes to it.
-    pub(crate) fn lock_batch(&self, batch: BatchId, at: &Locator) -> Result<File> {
-        let path = self.batch_dir(batch);
-        let dir = File::open(&path).context("open", &path)?;
-        try_lock(dir.try_lock(), &path, || format!("the snapshot {at}"), "it is being taken")?;
-        Ok(dir)
+    pub(crate) fn lock_batch(&self, batch: BatchId, at: &Locator) -> Result<Lock> {
+        Lock::try_exclusive(&self.batch_dir(batch), || format!("the snapshot {at}"), "it is being taken")
     }
 
     /// Reads a small file that is a frame; `None` if it is not there.
@@ -451,6 +467,21 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8], durable: bool) -> Result<()>
     if durable { sync_dir(dir) } else { Ok(()) }
 }
 
+/// Removes what [`write_file`] left of a snapshot's files when it was killed; nobody else may be writing them.
+pub(crate) fn remove_unfinished(store: &Inner, at: &Locator) -> Result<()> {
+    let start = format!(".{at}-");
+    for path in [store.manifest_path(at), store.partial_path(at)] {
+        let dir = path.parent().unwrap_or(&path);
+        for entry in fs::read_dir(dir).context("list", dir)? {
+            let name = entry.context("list", dir)?.file_name();
+            if name.as_encoded_bytes().starts_with(start.as_bytes()) {
+                remove_file(&dir.join(name))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).context("make durable", dir)
 }
@@ -460,28 +491,5 @@ pub(crate) fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.context("remove", path),
-    }
-}
-
-/// Turns a lock that somebody else holds into `Busy`.
-pub(crate) fn try_lock(
-    locked: std::result::Result<(), TryLockError>,
-    path: &Path,
-    what: impl FnOnce() -> String,
-    by: &str,
-) -> Result<()> {
-    match locked {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(Error::Busy { what: what(), by: by.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(error).context("lock", path),
-    }
-}
-
-fn retry(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            done => return done,
-        }
     }
 }

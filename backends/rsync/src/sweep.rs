@@ -11,13 +11,15 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 
-use fsnap_backend::{Error, IoContext, Locator, Result, beneath};
+use fsnap_backend::{Error, ErrorKind, IoContext, Locator, Result, beneath};
 
 use crate::content::contents_of;
-use crate::manifest::Manifest;
-use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::lock::Lock;
+use crate::manifest::{Manifest, Partial};
+use crate::patch::Index;
+use crate::record::{BatchId, Body, ContentRef, Form, RecordRef};
 use crate::restore;
-use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, sync_dir, try_lock};
+use crate::store::{Inner, is_snapshot, is_volume, no_image, remove_file, remove_unfinished, sync_dir};
 
 /// Removes the image at `at`, whole or partial.
 pub(crate) fn delete(store: &Inner, at: &Locator) -> Result<()> {
@@ -61,16 +63,16 @@ fn delete_volume(store: &Inner, at: &Locator) -> Result<()> {
 fn withdraw(store: &Inner, at: &Locator) -> Result<()> {
     let _lock = store.withdraw_lock()?;
     let path = store.manifest_path(at);
-    match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        opened => {
-            let manifest = opened.context("open", &path)?;
-            try_lock(manifest.try_lock(), &path, || format!("the snapshot {at}"), "a clone is being made of it")?;
+    match Lock::try_exclusive(&path, || format!("the snapshot {at}"), "a clone is being made of it") {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        locked => {
+            let _manifest = locked?;
             let doomed = store.path("doomed", at.as_str());
             fs::rename(&path, &doomed).context("remove", &path)?;
             sync_dir(&store.dir.join("snapshots"))?;
         }
     }
+    remove_unfinished(store, at)?;
     let path = store.partial_path(at);
     match store.partial(at) {
         Ok(None) => Ok(()),
@@ -96,6 +98,8 @@ struct Used {
     /// Offsets of records, by batch.
     records: HashMap<BatchId, HashSet<u64>>,
     contents: HashMap<BatchId, HashSet<ContentRef>>,
+    /// Contents whose files patches need.
+    sources: HashMap<BatchId, HashSet<ContentRef>>,
 }
 
 impl Used {
@@ -117,13 +121,28 @@ impl Used {
         Ok(())
     }
 
-    fn mark_content(&mut self, _store: &Inner, content: ContentRef) -> Result<()> {
-        self.contents.entry(content.batch).or_default().insert(content);
+    fn mark_content(&mut self, store: &Inner, content: ContentRef) -> Result<()> {
+        if self.contents.entry(content.batch).or_default().insert(content) && content.form == Form::Patch {
+            // Of a source its file is needed, not what that may lead to in its turn: see `patch`.
+            for source in Index::read(&store.content_path(&content))?.sources {
+                self.sources.entry(source.batch).or_default().insert(source);
+            }
+        }
         Ok(())
     }
 
+    fn has_content(&self, content: &ContentRef) -> bool {
+        [&self.contents, &self.sources]
+            .iter()
+            .any(|used| used.get(&content.batch).is_some_and(|used| used.contains(content)))
+    }
+
+    fn has_batch(&self, batch: BatchId) -> bool {
+        self.records.contains_key(&batch) || self.contents.contains_key(&batch) || self.sources.contains_key(&batch)
+    }
+
     fn batches(self) -> HashSet<BatchId> {
-        self.records.into_keys().chain(self.contents.into_keys()).collect()
+        self.records.into_keys().chain(self.contents.into_keys()).chain(self.sources.into_keys()).collect()
     }
 }
 
@@ -141,8 +160,26 @@ fn sweep(store: &Inner, at: &Locator, doomed: Option<&Manifest>) -> Result<bool>
         begun.extend(store.partial(&at)?);
     }
     drop(lock);
+    let live = match live(store, &begun, doomed) {
+        // What a damaged tree uses is not known: all of it stays until that one is removed, too.
+        Err(Error::Damaged { .. }) => return Ok(false),
+        live => live?,
+    };
+    for batch in candidates.into_iter().filter(|batch| begun.iter().all(|begun| begun.batch != *batch)) {
+        if live.has_batch(batch) {
+            remove_dead_contents(store, batch, &live)?;
+        } else {
+            remove_batch(store, batch)?;
+        }
+    }
+    // While one that was begun may still use it, the manifest stays as a reminder for the next sweep.
+    Ok(begun.iter().all(|begun| begun.base.as_ref() != Some(at)))
+}
+
+/// What every other snapshot of the family uses, whole or begun.
+fn live(store: &Inner, begun: &[Partial], doomed: Option<&Manifest>) -> Result<Used> {
     let mut live = Used::default();
-    for partial in &begun {
+    for partial in begun {
         if let Some(primed) = &partial.primed {
             live.mark(store, primed.root)?;
         }
@@ -163,14 +200,7 @@ fn sweep(store: &Inner, at: &Locator, doomed: Option<&Manifest>) -> Result<bool>
             _ => {}
         }
     }
-    for batch in candidates.into_iter().filter(|batch| begun.iter().all(|begun| begun.batch != *batch)) {
-        match live.contents.get(&batch) {
-            None if !live.records.contains_key(&batch) => remove_batch(store, batch)?,
-            contents => remove_dead_contents(store, batch, contents)?,
-        }
-    }
-    // While one that was begun may still use it, the manifest stays as a reminder for the next sweep.
-    Ok(begun.iter().all(|begun| begun.base.as_ref() != Some(at)))
+    Ok(live)
 }
 
 /// The batches that a snapshot may have been the last to use.
@@ -199,9 +229,8 @@ fn remove_batch(store: &Inner, batch: BatchId) -> Result<()> {
     beneath::remove_tree(&dir, batch.to_string().as_ref()).context("remove", store.batch_dir(batch))
 }
 
-fn remove_dead_contents(store: &Inner, batch: BatchId, live: Option<&HashSet<ContentRef>>) -> Result<()> {
-    let is_live = |content: &ContentRef| live.is_some_and(|live| live.contains(content));
-    for content in contents_of(store, batch)?.into_iter().filter(|content| !is_live(content)) {
+fn remove_dead_contents(store: &Inner, batch: BatchId, live: &Used) -> Result<()> {
+    for content in contents_of(store, batch)?.into_iter().filter(|content| !live.has_content(content)) {
         remove_file(&store.content_path(&content))?;
     }
     Ok(())

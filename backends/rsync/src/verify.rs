@@ -12,7 +12,8 @@ use fsnap_backend::{Damage, Error, Result, Snapshot};
 
 use crate::content::{self, BUFFER};
 use crate::manifest::{SUMS_MAGIC, Sum, Sums, decode_sums};
-use crate::record::{BatchId, Body, ContentRef, RecordRef};
+use crate::patch::Patch;
+use crate::record::{BatchId, Body, ContentRef, Form, RecordRef};
 use crate::settle;
 use crate::store::Inner;
 
@@ -119,9 +120,35 @@ fn check(
     };
     Ok(match content::sum(&*opened, buffer) {
         Ok(hash) if hash == sum.hash => None,
-        Ok(_) => Some("its content changed below fsnap: the sum is wrong".into()),
+        Ok(_) if content.form == Form::Patch => Some(blame(store, content, buffer)?),
+        Ok(_) => Some(CHANGED.into()),
         // A medium that cannot read it has damaged it.
         Err(error) => Some(format!("its content cannot be read: {error}")),
+    })
+}
+
+const CHANGED: &str = "its content changed below fsnap: the sum is wrong";
+
+/// Which of the files that a damaged patch leads to is damaged.
+fn blame(store: &Inner, content: &ContentRef, buffer: &mut [u8]) -> Result<String> {
+    let patch = Patch::open(store, content)?;
+    let mut damaged = Vec::new();
+    for file in std::iter::once(content).chain(&patch.index.sources) {
+        let intact = match file.form {
+            Form::Patch => Patch::open_alone(store, file).and_then(|patch| patch.has_its_data(buffer)),
+            Form::Whole => read_sums(store, file.batch).and_then(|sums| {
+                let Some(sum) = sums.get(&file.number) else { return Ok(true) };
+                let opened = content::open(store, file, sum.length)?;
+                Ok(content::sum(&*opened, buffer).is_ok_and(|hash| hash == sum.hash))
+            }),
+        };
+        if !intact.unwrap_or(false) {
+            damaged.push(store.content_path(file).display().to_string());
+        }
+    }
+    Ok(match &*damaged {
+        [] => CHANGED.to_owned(),
+        damaged => format!("its content is kept in parts, and these changed below fsnap: {}", damaged.join(", ")),
     })
 }
 

@@ -48,8 +48,8 @@ use fsnap_backend::{Error, FileKind, FileMeta, IoContext, Omission, Result, Time
 use rustix::io::Errno;
 
 use crate::KIND;
-use crate::content::{Before, Maker, Taken};
 use crate::crew::{self, Root, Task, Work};
+use crate::maker::{Before, Maker, Taken};
 use crate::pack::Pack;
 use crate::record::{self, Body, ContentRef, Item, Record, RecordRef};
 use crate::store::{Inner, is_root};

@@ -26,10 +26,14 @@ impl Place {
     }
 
     pub(crate) fn below(parent: &Path) -> Self {
+        Self::with(parent, |place| Store::create(place).unwrap())
+    }
+
+    pub(crate) fn with(parent: &Path, store: impl FnOnce(&Path) -> Store) -> Self {
         let temp = tempfile::tempdir_in(parent).unwrap();
         let dir = temp.path().join("volume");
         fs::create_dir(&dir).unwrap();
-        let store = Store::create(&temp.path().join("store")).unwrap();
+        let store = store(&temp.path().join("store"));
         Self { store, dir, _temp: temp }
     }
 
@@ -265,6 +269,12 @@ impl Mounted {
 
     pub(crate) fn remount(&self, options: &str) {
         run("mount", &["-o", &format!("remount,{options}"), self.dir.to_str().unwrap()]);
+    }
+}
+
+impl AsRef<Path> for Mounted {
+    fn as_ref(&self) -> &Path {
+        &self.dir
     }
 }
 

@@ -1,0 +1,463 @@
+//! The help texts, as a newcomer reads them.
+
+use insta::assert_snapshot;
+
+use crate::site::Site;
+
+/// The command's help, long and short.
+fn help(command: &str) -> String {
+    let site = Site::empty();
+    assert_eq!(site.run(&format!("fsnap help {command}")), site.run(&format!("fsnap {command} --help")));
+    let text = site.run(&format!("fsnap {command} --help"));
+    // Which backends there are is a matter of what was compiled in.
+    let masked = text.lines().map(|line| match line.split_once("[possible values: auto, ") {
+        Some((before, _)) => format!("{before}[possible values: auto, …]\n"),
+        None => format!("{}\n", line.trim_end()),
+    });
+    masked.collect()
+}
+
+#[test]
+fn all() {
+    assert_snapshot!(help(""), @"
+    Snapshot the files of processes at their checkpoints, and branch from any of them
+
+    A checkpoint engine such as CRIU freezes and saves processes; fsnap takes a snapshot of every volume
+    that they can write to at the same instant. Each checkpoint can be browsed, compared, and made into
+    a writable branch, onto which the processes can be restored.
+
+    Begin with `fsnap init DIR`, then `fsnap checkpoint`, `fsnap log`, `fsnap branch @latest`.
+
+    Usage: fsnap <COMMAND>
+
+    Commands:
+      init         Begin to track a directory as a volume
+      volumes      List the volumes: name, path, backend, what the backend can do
+      checkpoint   Take a snapshot of every volume at one instant, and print the new checkpoint's id
+      log          List the checkpoints, newest first
+      show         Show one checkpoint: its volumes, their consistency, and what is not in it
+      diff         List the files that differ between two checkpoints, or between a checkpoint and now
+      branch       Make a writable branch from a checkpoint, and print where its files are
+      branches     List the branches, the checkpoint each grew from, and where its files are
+      restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
+      rm           Remove checkpoints, a branch, or a volume from fsnap's care
+      tag          Give a checkpoint a name
+      verify       Read checkpoints again and name what is damaged
+      recover      Finish or undo what a killed fsnap or engine left half done
+      doctor       Tell what this machine can do, and why not: every backend, every engine, fsnap's own
+                   state
+      hook         Be called by a checkpoint engine
+      completions  Print the completion script for a shell
+      man          Print the manual page, or write the pages of all commands into a directory
+      help         Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+
+      -V, --version
+              Print version
+
+    CKPT is an id, a unique prefix of one (4 digits or more), a tag, @latest, or X~N, the N-th
+    checkpoint before X.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    ");
+}
+
+#[test]
+fn init() {
+    assert_snapshot!(help("init"), @"
+    Begin to track a directory as a volume
+
+    From then on, checkpoints take a snapshot of it. The directory itself is not changed. Its snapshots
+    are kept in a store on the same file system where possible: on btrfs in the subvolume `.fsnap` at
+    the root of the mount; else in a directory beside it.
+
+    Usage: fsnap init [OPTIONS] <DIR>
+
+    Arguments:
+      <DIR>
+              The directory; for btrfs, a subvolume
+
+    Options:
+          --name <NAME>
+              The volume's name; the directory's, if not given
+
+          --backend <BACKEND>
+              What keeps the snapshots; auto is the first that can hold the directory
+
+              [default: auto]
+              [possible values: auto, …]
+
+          --store <PLACE>
+              Where the snapshots are kept, outside the directory
+
+          --json
+              Print the volume as JSON
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn volumes() {
+    assert_snapshot!(help("volumes"), @"
+    List the volumes: name, path, backend, what the backend can do
+
+    Usage: fsnap volumes [OPTIONS]
+
+    Options:
+          --json  Print an array of JSON objects
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn checkpoint() {
+    assert_snapshot!(help("checkpoint"), @"
+    Take a snapshot of every volume at one instant, and print the new checkpoint's id
+
+    With --pid or --cgroup, the processes are frozen meanwhile, and the volumes are those that they can
+    write to; the snapshots are then one point in time. Without, every volume is taken as it is while
+    its writers run, and the checkpoint records that weaker consistency.
+
+    Usage: fsnap checkpoint [OPTIONS] [VOLUME]...
+
+    Arguments:
+      [VOLUME]...
+              The volumes, by name or path; if none is given, all that the processes can write to, or
+              all there are
+
+    Options:
+      -m, --message <MESSAGE>
+              What to say of it
+
+      -t, --tag <TAG>
+              A name for it; may be given several times
+
+          --pid <PID>
+              Freeze this process and all its descendants
+
+          --cgroup <DIR>
+              Freeze all processes of this control group
+
+          --freeze-writers
+              Freeze others that have files of the volumes open for writing, too
+
+          --deadline <SECONDS>
+              Give up, and let the processes run, if they do not stand after so many seconds
+
+              [default: 10]
+
+          --branch <NAME>
+              Take the volumes of this branch
+
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn log() {
+    assert_snapshot!(help("log"), @"
+    List the checkpoints, newest first
+
+    Usage: fsnap log [OPTIONS]
+
+    Options:
+          --graph          Draw how checkpoints and branches grew from each other
+      -n, --limit <COUNT>  Show at most so many
+          --json           Print an array of JSON objects
+      -h, --help           Print help
+    ");
+}
+
+#[test]
+fn show() {
+    assert_snapshot!(help("show"), @"
+    Show one checkpoint: its volumes, their consistency, and what is not in it
+
+    Usage: fsnap show [OPTIONS] <CKPT>
+
+    Arguments:
+      <CKPT>  The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
+
+    Options:
+          --json  Print a JSON object
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn diff() {
+    assert_snapshot!(help("diff"), @"
+    List the files that differ between two checkpoints, or between a checkpoint and now
+
+    A was added, D was removed, M has another content, a has other attributes only.
+
+    Usage: fsnap diff [OPTIONS] <A> [B]
+
+    Arguments:
+      <A>
+              The older checkpoint: an id, a prefix of one, a tag, @latest, or X~N
+
+      [B]
+              The newer checkpoint; the files as they are now, if not given
+
+    Options:
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn branch() {
+    assert_snapshot!(help("branch"), @"
+    Make a writable branch from a checkpoint, and print where its files are
+
+    The branch starts equal to the checkpoint and is written independently of it, of the volume, and of
+    other branches. It prints one directory per volume of the checkpoint.
+
+    Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
+
+    Arguments:
+      <CKPT>
+              The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N
+
+      [NAME]
+              The branch's name; one is made up, if not given
+
+    Options:
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn branches() {
+    assert_snapshot!(help("branches"), @"
+    List the branches, the checkpoint each grew from, and where its files are
+
+    Usage: fsnap branches [OPTIONS]
+
+    Options:
+          --json  Print an array of JSON objects
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn restore() {
+    assert_snapshot!(help("restore"), @"
+    Restore a checkpoint's processes onto a new branch with the files of the same instant
+
+    The branch is mounted over the volume's path in a mount namespace of its own, and the engine's
+    restore runs in it. The processes get their old pids in a pid namespace of their own, so that one
+    checkpoint can be restored many times side by side. It returns when they run; end them by killing
+    the namespace's first process, whose pid is printed.
+
+    Usage: fsnap restore [OPTIONS] <CKPT> [-- <ENGINE ARGS>...]
+
+    Arguments:
+      <CKPT>
+              The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
+
+      [ENGINE ARGS]...
+              Further arguments for the engine's restore, after --
+
+    Options:
+          --branch <NAME>
+              The name of the new branch; one is made up, if not given
+
+          --host-pids
+              Take back the pids on this machine, instead of a pid namespace
+
+          --wait
+              Wait until the restored processes have ended
+
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn rm() {
+    assert_snapshot!(help("rm"), @"
+    Remove checkpoints, a branch, or a volume from fsnap's care
+
+    A checkpoint is kept while branches that grew from it exist. A removed branch's files are deleted. A
+    removed volume's own files are not touched, and its checkpoints stay.
+
+    Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+
+    Arguments:
+      [CKPT]...
+              The checkpoints to remove; none goes if one is still needed
+
+    Options:
+          --branch <NAME>
+              Remove this branch and its files
+
+          --volume <NAME>
+              Forget this volume; its files and checkpoints stay
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn tag() {
+    assert_snapshot!(help("tag"), @"
+    Give a checkpoint a name
+
+    Usage: fsnap tag [OPTIONS] <CKPT> [NAME]
+
+    Arguments:
+      <CKPT>  The checkpoint: an id, a prefix of one, a tag, @latest, or X~N; with --delete, the tag
+      [NAME]  The tag
+
+    Options:
+          --force   Move the tag here if another checkpoint has it
+          --delete  Remove the tag
+      -h, --help    Print help
+    ");
+}
+
+#[test]
+fn verify() {
+    assert_snapshot!(help("verify"), @"
+    Read checkpoints again and name what is damaged
+
+    Without arguments, the catalog and every checkpoint. Exits with 1 if anything is damaged.
+
+    Usage: fsnap verify [OPTIONS] [CKPT]...
+
+    Arguments:
+      [CKPT]...
+              The checkpoints to verify; all, if none is given
+
+    Options:
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn recover() {
+    assert_snapshot!(help("recover"), @"
+    Finish or undo what a killed fsnap or engine left half done
+
+    Every command does the same when it starts; this one says what it did. It also names the snapshots
+    and clones in the stores that fsnap did not record; they are never touched. Exits with 1 if
+    something had to be left half done.
+
+    Usage: fsnap recover [OPTIONS]
+
+    Options:
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn doctor() {
+    assert_snapshot!(help("doctor"), @"
+    Tell what this machine can do, and why not: every backend, every engine, fsnap's own state
+
+    Usage: fsnap doctor [OPTIONS] [DIR]
+
+    Arguments:
+      [DIR]  The directory that the backends are asked about [default: .]
+
+    Options:
+          --json  Print an array of JSON objects
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn hook() {
+    assert_snapshot!(help("hook"), @"
+    Be called by a checkpoint engine
+
+    For CRIU, make a link to fsnap named `fsnap-criu-hook`, and give its path as --action-script, for
+    dump and for restore.
+
+    Usage: fsnap hook <COMMAND>
+
+    Commands:
+      criu  CRIU's action script, which is told everything by the environment (CRTOOLS_*)
+      help  Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn completions() {
+    assert_snapshot!(help("completions"), @"
+    Print the completion script for a shell
+
+    Usage: fsnap completions <SHELL>
+
+    Arguments:
+      <SHELL>  The shell [possible values: bash, elvish, fish, powershell, zsh]
+
+    Options:
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn man() {
+    assert_snapshot!(help("man"), @"
+    Print the manual page, or write the pages of all commands into a directory
+
+    Usage: fsnap man [DIR]
+
+    Arguments:
+      [DIR]  Write one page per command here
+
+    Options:
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn hook_criu() {
+    assert_snapshot!(help("hook criu"), @"
+    CRIU's action script, which is told everything by the environment (CRTOOLS_*)
+
+    FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found
+    from the processes. An action that needs nothing done succeeds.
+
+    Usage: fsnap hook criu
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}

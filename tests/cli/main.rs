@@ -1,0 +1,15 @@
+//! The program as its users see it: what they type, what they read, and what is there afterwards.
+//!
+//! A test is a session: lines that a shell runs, and one snapshot of everything that was printed. Lines run with an
+//! environment of their own, in a directory of their own; a session on btrfs has a file system of its own.
+
+mod redact;
+mod site;
+
+mod branch;
+mod checkpoint;
+mod diff;
+mod help;
+mod init;
+mod output;
+mod references;

@@ -1,0 +1,140 @@
+//! The proof: whatever was dumped at whatever moment agrees with itself when it is restored onto the branch of its checkpoint.
+//!
+//! A process changes files in all ways that there are while checkpoint after checkpoint is taken of it. Each is restored onto a
+//! branch, in a pid namespace of its own, and must then find memory and files in agreement, go on from there, and find them
+//! so again. The original must never notice.
+//!
+//! One thread dumps while another one restores what was dumped before: so hooks, restores, branches and removals of different checkpoints
+//! run side by side all the time. `FSNAP_ORACLE_CHECKPOINTS` sets how many there are of each kind.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::hash::{BuildHasher as _, RandomState};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use fsnap_oracle::{Kind, Verdict};
+
+use crate::Case;
+use crate::oracle::ask;
+use crate::site::{Site, Volume, end};
+
+pub(crate) const CASES: &[Case] = &[
+    ("btrfs_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Btrfs])),
+    ("rsync_at_any_moment", || at_any_moment(&[Volume::Rsync, Volume::Rsync])),
+    ("both_in_one_checkpoint_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Rsync])),
+];
+
+/// So many restored processes are alive at a time.
+const ALIVE: usize = 3;
+
+fn checkpoints() -> usize {
+    let named = std::env::var("FSNAP_ORACLE_CHECKPOINTS").ok();
+    named.map_or(50, |number| number.parse().expect("FSNAP_ORACLE_CHECKPOINTS is a number"))
+}
+
+fn at_any_moment(volumes: &[Volume]) {
+    let site = Site::new(volumes);
+    move_inode_numbers_apart(&site);
+    let oracle = site.oracle(&Kind::ALL, 2000);
+    let count = checkpoints();
+    let dumped = std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::sync_channel(ALIVE);
+        let (site, reports) = (&site, oracle.reports.as_path());
+        let restorer = scope.spawn(move || restore_each(site, reports, receiver));
+        for number in 0..count {
+            std::thread::sleep(any_moment());
+            let before = oracle.ask();
+            assert!(before.ok, "the original noticed before dump {number}: {before}");
+            std::thread::sleep(any_moment());
+            let (id, images) = site.checkpoint(oracle.pid);
+            if sender.send(Dumped { number, id, images, before }).is_err() {
+                // The other thread has failed, and says why.
+                break;
+            }
+        }
+        drop(sender);
+        restorer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    assert_eq!(dumped, count);
+    oracle.goes_on();
+    site.holds_nothing_but(0);
+}
+
+/// Sees to it that no two volumes have files with the same inode number.
+///
+/// CRIU takes two unlinked files for one if they have, on one btrfs, in whatever subvolumes, and cannot restore them then.
+fn move_inode_numbers_apart(site: &Site) {
+    for (index, volume) in site.volumes.iter().enumerate() {
+        for _ in 0..100 * index {
+            fs::write(volume.join("number"), "").unwrap();
+            fs::remove_file(volume.join("number")).unwrap();
+        }
+    }
+}
+
+/// A pause that nobody can predict, of less than a few steps of a writer.
+fn any_moment() -> Duration {
+    Duration::from_micros(RandomState::new().hash_one(0) % 10_000)
+}
+
+/// A checkpoint that waits to be restored.
+struct Dumped {
+    number: usize,
+    id: String,
+    images: PathBuf,
+    /// What the original said shortly before.
+    before: Verdict,
+}
+
+/// A process that was restored from one.
+struct Restored {
+    dumped: Dumped,
+    first: Verdict,
+    init: i32,
+    pid: i32,
+}
+
+/// Restores each, asks it at once and again when others have been restored, and removes it; returns how many there were.
+fn restore_each(site: &Site, reports: &Path, dumps: mpsc::Receiver<Dumped>) -> usize {
+    let mut alive = VecDeque::new();
+    let mut count = 0;
+    for dumped in dumps {
+        alive.push_back(restore(site, reports, dumped));
+        count += 1;
+        if alive.len() == ALIVE {
+            alive.pop_front().into_iter().for_each(|oldest| retire(site, reports, oldest));
+        }
+    }
+    alive.into_iter().for_each(|last| retire(site, reports, last));
+    count
+}
+
+fn restore(site: &Site, reports: &Path, dumped: Dumped) -> Restored {
+    let (id, number) = (&dumped.id, dumped.number);
+    let branch = site.json(["restore", id, "--branch", &format!("b{number}"), "--json"]);
+    let pid = |name: &str| i32::try_from(branch[name].as_i64().unwrap()).unwrap();
+    let (init, pid) = (pid("init"), pid("pid"));
+    let verdict = ask(pid, reports, &format!("restored-{number}"));
+    assert!(verdict.ok, "checkpoint {number}: {verdict}");
+    // Its memory is that of the dump: it was asked as often as the original was, and has made its steps.
+    let generation = |verdict: &Verdict| verdict.asked.as_ref().unwrap().generation;
+    assert_eq!(generation(&verdict), generation(&dumped.before) + 1, "checkpoint {number}");
+    assert!(verdict.steps() >= dumped.before.steps(), "checkpoint {number}: {verdict}");
+    for member in site.json(["show", id, "--json"])["members"].as_array().unwrap() {
+        assert_eq!(member["consistency"], "point-in-time", "checkpoint {number}");
+    }
+    Restored { first: verdict, init, pid, dumped }
+}
+
+fn retire(site: &Site, reports: &Path, restored: Restored) {
+    let Dumped { number, id, images, .. } = restored.dumped;
+    let last = ask(restored.pid, reports, &format!("restored-{number}-later"));
+    assert!(last.ok, "checkpoint {number}, later: {last}");
+    assert!(last.steps() > restored.first.steps(), "checkpoint {number} does not go on: {last}");
+    end(restored.init);
+    site.ok(["rm", "--branch", &format!("b{number}")]);
+    site.ok(["rm", &id]);
+    fs::remove_dir_all(images).unwrap();
+}

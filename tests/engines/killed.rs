@@ -1,0 +1,106 @@
+//! fsnap is killed wherever it can be, and nothing is left of it.
+//!
+//! For N = 1, 2, … it dies at the N-th of the places that `fsnap::failpoint` marks, until it comes through.
+
+use std::os::unix::process::ExitStatusExt as _;
+
+use crate::Case;
+use crate::site::{Site, Volume, id_in};
+
+pub(crate) const CASES: &[Case] = &[
+    ("the_hook_before_the_freeze", || the_hook("pre-dump", 4)),
+    ("the_hook_in_the_frozen_window", || the_hook("post-dump", 6)),
+    ("the_hook_by_its_own_commands", the_next_command),
+    ("a_checkpoint_without_an_engine", a_checkpoint_without_an_engine),
+    ("a_restore", a_restore),
+];
+
+/// More places than there ever are.
+const MANY: usize = 100;
+
+fn the_hook(action: &str, places: usize) {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    for place in 1..MANY {
+        let script = site.hook_after(action, &format!("export FSNAP_FAILPOINT={place}=kill"));
+        let images = site.images();
+        if site.dump(oracle.pid, &images, &script).is_ok() {
+            assert!(place > places, "there were only {} places", place - 1);
+            site.holds_nothing_but(1);
+            assert_eq!(site.ids(), [id_in(&images)]);
+            oracle.goes_on();
+            return;
+        }
+        oracle.goes_on();
+        site.holds_nothing_but(0);
+    }
+    panic!("it never came through");
+}
+
+/// The command that seals what a hook took is killed as well, and the one after that.
+fn the_next_command() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    let (id, _) = site.checkpoint(oracle.pid);
+    for place in 1..MANY {
+        let mut command = site.command(["log"]);
+        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        if output.status.success() {
+            assert!(place > 3, "there were only {} places", place - 1);
+            assert_eq!(site.ids(), [id]);
+            site.holds_nothing_but(1);
+            return;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{output:?}");
+    }
+    panic!("it never came through");
+}
+
+fn a_checkpoint_without_an_engine() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    let mut sealed = 0;
+    let mut noted = false;
+    for place in 1..MANY {
+        let mut command = site.command(["checkpoint", "--pid", &oracle.pid.to_string()]);
+        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        let done = output.status.success();
+        assert!(done || output.status.signal() == Some(9), "{output:?}");
+        // Before any other command: the guard has seen to it.
+        oracle.goes_on();
+        let found = site.ids().len() - sealed;
+        // From the place on at which everything is noted, it is there, and before it is not.
+        assert!(found == 1 || found == 0 && !noted && !done, "{found} after place {place}");
+        noted |= found == 1;
+        sealed += found;
+        site.holds_nothing_but(sealed);
+        if done {
+            assert!(place > 10 && sealed > 1, "there were only {} places", place - 1);
+            return;
+        }
+    }
+    panic!("it never came through");
+}
+
+fn a_restore() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    let (id, _) = site.checkpoint(oracle.pid);
+    for place in 1..MANY {
+        let mut command = site.command(["restore", &id, "--branch", "b", "--json"]);
+        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        if output.status.success() {
+            assert!(place > 3, "there were only {} places", place - 1);
+            let restored: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            crate::site::end(i32::try_from(restored["init"].as_i64().unwrap()).unwrap());
+            return;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{output:?}");
+        // What was recorded as a branch is one; anything else is gone.
+        if site.json(["branches", "--json"]).as_array().is_some_and(|branches| !branches.is_empty()) {
+            site.ok(["rm", "--branch", "b"]);
+        }
+        site.holds_nothing_but(1);
+    }
+    panic!("it never came through");
+}

@@ -1,0 +1,54 @@
+//! The whole of it with the real engine: processes that know what their files must hold are dumped by CRIU, with fsnap as its
+//! action script, and restored onto branches; and what happens when any part of that fails.
+//!
+//! Every case runs the built binary. All of them run in a pid and a mount namespace of their own, so that nothing outlives this
+//! program, however it ends; and this program is its own oracle.
+
+mod alone;
+mod by_hand;
+mod consistency;
+mod demo;
+mod hook;
+mod identity;
+mod killed;
+mod oracle;
+mod sandbox;
+mod site;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// A case of a suite: its name, and what it does.
+type Case = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args_os().collect();
+    match args.get(1).and_then(|arg| arg.to_str()) {
+        Some(oracle::ORACLE) => return fsnap_oracle::main(args.into_iter().skip(1)),
+        Some(sandbox::INIT) => return sandbox::init(&args[2..]),
+        _ => {}
+    }
+    let arguments = Arguments::from_args();
+    if !arguments.list && !sandbox::is_inside() {
+        return sandbox::run(&args[1..]);
+    }
+    let mut trials = Vec::new();
+    for (module, cases) in [
+        ("consistency", consistency::CASES),
+        ("hook", hook::CASES),
+        ("killed", killed::CASES),
+        ("by_hand", by_hand::CASES),
+        ("identity", identity::CASES),
+        ("alone", alone::CASES),
+        ("demo", demo::CASES),
+    ] {
+        for &(name, case) in cases {
+            trials.push(Trial::test(format!("{module}::{name}"), move || {
+                case();
+                Ok(())
+            }));
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
