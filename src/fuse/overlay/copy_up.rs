@@ -95,7 +95,7 @@ impl Tree {
         let mut index = None;
         match place {
             _ if indexed => {
-                rustix::fs::renameat(&work, &temporary, &*self.store.index(), &index_name(ino))?;
+                rustix::fs::renameat(&work, &temporary, &*self.store.index(), index_name(ino))?;
                 index = Some(index_name(ino));
             }
             Some((parent, name)) => {

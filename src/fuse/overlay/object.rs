@@ -17,25 +17,8 @@ pub(super) const SAFE: OFlags = OFlags::CLOEXEC.union(OFlags::NOFOLLOW);
 pub(super) fn times_of(stat: &Stat) -> Timestamps {
     let time = |seconds: i64, nanoseconds: u64| Timespec { tv_sec: seconds, tv_nsec: nanoseconds.cast_signed() };
     Timestamps {
-        last_access: time(stat.st_atime.cast_signed_or_same(), stat.st_atime_nsec),
-        last_modification: time(stat.st_mtime.cast_signed_or_same(), stat.st_mtime_nsec),
-    }
-}
-
-/// The seconds of a `stat` are signed on some architectures and not on others.
-trait Signed {
-    fn cast_signed_or_same(self) -> i64;
-}
-
-impl Signed for i64 {
-    fn cast_signed_or_same(self) -> i64 {
-        self
-    }
-}
-
-impl Signed for u64 {
-    fn cast_signed_or_same(self) -> i64 {
-        self.cast_signed()
+        last_access: time(stat.st_atime, stat.st_atime_nsec),
+        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
     }
 }
 
