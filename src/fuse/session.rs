@@ -68,6 +68,8 @@ pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, read
     // The modes that are asked for are the modes that are made.
     rustix::process::umask(Mode::empty());
     clear_stale(dir)?;
+    // Before it is mounted: afterwards, every look at it takes somebody who serves it.
+    let shown = dir.canonicalize().map_err(failed("resolve", dir))?;
     let notifier = Arc::new(OnceLock::new());
     let adapter = Adapter::new(overlay, notifier.clone());
     let mut config = Config::default();
@@ -96,18 +98,15 @@ pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, read
     };
     let session = session.map_err(failed("serve", dir))?;
     let _ = notifier.set(session.notifier());
-    // Looking at the mount takes somebody who serves it.
-    let shown = dir.to_owned();
-    std::thread::spawn(move || larger_readahead(&shown));
+    larger_readahead(&shown);
     ready();
     session.run().map_err(failed("serve", dir))
 }
 
 /// Reads of what is not passed through come in larger pieces; where that cannot be set, they come in smaller ones.
 fn larger_readahead(dir: &Path) {
-    if let Ok(stat) = rustix::fs::stat(dir) {
-        let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-        let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
+    if let Ok(Some(mount)) = mounted(dir) {
+        let _ = std::fs::write(format!("/sys/class/bdi/{}/read_ahead_kb", mount.device), "1024");
     }
 }
 
@@ -136,10 +135,12 @@ fn mount(source: &Path, dir: &Path, options: Options) -> Result<OwnedFd, Error> 
 
 /// Takes off what a server that was killed has left.
 fn clear_stale(dir: &Path) -> Result<(), Error> {
-    match rustix::fs::stat(dir) {
-        Err(Errno::NOTCONN) => detach(dir),
-        _ => Ok(()),
-    }
+    if is_stale(dir) { detach(dir) } else { Ok(()) }
+}
+
+/// Whether nobody serves it any more. Attributes would not tell, for the kernel has them cached.
+fn is_stale(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).err() == Some(Errno::NOTCONN)
 }
 
 fn detach(dir: &Path) -> Result<(), Error> {
@@ -168,10 +169,10 @@ fn fusermount(dir: &Path, arguments: &[&str]) -> Result<(), Error> {
 /// Returns when the server has ended, so that its store can be opened again at once.
 pub fn unmount(dir: &Path) -> Result<(), Error> {
     let refused = || Error::NotMounted { dir: dir.to_owned() };
-    let stale = matches!(rustix::fs::stat(dir), Err(Errno::NOTCONN));
+    let stale = is_stale(dir);
     let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
     let path = path.map_err(failed("resolve", dir))?;
-    let store = mounted(&path)?.ok_or_else(refused)?;
+    let store = mounted(&path)?.ok_or_else(refused)?.source;
     if stale {
         return detach(&path);
     }
@@ -200,8 +201,16 @@ fn wait_for_server(store: &Path) {
     }
 }
 
-/// The source of our mount that is uppermost at `dir`.
-fn mounted(dir: &Path) -> Result<Option<PathBuf>, Error> {
+/// What the kernel's table says of a mount of ours.
+struct Mounted {
+    /// The store.
+    source: PathBuf,
+    /// The file system's device, as `major:minor`.
+    device: String,
+}
+
+/// Our mount that is uppermost at `dir`.
+fn mounted(dir: &Path) -> Result<Option<Mounted>, Error> {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let table = Path::new("/proc/self/mountinfo");
     let text = std::fs::read(table).map_err(failed("read", table))?;
@@ -209,14 +218,15 @@ fn mounted(dir: &Path) -> Result<Option<PathBuf>, Error> {
     for line in text.split(|&byte| byte == b'\n') {
         let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
         let Some(separator) = fields.iter().position(|field| *field == b"-") else { continue };
-        let (Some(point), Some(kind), Some(source)) =
-            (fields.get(4), fields.get(separator + 1), fields.get(separator + 2))
+        let (Some(device), Some(point), Some(kind), Some(source)) =
+            (fields.get(2), fields.get(4), fields.get(separator + 1), fields.get(separator + 2))
         else {
             continue;
         };
         if unescape(point) == dir.as_os_str().as_bytes() {
             let source = PathBuf::from(std::ffi::OsString::from_vec(unescape(source)));
-            found = (*kind == TYPE.as_bytes()).then_some(source);
+            let device = String::from_utf8_lossy(device).into_owned();
+            found = (*kind == TYPE.as_bytes()).then_some(Mounted { source, device });
         }
     }
     Ok(found)

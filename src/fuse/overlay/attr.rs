@@ -128,7 +128,13 @@ impl Tree {
         let stat = object.stat()?;
         let node = self.node(ino)?;
         let (upper, indexed) = (node.upper, node.index.is_some());
-        self.attr_of(ino, &object, stat, upper, indexed)
+        // What is held of the lower keeps its names there, and a directory's are not counted.
+        let gone = ino != ROOT && node.names.is_empty() && (!upper || node.kind == FileType::Directory);
+        let mut attr = self.attr_of(ino, &object, stat, upper, indexed)?;
+        if gone {
+            attr.nlink = 0;
+        }
+        Ok(attr)
     }
 
     /// What users see of the file with this number, whose object has these attributes.

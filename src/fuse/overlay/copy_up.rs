@@ -62,11 +62,13 @@ impl Tree {
             let (work, temporary) = (self.store.work(), self.store.fresh());
             rustix::fs::mkdirat(&work, &temporary, Mode::RWXU)?;
             let to = Object::at(work.clone(), temporary.clone());
-            copy_attributes(&from, &to, self.store.keys())?;
-            self.mark(&to, self.store.keys().origin(), format!("{ino:x}").as_bytes())?;
-            to.set_times(&object::times_of(&stat))?;
-            let dir = self.upper_dir(parent)?;
-            put_in_place(&work, &temporary, &dir, &name)?;
+            let done = copy_attributes(&from, &to, self.store.keys())
+                .and_then(|()| self.mark(&to, self.store.keys().origin(), format!("{ino:x}").as_bytes()))
+                .and_then(|()| to.set_times(&object::times_of(&stat)))
+                .and_then(|()| put_in_place(&work, &temporary, &self.upper_dir(parent)?, &name));
+            done.inspect_err(|_| {
+                let _ = rustix::fs::unlinkat(&work, &temporary, AtFlags::REMOVEDIR);
+            })?;
             self.node_mut(ino)?.upper = true;
         }
         Ok(())
@@ -84,13 +86,18 @@ impl Tree {
         }
         let (work, temporary) = (self.store.work(), self.store.fresh());
         let to = Object::at(work.clone(), temporary.clone());
-        self.make_like(&from, &stat, &to, &at.path(), content)?;
-        let keys = self.store.keys();
-        self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
-        if indexed {
-            self.mark(&to, keys.links(), stat.st_nlink.to_string().as_bytes())?;
-        }
-        to.set_times(&object::times_of(&stat))?;
+        let made = self.make_like(&from, &stat, &to, &at.path(), content).and_then(|()| {
+            let keys = self.store.keys();
+            self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
+            if indexed {
+                self.mark(&to, keys.links(), stat.st_nlink.to_string().as_bytes())?;
+            }
+            to.set_times(&object::times_of(&stat))
+        });
+        // Where there is no space, what was prepared must not take any.
+        made.inspect_err(|_| {
+            let _ = rustix::fs::unlinkat(&work, &temporary, AtFlags::empty());
+        })?;
         let mut pin = None;
         let mut index = None;
         match place {
