@@ -91,7 +91,6 @@ impl Operation {
         use Operation::*;
         let at = |path: usize| root.join(PATHS[path]);
         let rename = |from: usize, to: usize, flags| rustix::fs::renameat_with(CWD, at(from), CWD, at(to), flags);
-        // The kernel writes no more than a plain file: a fifo without a reader cannot be opened.
         match *self {
             Create(p) => open(&at(p), OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL).map(drop),
             Write(p, offset, length, byte) => {

@@ -12,6 +12,7 @@ use crate::tree;
 pub(crate) const CASES: &[Case] = &[
     ("killed_while_writing_keeps_what_was_synced", killed_while_writing_keeps_what_was_synced),
     ("killed_between_renames_shows_one_name", killed_between_renames_shows_one_name),
+    ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
 ];
@@ -81,6 +82,41 @@ fn killed_between_renames_shows_one_name() {
         let names: Vec<_> = fs::read_dir(site.dir()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(names == ["d"] || names == ["e"], "after kill {kill}: {names:?}");
         assert_eq!(fs::read_to_string(site.dir().join(&names[0]).join("in")).unwrap(), "inside");
+    }
+    site.end();
+}
+
+fn a_full_store_changes_nothing_by_halves() {
+    let site = Site::on_small_store(1 << 20, |lower| {
+        fs::create_dir(lower.join("d")).unwrap();
+        for name in ["f", "g", "d/in"] {
+            fs::write(lower.join(name), name.repeat(5000)).unwrap();
+        }
+        fs::hard_link(lower.join("g"), lower.join("h")).unwrap();
+    });
+    let mut filler = fs::File::create(site.at("filler")).unwrap();
+    let full = loop {
+        if let Err(error) = filler.write_all(&[1; 4096]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let before = tree::of(&site.dir());
+    for name in ["f", "g", "h", "d/in"] {
+        // It may be refused when the file is copied up, or when its first block is.
+        let written = fs::File::options().append(true).open(site.at(name)).and_then(|mut file| file.write_all(b"more"));
+        assert_eq!(written.unwrap_err().kind(), std::io::ErrorKind::StorageFull, "{name}");
+        tree::assert_equal(&before, &tree::of(&site.dir()), name);
+        assert_eq!(fs::read_dir(site.store().join("work")).unwrap().count(), 0, "{name} left something behind");
+    }
+    drop(filler);
+    fs::remove_file(site.at("filler")).unwrap();
+    for name in ["f", "h", "d/in"] {
+        fs::File::options().append(true).open(site.at(name)).unwrap().write_all(b"more").unwrap();
+    }
+    site.remount();
+    for (name, first) in [("f", "f"), ("g", "g"), ("h", "g"), ("d/in", "d/in")] {
+        assert_eq!(fs::read_to_string(site.at(name)).unwrap(), first.repeat(5000) + "more", "{name}");
     }
     site.end();
 }

@@ -25,6 +25,19 @@ pub(crate) struct Site {
 impl Site {
     /// Makes a lower directory with `fill`, and mounts.
     pub(crate) fn new(fill: impl FnOnce(&Path)) -> Self {
+        Self::with_store(fill, |_| {})
+    }
+
+    /// As [`new`](Self::new), with a store on a file system that has only so many bytes.
+    pub(crate) fn on_small_store(bytes: u32, fill: impl FnOnce(&Path)) -> Self {
+        Self::with_store(fill, |store| {
+            fs::create_dir(store).unwrap();
+            let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            rustix::mount::mount("small", store, "tmpfs", rustix::mount::MountFlags::empty(), &*size).unwrap();
+        })
+    }
+
+    fn with_store(fill: impl FnOnce(&Path), make_store: impl FnOnce(&Path)) -> Self {
         let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         for name in ["lower", "mnt"] {
             fs::create_dir(base.path().join(name)).unwrap();
@@ -40,6 +53,7 @@ impl Site {
             }
         });
         site.watchdog = Some(alive);
+        make_store(&site.store());
         site.mount();
         site
     }
@@ -127,7 +141,9 @@ impl Drop for Site {
     fn drop(&mut self) {
         self.watchdog = None;
         self.kill();
-        while rustix::mount::unmount(self.dir(), rustix::mount::UnmountFlags::DETACH).is_ok() {}
+        for dir in [self.dir(), self.store()] {
+            while rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::DETACH).is_ok() {}
+        }
     }
 }
 
