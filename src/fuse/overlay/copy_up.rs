@@ -16,8 +16,14 @@ use super::{Result, Tree};
 pub(super) fn copy_attributes(from: &Object, to: &Object, keys: Keys) -> Result<()> {
     let stat = from.stat()?;
     let own = to.stat()?;
+    let unprivileged = !rustix::process::geteuid().is_root();
+    let mut mode = object::mode_of(&stat);
     if (own.st_uid, own.st_gid) != (stat.st_uid, stat.st_gid) {
-        to.chown(Some(stat.st_uid), Some(stat.st_gid))?;
+        match to.chown(Some(stat.st_uid), Some(stat.st_gid)) {
+            // What is copied up becomes the user's own, who must not get somebody else's set-id bits with it.
+            Err(Errno::PERM) if unprivileged => mode -= Mode::SUID | Mode::SGID,
+            done => done?,
+        }
     }
     // Capabilities would be lost by a later change of owner; an access ACL sets permissions, so that it comes first.
     for name in from.xattr_names()? {
@@ -26,11 +32,12 @@ pub(super) fn copy_attributes(from: &Object, to: &Object, keys: Keys) -> Result<
         match to.set_xattr(kept, &value, XattrFlags::empty()) {
             // What the upper's file system has no notion of is not shown there either.
             Err(Errno::OPNOTSUPP) => {}
+            Err(Errno::PERM) if unprivileged => {}
             done => done?,
         }
     }
     if object::kind_of(&stat) != FileType::Symlink {
-        to.chmod(object::mode_of(&stat))?;
+        to.chmod(mode)?;
     }
     Ok(())
 }
