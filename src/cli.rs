@@ -18,12 +18,16 @@ mod json;
 mod log;
 mod man;
 mod output;
+#[cfg(feature = "fuse")]
+mod overlay;
 mod recover;
 mod restore;
 mod rm;
 mod show;
 mod sys;
 mod tag;
+#[cfg(feature = "fuse")]
+mod umount;
 mod verify;
 mod volumes;
 
@@ -69,6 +73,10 @@ enum Command {
     Restore(restore::Args),
     Rm(rm::Args),
     Tag(tag::Args),
+    #[cfg(feature = "fuse")]
+    Overlay(overlay::Args),
+    #[cfg(feature = "fuse")]
+    Umount(umount::Args),
     Verify(verify::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
@@ -130,6 +138,10 @@ fn run(command: Command) -> Outcome {
         Command::Restore(args) => restore::run(args),
         Command::Rm(args) => rm::run(args),
         Command::Tag(args) => tag::run(args),
+        #[cfg(feature = "fuse")]
+        Command::Overlay(args) => overlay::run(args),
+        #[cfg(feature = "fuse")]
+        Command::Umount(args) => umount::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),

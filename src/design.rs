@@ -21,3 +21,4 @@ page!(overlay_branches, "overlay-branches.md");
 page!(identity, "identity.md");
 page!(restore, "restore.md");
 page!(packages, "packages.md");
+page!(overlay_format, "overlay-format.md");

@@ -29,6 +29,10 @@ pub enum Error {
     /// Mounting failed.
     #[error(transparent)]
     Mount(#[from] crate::mount::Error),
+    /// Serving a file system failed.
+    #[cfg(feature = "fuse")]
+    #[error(transparent)]
+    Fuse(#[from] crate::fuse::session::Error),
     /// The engine, or what it left, is not as it must be.
     #[error(transparent)]
     Engine(#[from] crate::engine::Error),

@@ -43,6 +43,7 @@
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
 //! | [`failpoint`] | where tests make fsnap die |
+//! | `fuse` | copy-on-write trees, served through FUSE |
 //! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
 //!
 //! The backends are the crates `backends/*`; `backends/conformance` is the suite that all of them pass; `tests/` drives
@@ -78,6 +79,8 @@ pub mod design;
 pub mod engine;
 mod error;
 pub mod failpoint;
+#[cfg(feature = "fuse")]
+pub mod fuse;
 pub mod mount;
 pub mod name;
 pub mod processes;

@@ -42,6 +42,8 @@ fn all() {
       restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
       rm           Remove checkpoints, a branch, or a volume from fsnap's care
       tag          Give a checkpoint a name
+      overlay      Write to a directory copy-on-write
+      umount       Unmount what fsnap serves
       verify       Read checkpoints again and name what is damaged
       recover      Finish or undo what a killed fsnap or engine left half done
       doctor       Tell what this machine can do, and why not: every backend, every engine, fsnap's own
@@ -455,6 +457,66 @@ fn hook_criu() {
     from the processes. An action that needs nothing done succeeds.
 
     Usage: fsnap hook criu
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn overlay() {
+    assert_snapshot!(help("overlay"), @"
+    Write to a directory copy-on-write
+
+    DIR then shows LOWER, and takes writes; LOWER itself is never changed. STORE keeps everything that
+    was written, and must be a directory of its own: mounting with the same LOWER and STORE again shows
+    the same files. `fsnap umount DIR` ends it.
+
+    Mounted by root, every user sees it, and the permissions of its files hold.
+
+    Usage: fsnap overlay [OPTIONS] <LOWER> <STORE> <DIR>
+
+    Arguments:
+      <LOWER>
+              The directory to begin with
+
+      <STORE>
+              The directory that keeps the changes; made if it does not exist
+
+      <DIR>
+              Where to mount
+
+    Options:
+          --foreground
+              Serve in this process, until it is unmounted
+
+          --allow-other
+              Let other users see it, although it is not root who mounts
+
+          --suid
+              Let set-id bits have an effect
+
+          --dev
+              Let device nodes be opened
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn umount() {
+    assert_snapshot!(help("umount"), @"
+    Unmount what fsnap serves
+
+    Refused while processes use it. What a killed server has left is taken off as well.
+
+    Usage: fsnap umount <DIR>
+
+    Arguments:
+      <DIR>
+              Where it is mounted
 
     Options:
       -h, --help

@@ -144,11 +144,13 @@ fn every_command_has_a_manual_page() {
     fsnap-init.1
     fsnap-log.1
     fsnap-man.1
+    fsnap-overlay.1
     fsnap-recover.1
     fsnap-restore.1
     fsnap-rm.1
     fsnap-show.1
     fsnap-tag.1
+    fsnap-umount.1
     fsnap-verify.1
     fsnap-volumes.1
     fsnap.1

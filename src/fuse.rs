@@ -1,0 +1,16 @@
+//! fsnap's own file system: trees that are written copy-on-write, served through FUSE.
+//!
+//! [`overlay`] holds the rules: a lower directory that never changes, a store that keeps every change, and the tree that
+//! the two make together. It is plain code over descriptors and is tested without FUSE. [`adapter`] translates the
+//! kernel's requests into calls of it and decides nothing but caching. [`session`] mounts and serves.
+//!
+//! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
+//! directory's descriptor by one name, and no symbolic link of the tree is followed.
+//!
+//! Architecture Invariant: the number of descriptors does not grow with the number of files that are known, only with the
+//! number that is open.
+
+pub mod adapter;
+mod handles;
+pub mod overlay;
+pub mod session;

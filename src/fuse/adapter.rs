@@ -1,0 +1,683 @@
+//! From the kernel's requests to the tree and back. Nothing is decided here but what the kernel may cache.
+//!
+//! Names and attributes are cached without end, for nothing changes them but requests that went through the kernel; a file
+//! that the kernel writes past us is the exception, and so long its attributes are not cached.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::handles::{Handle, Handles};
+use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, SetTime};
+
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// No file is ever another one's successor under the same number while the kernel knows it.
+const GENERATION: Generation = Generation(0);
+
+/// Serves a copy-on-write tree.
+#[derive(Debug)]
+pub struct Adapter {
+    overlay: Overlay,
+    handles: Handles,
+    notifier: Arc<OnceLock<Notifier>>,
+}
+
+impl Adapter {
+    /// Serves this tree. The notifier is set once the session has one.
+    pub fn new(overlay: Overlay, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { overlay, handles: Handles::default(), notifier }
+    }
+
+    fn attr_of(&self, attr: &Attr) -> (FileAttr, Duration) {
+        let ttl = if attr.upper && self.handles.is_passed(attr.ino) { Duration::ZERO } else { FOREVER };
+        (to_fuse(attr), ttl)
+    }
+
+    fn entry(&self, found: Result<Attr, rustix::io::Errno>, reply: ReplyEntry) {
+        match found {
+            Ok(attr) => {
+                let (attr, ttl) = self.attr_of(&attr);
+                reply.entry_with_ttls(&ttl, &FOREVER, &attr, GENERATION);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn file(&self, handle: FileHandle) -> Result<Arc<OpenFile>, Errno> {
+        match self.handles.get(handle.0).as_deref() {
+            Some(Handle::File(file)) => Ok(file.file.clone()),
+            _ => Err(Errno::EBADF),
+        }
+    }
+
+    /// The names of an open directory; from the beginning, they are read anew.
+    fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<std::ffi::OsString>>, Errno> {
+        let found = self.handles.get(handle.0);
+        let Some(Handle::Dir(dir)) = found.as_deref() else { return Err(Errno::EBADF) };
+        let mut names = dir.names.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*names {
+            Some(names) if offset != 0 => Ok(names.clone()),
+            _ => {
+                let listed = self.overlay.list(ino).map_err(errno)?;
+                let read = Arc::new(listed.into_iter().map(|entry| entry.name).collect::<Vec<_>>());
+                *names = Some(read.clone());
+                Ok(read)
+            }
+        }
+    }
+
+    /// The entries before the names.
+    fn dots(&self, ino: u64) -> [(u64, &'static str); 2] {
+        [(ino, "."), (self.overlay.parent(ino), "..")]
+    }
+}
+
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_i32(error.raw_os_error())
+}
+
+/// A moment as fuser wants it; what it cannot say is moved to the nearest that it can.
+fn moment(seconds: i64, nanoseconds: u64) -> SystemTime {
+    let nanoseconds = Duration::from_nanos(nanoseconds);
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    base.and_then(|base| base.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
+}
+
+fn set_time(time: TimeOrNow) -> SetTime {
+    match time {
+        TimeOrNow::Now => SetTime::Now,
+        TimeOrNow::SpecificTime(time) => match time.duration_since(UNIX_EPOCH) {
+            Ok(since) => SetTime::At(i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_nanos()),
+            // fuser takes the nanoseconds of a moment before 1970 away where they are to be added.
+            Err(before) => {
+                let before = before.duration();
+                SetTime::At(-i64::try_from(before.as_secs()).unwrap_or(i64::MAX), before.subsec_nanos())
+            }
+        },
+    }
+}
+
+fn kind(kind: rustix::fs::FileType) -> FileType {
+    use rustix::fs::FileType as Kind;
+    match kind {
+        Kind::Directory => FileType::Directory,
+        Kind::Symlink => FileType::Symlink,
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::Socket => FileType::Socket,
+        Kind::CharacterDevice => FileType::CharDevice,
+        Kind::BlockDevice => FileType::BlockDevice,
+        Kind::RegularFile | Kind::Unknown => FileType::RegularFile,
+    }
+}
+
+/// A device's number as FUSE packs it.
+fn pack_device(rdev: u64) -> u32 {
+    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+fn unpack_device(packed: u32) -> u64 {
+    rustix::fs::makedev((packed & 0xf_ff00) >> 8, (packed & 0xff) | ((packed >> 12) & 0xf_ff00))
+}
+
+fn to_fuse(attr: &Attr) -> FileAttr {
+    let stat = &attr.stat;
+    FileAttr {
+        ino: INodeNo(attr.ino),
+        size: stat.st_size as u64,
+        blocks: stat.st_blocks as u64,
+        atime: moment(stat.st_atime, stat.st_atime_nsec),
+        mtime: moment(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: moment(stat.st_ctime, stat.st_ctime_nsec),
+        crtime: UNIX_EPOCH,
+        kind: kind(attr.kind),
+        perm: (stat.st_mode & 0o7777) as u16,
+        nlink: attr.nlink,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        rdev: pack_device(attr.rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid() }
+}
+
+fn done(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(error)),
+    }
+}
+
+fn sized(value: &[u8], size: u32, reply: ReplyXattr) {
+    match u32::try_from(value.len()) {
+        Ok(length) if size == 0 => reply.size(length),
+        Ok(length) if length <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            // Permissions are the kernel's, ACLs included; it leaves the umask to us, which a default ACL replaces.
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_DONT_MASK,
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ];
+        for flag in wanted {
+            // What an older kernel does not have is done without.
+            let _ = config.add_capabilities(flag);
+        }
+        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok() {
+            self.handles.passthrough.store(true, Ordering::Relaxed);
+        }
+        let _ = config.set_max_write(1 << 20);
+        let _ = config.set_max_background(64);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.overlay.look_up(parent.0, name) {
+            Err(rustix::io::Errno::NOENT) => {
+                // The number 0 lets the kernel remember that there is nothing.
+                let nothing = FileAttr { ino: INodeNo(0), ..nothing() };
+                reply.entry_with_ttls(&FOREVER, &FOREVER, &nothing, GENERATION);
+            }
+            found => self.entry(found, reply),
+        }
+    }
+
+    fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
+        self.handles.forgotten(ino.0);
+        self.overlay.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.overlay.attr(ino.0) {
+            Ok(attr) => {
+                let (attr, ttl) = self.attr_of(&attr);
+                reply.attr(&ttl, &attr);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
+        let drop_privileges = request.uid() != 0;
+        let change = Change { mode, uid, gid, size, atime, mtime, drop_privileges };
+        match self.overlay.change(ino.0, &change) {
+            Ok(attr) => {
+                let (attr, ttl) = self.attr_of(&attr);
+                reply.attr(&ttl, &attr);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.overlay.read_link(ino.0) {
+            Ok(target) => reply.data(target.as_encoded_bytes()),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let made = self.overlay.make_node(parent.0, name, mode, umask, unpack_device(rdev), caller(request));
+        self.entry(made, reply);
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        self.entry(self.overlay.make_dir(parent.0, name, mode, umask, caller(request)), reply);
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(self.overlay.unlink(parent.0, name), reply);
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(self.overlay.rmdir(parent.0, name), reply);
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        self.entry(self.overlay.make_symlink(parent.0, name, target.as_os_str(), caller(request)), reply);
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (no_replace, exchange) =
+            (flags.contains(RenameFlags::RENAME_NOREPLACE), flags.contains(RenameFlags::RENAME_EXCHANGE));
+        if flags.contains(RenameFlags::RENAME_WHITEOUT) || (no_replace && exchange) {
+            return reply.error(Errno::EINVAL);
+        }
+        done(self.overlay.rename((parent.0, name), (newparent.0, newname), no_replace, exchange), reply);
+    }
+
+    fn link(&self, _: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        self.entry(self.overlay.link(ino.0, newparent.0, newname), reply);
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let truncate = flags.0 & rustix::fs::OFlags::TRUNC.bits().cast_signed() != 0;
+        let file = match self.overlay.open_file(ino.0, write, truncate) {
+            Ok(file) => file,
+            Err(error) => return reply.error(errno(error)),
+        };
+        if truncate && request.uid() != 0 {
+            let _ = self.overlay.drop_privileges(ino.0);
+        }
+        let may_pass = !write || self.overlay.is_unprivileged(ino.0);
+        let opened = self.handles.open_file(ino.0, file, write, may_pass, |file| reply.open_backing(file));
+        match &opened.backing {
+            Some(backing) => {
+                reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
+                if write {
+                    self.attributes_changed(ino.0);
+                }
+            }
+            None => reply.opened(FileHandle(opened.handle), opened.flags),
+        }
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let (attr, file) = match self.overlay.create(parent.0, name, mode, umask, caller(request)) {
+            Ok(created) => created,
+            Err(error) => return reply.error(errno(error)),
+        };
+        let may_pass = mode & 0o6000 == 0;
+        let opened = self.handles.open_file(attr.ino, file, true, may_pass, |file| reply.open_backing(file));
+        let fuse = to_fuse(&attr);
+        let handle = FileHandle(opened.handle);
+        match &opened.backing {
+            Some(backing) => {
+                // The name and the attributes share one time here. The name is looked up again; that is all.
+                reply.created_passthrough(&Duration::ZERO, &fuse, GENERATION, handle, opened.flags, backing);
+            }
+            None => reply.created(&FOREVER, &fuse, GENERATION, handle, opened.flags),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let file = match self.file(fh) {
+            Ok(file) => file,
+            Err(error) => return reply.error(error),
+        };
+        let mut buffer = vec![0; size as usize];
+        match file.read(&mut buffer, offset) {
+            Ok(read) => reply.data(&buffer[..read]),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let file = match self.file(fh) {
+            Ok(file) => file,
+            Err(error) => return reply.error(error),
+        };
+        match file.write(data, offset) {
+            Ok(written) => {
+                if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && !self.overlay.is_unprivileged(ino.0) {
+                    let _ = self.overlay.drop_privileges(ino.0);
+                }
+                reply.written(written as u32);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // Nothing is held back here; told so, the kernel does not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        let closed = self.handles.close(fh.0);
+        self.overlay.close_file(ino.0);
+        reply.ok();
+        if closed.is_some_and(|(_, behind)| behind) {
+            self.attributes_changed(ino.0);
+        }
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
+        match self.file(fh) {
+            Ok(file) => done(file.sync(datasync), reply),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let kept = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
+        reply.opened(FileHandle(self.handles.open_dir()), kept);
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let names = match self.names(ino.0, fh, offset) {
+            Ok(names) => names,
+            Err(error) => return reply.error(error),
+        };
+        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
+            if reply.add(INodeNo(number), at as u64 + 1, FileType::Directory, name) {
+                return reply.ok();
+            }
+        }
+        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+            // A name that went since the listing is left out.
+            let Ok(Some(attr)) = self.overlay.peek(ino.0, name) else { continue };
+            if reply.add(INodeNo(attr.ino), at as u64 + 3, kind(attr.kind), name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let names = match self.names(ino.0, fh, offset) {
+            Ok(names) => names,
+            Err(error) => return reply.error(error),
+        };
+        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
+            // The kernel looks at nothing of these but the number and the kind.
+            let attr = FileAttr { ino: INodeNo(number), kind: FileType::Directory, ..nothing() };
+            if reply.add(INodeNo(number), at as u64 + 1, name, &Duration::ZERO, &attr, GENERATION) {
+                return reply.ok();
+            }
+        }
+        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+            let Ok(attr) = self.overlay.look_up(ino.0, name) else { continue };
+            let (fuse, ttl) = self.attr_of(&attr);
+            if reply.add(fuse.ino, at as u64 + 3, name, &ttl, &fuse, GENERATION) {
+                // It did not fit, so that the kernel does not hold it.
+                self.overlay.forget(attr.ino, 1);
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.handles.close(fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        done(self.overlay.sync_dir(ino.0), reply);
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        match self.overlay.space() {
+            Ok(s) => reply.statfs(
+                s.f_blocks,
+                s.f_bfree,
+                s.f_bavail,
+                s.f_files,
+                s.f_ffree,
+                s.f_bsize as u32,
+                s.f_namemax as u32,
+                s.f_frsize as u32,
+            ),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn setxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, value: &[u8], flags: i32, _: u32, reply: ReplyEmpty) {
+        done(self.overlay.set_xattr(ino.0, name, value, flags.cast_unsigned()), reply);
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.overlay.xattr(ino.0, name) {
+            Ok(value) => sized(&value, size, reply),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.overlay.xattr_names(ino.0) {
+            Ok(names) => {
+                let mut list = Vec::new();
+                for name in names {
+                    list.extend_from_slice(name.as_encoded_bytes());
+                    list.push(0);
+                }
+                sized(&list, size, reply);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        done(self.overlay.remove_xattr(ino.0, name), reply);
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let file = match self.file(fh) {
+            Ok(file) => file,
+            Err(error) => return reply.error(error),
+        };
+        let allocated = file.allocate(mode.cast_unsigned(), offset, length);
+        if allocated.is_ok() && request.uid() != 0 && !self.overlay.is_unprivileged(ino.0) {
+            let _ = self.overlay.drop_privileges(ino.0);
+        }
+        done(allocated, reply);
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        const SEEK_DATA: i32 = 3;
+        const SEEK_HOLE: i32 = 4;
+        let file = match self.file(fh) {
+            Ok(file) => file,
+            Err(error) => return reply.error(error),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        let found = match whence {
+            SEEK_DATA => file.seek(offset, false),
+            SEEK_HOLE => file.seek(offset, true),
+            _ => return reply.error(Errno::EINVAL),
+        };
+        match found {
+            Ok(at) => reply.offset(at.cast_signed()),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let files = self.file(fh_in).and_then(|from| Ok((from, self.file(fh_out)?)));
+        let (from, to) = match files {
+            Ok(files) => files,
+            Err(error) => return reply.error(error),
+        };
+        match to.copy_from(&from, offset_in, offset_out, len) {
+            Ok(copied) => {
+                reply.written(copied as u32);
+                if self.handles.is_passed(ino_out.0) {
+                    self.attributes_changed(ino_out.0);
+                }
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+}
+
+impl Adapter {
+    /// Makes the kernel ask for the attributes again.
+    fn attributes_changed(&self, ino: u64) {
+        if let Some(notifier) = self.notifier.get() {
+            // A negative offset spares the pages; a file that the kernel has forgotten by now needs nothing.
+            let _ = notifier.inval_inode(INodeNo(ino), -1, 0);
+        }
+    }
+}
+
+fn nothing() -> FileAttr {
+    FileAttr {
+        ino: INodeNo(0),
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 0,
+        flags: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_before_1970_survive_the_way_through_fuser() {
+        assert_eq!(moment(-2, 800_000_000), UNIX_EPOCH - Duration::from_millis(1200));
+        assert_eq!(moment(5, 1), UNIX_EPOCH + Duration::new(5, 1));
+        let _ = (moment(i64::MIN, 0), moment(i64::MAX, 999_999_999));
+        // fuser reads (-2 s, 800 ms) as 2.8 s before 1970.
+        let read = TimeOrNow::SpecificTime(UNIX_EPOCH - Duration::from_millis(2800));
+        assert!(matches!(set_time(read), SetTime::At(-2, 800_000_000)));
+    }
+
+    #[test]
+    fn devices_are_packed_and_unpacked() {
+        for (major, minor) in [(0, 0), (8, 1), (0xfff, 0xf_ffff), (10, 229)] {
+            let rdev = rustix::fs::makedev(major, minor);
+            assert_eq!(unpack_device(pack_device(rdev)), rdev);
+        }
+    }
+}

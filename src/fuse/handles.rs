@@ -1,0 +1,176 @@
+//! What the kernel has open, and in which of its ways.
+//!
+//! The kernel reads and writes a file either through its page cache, asking us for pages, or by passing requests through to
+//! a file of ours without asking; one file cannot be open in both ways at once, and all that is passed through must go to
+//! the same registered file. Passing through is faster and is chosen where the whole content is one file of the upper that
+//! will stay so; not for a file of the lower, because whoever has it open must see what is written after its copy-up.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fuser::{BackingId, FopenFlags};
+
+use super::overlay::{Ino, OpenFile};
+
+/// An open file or directory.
+#[derive(Debug)]
+pub(super) enum Handle {
+    File(FileHandle),
+    Dir(DirHandle),
+}
+
+#[derive(Debug)]
+pub(super) struct FileHandle {
+    pub(super) ino: Ino,
+    pub(super) file: Arc<OpenFile>,
+    passed: bool,
+}
+
+/// An open directory: its names, as they were when it was read from the beginning.
+#[derive(Debug)]
+pub(super) struct DirHandle {
+    pub(super) names: Mutex<Option<Arc<Vec<OsString>>>>,
+}
+
+/// How the kernel has a file open.
+#[derive(Debug, Default)]
+struct Mode {
+    cached: u64,
+    passed: u64,
+    backing: Option<Arc<BackingId>>,
+    /// Cached pages are older than what was passed through.
+    stale: bool,
+}
+
+/// All handles of one mount.
+#[derive(Debug)]
+pub(super) struct Handles {
+    open: Mutex<HashMap<u64, Arc<Handle>>>,
+    modes: Mutex<HashMap<Ino, Mode>>,
+    next: AtomicU64,
+    /// The kernel may be asked to pass requests through.
+    pub(super) passthrough: AtomicBool,
+}
+
+impl Default for Handles {
+    fn default() -> Self {
+        Self {
+            open: Mutex::default(),
+            modes: Mutex::default(),
+            next: AtomicU64::new(1),
+            passthrough: AtomicBool::new(false),
+        }
+    }
+}
+
+/// How a file was opened.
+pub(super) struct Opened {
+    pub(super) handle: u64,
+    pub(super) flags: FopenFlags,
+    pub(super) backing: Option<Arc<BackingId>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Handles {
+    fn add(&self, handle: Handle) -> u64 {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        locked(&self.open).insert(number, Arc::new(handle));
+        number
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<Arc<Handle>> {
+        locked(&self.open).get(&number).cloned()
+    }
+
+    pub(super) fn open_dir(&self) -> u64 {
+        self.add(Handle::Dir(DirHandle { names: Mutex::new(None) }))
+    }
+
+    /// Chooses the way in which the file is opened; `may_pass` says whether it may be passed through.
+    pub(super) fn open_file(
+        &self,
+        ino: Ino,
+        file: Arc<OpenFile>,
+        write: bool,
+        may_pass: bool,
+        register: impl FnOnce(&std::fs::File) -> std::io::Result<BackingId>,
+    ) -> Opened {
+        let mut modes = locked(&self.modes);
+        let mode = modes.entry(ino).or_default();
+        if mode.cached == 0
+            && may_pass
+            && self.passthrough.load(Ordering::Relaxed)
+            && let Some(whole) = file.whole()
+        {
+            let backing = match &mode.backing {
+                Some(backing) => Some(backing.clone()),
+                None => match register(&whole) {
+                    Ok(backing) => Some(Arc::new(backing)),
+                    Err(_) => {
+                        // Without the privilege, or on a stack of file systems that is too high, it never works.
+                        self.passthrough.store(false, Ordering::Relaxed);
+                        None
+                    }
+                },
+            };
+            if let Some(backing) = backing {
+                mode.backing = Some(backing.clone());
+                mode.passed += 1;
+                mode.stale |= write;
+                let handle = self.add(Handle::File(FileHandle { ino, file, passed: true }));
+                return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
+            }
+        }
+        // What is passed through elsewhere cannot be cached here at the same time.
+        let flags = if mode.passed > 0 {
+            FopenFlags::FOPEN_DIRECT_IO
+        } else {
+            mode.cached += 1;
+            if std::mem::take(&mut mode.stale) { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE }
+        };
+        let passed = flags.contains(FopenFlags::FOPEN_DIRECT_IO);
+        if passed {
+            mode.passed += 1;
+        }
+        let handle = self.add(Handle::File(FileHandle { ino, file, passed }));
+        Opened { handle, flags, backing: None }
+    }
+
+    /// Closes a handle; tells which file it was on, and whether something may have been written past us.
+    pub(super) fn close(&self, number: u64) -> Option<(Ino, bool)> {
+        let handle = locked(&self.open).remove(&number)?;
+        let Handle::File(file) = &*handle else { return None };
+        let mut modes = locked(&self.modes);
+        let mode = modes.get_mut(&file.ino)?;
+        if file.passed {
+            mode.passed -= 1;
+            if mode.passed == 0 {
+                mode.backing = None;
+            }
+        } else {
+            mode.cached -= 1;
+        }
+        let behind = file.passed && mode.stale;
+        if mode.cached == 0 && mode.passed == 0 && !mode.stale {
+            modes.remove(&file.ino);
+        }
+        Some((file.ino, behind))
+    }
+
+    /// Whether the file is open for being passed through, so that its size and times may change at any moment.
+    pub(super) fn is_passed(&self, ino: Ino) -> bool {
+        locked(&self.modes).get(&ino).is_some_and(|mode| mode.passed > 0 && mode.stale)
+    }
+
+    pub(super) fn forgotten(&self, ino: Ino) {
+        let mut modes = locked(&self.modes);
+        if modes.get(&ino).is_some_and(|mode| mode.cached == 0 && mode.passed == 0) {
+            modes.remove(&ino);
+        }
+    }
+}

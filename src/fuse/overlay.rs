@@ -1,0 +1,91 @@
+//! The copy-on-write tree: lower, upper, and the names and files that they make together.
+//!
+//! The words are overlayfs's. The *lower* is a directory that never changes. The *upper*, in the store, mirrors the tree as
+//! far as it was changed: what stands there hides what the lower has under the same name. A *whiteout* hides a name without
+//! putting anything in its place; an *opaque* directory hides the whole directory below it. *Copy-up* makes an upper object
+//! out of a lower one before its first change. The [format](crate::design::overlay_format) says how all this is kept.
+//!
+//! A file is named by its [`Ino`], which is what users see as `st_ino`: it stays the same across copy-up, rename and
+//! remount. All names and attributes are behind one lock, and every change of them is one atomic system call on the upper,
+//! prepared in the store's `work`: a process that is killed leaves the tree as it was before or as it is after. Contents are
+//! read and written outside of that lock, through [`OpenFile`].
+
+mod attr;
+mod copy_up;
+mod create;
+mod data;
+mod fd_cache;
+mod link;
+mod list;
+mod look;
+mod lower;
+mod node;
+mod object;
+mod open;
+mod remove;
+mod rename;
+mod store;
+mod xattr;
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use attr::{Attr, Change, SetTime};
+pub use data::OpenFile;
+pub use list::Listed;
+pub use node::{Ino, ROOT};
+use rustix::io::Errno;
+pub use store::Error;
+
+use self::fd_cache::FdCache;
+use self::lower::Lower;
+use self::node::Nodes;
+use self::store::Store;
+
+/// The result of one operation on the tree: what the caller of the system call is told.
+pub type Result<T, E = Errno> = std::result::Result<T, E>;
+
+/// On whose behalf something is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+/// The copy-on-write tree over one lower directory.
+#[derive(Debug)]
+pub struct Overlay {
+    tree: Mutex<Tree>,
+}
+
+impl Overlay {
+    /// Opens the branch that `store` keeps over `lower`; makes a new one where there is none.
+    pub fn open(lower: &Path, store: &Path) -> Result<Self, Error> {
+        let (lower, store) = store::open(lower, store)?;
+        let nodes = Nodes::new(lower.root());
+        Ok(Self { tree: Mutex::new(Tree { lower, store, nodes, dirs: FdCache::default() }) })
+    }
+
+    fn tree(&self) -> MutexGuard<'_, Tree> {
+        // A panic in one request leaves a tree that is still what the disk says: nothing of it is kept only in memory.
+        self.tree.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The space of the file system that holds the store.
+    pub fn space(&self) -> Result<rustix::fs::StatVfs> {
+        let upper = self.tree().store.upper_root();
+        rustix::fs::fstatvfs(&*upper)
+    }
+}
+
+/// Everything that is known of names and files.
+#[derive(Debug)]
+struct Tree {
+    lower: Lower,
+    store: Store,
+    nodes: Nodes,
+    /// Upper directories, by their inode number.
+    dirs: FdCache,
+}

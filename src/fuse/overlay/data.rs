@@ -1,0 +1,371 @@
+//! The content of an open file: below, above, or a part of each.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags};
+use rustix::io::Errno;
+
+use super::Result;
+use super::store::Keys;
+
+/// An open regular file, shared by all handles on it.
+///
+/// It follows the file: when the file is copied up, handles that were opened before read the new content.
+#[derive(Debug)]
+pub struct OpenFile {
+    source: RwLock<Source>,
+    /// Held for a write to a file that is partly below: its first and last blocks are read before they are written.
+    writing: Mutex<()>,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// In the lower, unchanged.
+    Lower(File),
+    /// In the upper, all of them.
+    Whole(Arc<File>),
+    /// In the upper as far as they were written, else in the lower.
+    Partial(Partial),
+}
+
+/// A file of the upper whose holes stand for the content of one of the lower.
+#[derive(Debug)]
+pub(super) struct Partial {
+    pub(super) file: Arc<File>,
+    pub(super) lower: File,
+    /// From here on, a hole is a hole. The file was never shorter since it was copied up.
+    pub(super) valid: u64,
+    pub(super) block: u64,
+    pub(super) keys: Keys,
+    /// The lower file's path, as the attribute has it.
+    pub(super) path: Vec<u8>,
+}
+
+/// What is copied at once.
+const CHUNK: u64 = 1 << 20;
+/// Longer ranges are not filled with zeros; the file is completed, so that the file system can punch them.
+const MOST_ZEROS: u64 = 8 << 20;
+
+fn io_errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// Copies a whole content, holes left out.
+pub(super) fn copy_all(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
+    let length = rustix::fs::fstat(from)?.st_size as u64;
+    rustix::fs::ftruncate(to, length)?;
+    let mut at = 0;
+    while let Some(data) = next_data(from, at)? {
+        at = data;
+        let end = rustix::fs::seek(from, SeekFrom::Hole(at))?;
+        while at < end {
+            let mut buffer = vec![0; CHUNK.min(end - at) as usize];
+            let read = rustix::io::pread(from, &mut buffer, at)?;
+            if read == 0 {
+                return Ok(());
+            }
+            let mut written = 0;
+            while written < read {
+                written += rustix::io::pwrite(to, &buffer[written..read], at + written as u64)?;
+            }
+            at += read as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The first offset at or after `at` that is no hole.
+fn next_data(file: impl AsFd, at: u64) -> Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+impl Partial {
+    /// Reads from both layers; short only at the end of the file.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        let end = size.min(offset.saturating_add(buffer.len() as u64));
+        let mut at = offset;
+        while at < end {
+            let data = next_data(&*self.file, at)?.unwrap_or(end).min(end);
+            if data > at {
+                let (from, to) = ((at - offset) as usize, (data - offset) as usize);
+                self.read_lower(&mut buffer[from..to], at)?;
+                at = data;
+                continue;
+            }
+            let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?.min(end);
+            let (from, to) = ((at - offset) as usize, (hole - offset) as usize);
+            let read = self.file.read_at(&mut buffer[from..to], at).map_err(io_errno)?;
+            if read == 0 {
+                break;
+            }
+            at += read as u64;
+        }
+        Ok(at.saturating_sub(offset) as usize)
+    }
+
+    fn read_lower(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let wanted = (self.valid.saturating_sub(offset)).min(buffer.len() as u64) as usize;
+        let (below, beyond) = buffer.split_at_mut(wanted);
+        self.lower.read_exact_at(below, offset).map_err(io_errno)?;
+        beyond.fill(0);
+        Ok(())
+    }
+
+    fn is_below(&self, block: u64) -> Result<bool> {
+        Ok(block < self.valid && next_data(&*self.file, block)? != Some(block))
+    }
+
+    /// Writes whole blocks: what surrounds the data in the first and the last one is brought up with it.
+    fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        let end = offset + data.len() as u64;
+        let (first, last) = (offset - offset % self.block, end - end % self.block);
+        let mut whole = Vec::new();
+        let mut start = offset;
+        if first < offset && self.is_below(first)? {
+            whole.resize((offset - first) as usize, 0);
+            let read = self.read(&mut whole, first)?;
+            whole[read..].fill(0);
+            start = first;
+        }
+        let tail_end = size.min(last + self.block);
+        let tail = if last < end && end < tail_end && self.is_below(last)? {
+            let mut tail = vec![0; (tail_end - end) as usize];
+            self.read(&mut tail, end)?;
+            tail
+        } else {
+            Vec::new()
+        };
+        if whole.is_empty() && tail.is_empty() {
+            return self.file.write_at(data, offset).map_err(io_errno);
+        }
+        whole.extend_from_slice(data);
+        whole.extend_from_slice(&tail);
+        self.file.write_all_at(&whole, start).map_err(io_errno)?;
+        Ok(data.len())
+    }
+
+    fn truncate(&mut self, size: u64) -> Result<()> {
+        rustix::fs::ftruncate(&*self.file, size)?;
+        if size < self.valid {
+            self.valid = size;
+            let mut value = format!("{size:x} ").into_bytes();
+            value.extend_from_slice(&self.path);
+            rustix::fs::fsetxattr(&*self.file, self.keys.partial(), &value, XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Brings the rest up.
+    fn complete(&self) -> Result<()> {
+        let mut at = 0;
+        while at < self.valid {
+            let data = next_data(&*self.file, at)?.unwrap_or(self.valid).min(self.valid);
+            while at < data {
+                let mut buffer = vec![0; CHUNK.min(data - at) as usize];
+                self.read_lower(&mut buffer, at)?;
+                self.file.write_all_at(&buffer, at).map_err(io_errno)?;
+                at += buffer.len() as u64;
+            }
+            if at < self.valid {
+                at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
+            }
+        }
+        rustix::fs::fdatasync(&*self.file)?;
+        rustix::fs::fremovexattr(&*self.file, self.keys.partial())
+    }
+
+    fn zero(&self, offset: u64, end: u64) -> Result<()> {
+        let mut at = offset;
+        while at < end {
+            let zeros = vec![0; CHUNK.min(end - at) as usize];
+            at += self.write(&zeros, at)? as u64;
+        }
+        Ok(())
+    }
+
+    fn seek_data(&self, offset: u64) -> Result<u64> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let above = next_data(&*self.file, offset)?;
+        let below = next_data(&self.lower, offset)?.filter(|&at| at < self.valid);
+        above.into_iter().chain(below).min().ok_or(Errno::NXIO)
+    }
+
+    fn seek_hole(&self, offset: u64) -> Result<u64> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let mut at = offset;
+        while at < size {
+            let above = next_data(&*self.file, at)?.unwrap_or(size);
+            if above == at {
+                at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
+                continue;
+            }
+            if at >= self.valid || next_data(&self.lower, at)? != Some(at) {
+                return Ok(at);
+            }
+            let below = rustix::fs::seek(&self.lower, SeekFrom::Hole(at))?.min(self.valid);
+            if below < above {
+                return Ok(below.min(size));
+            }
+            at = above;
+        }
+        Ok(size)
+    }
+}
+
+impl OpenFile {
+    pub(super) fn new(source: Source) -> Self {
+        Self { source: RwLock::new(source), writing: Mutex::new(()) }
+    }
+
+    /// The file has been copied up.
+    pub(super) fn replace(&self, source: Source) {
+        *self.source.write().unwrap_or_else(PoisonError::into_inner) = source;
+    }
+
+    fn source(&self) -> std::sync::RwLockReadGuard<'_, Source> {
+        self.source.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file of the upper that has the whole content, and will have it for as long as the file is open.
+    pub fn whole(&self) -> Option<Arc<File>> {
+        match &*self.source() {
+            Source::Whole(file) => Some(file.clone()),
+            _ => None,
+        }
+    }
+
+    /// Reads at `offset`; fewer bytes than asked for only at the end.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let read = |file: &File, buffer: &mut [u8]| {
+            let mut done = 0;
+            while done < buffer.len() {
+                match file.read_at(&mut buffer[done..], offset + done as u64) {
+                    Ok(0) => break,
+                    Ok(read) => done += read,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(io_errno(error)),
+                }
+            }
+            Ok(done)
+        };
+        match &*self.source() {
+            Source::Lower(file) => read(file, buffer),
+            Source::Whole(file) => read(file, buffer),
+            Source::Partial(partial) => partial.read(buffer, offset),
+        }
+    }
+
+    /// Writes at `offset`.
+    pub fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        match &*self.source() {
+            Source::Lower(_) => Err(Errno::BADF),
+            Source::Whole(file) => file.write_all_at(data, offset).map(|()| data.len()).map_err(io_errno),
+            Source::Partial(partial) => {
+                let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+                partial.write(data, offset)
+            }
+        }
+    }
+
+    /// Makes what was written durable.
+    pub fn sync(&self, content_only: bool) -> Result<()> {
+        let file = match &*self.source() {
+            Source::Lower(_) => return Ok(()),
+            Source::Whole(file) => file.clone(),
+            Source::Partial(partial) => partial.file.clone(),
+        };
+        if content_only { rustix::fs::fdatasync(&*file) } else { rustix::fs::fsync(&*file) }
+    }
+
+    pub(super) fn truncate(&self, size: u64) -> Result<()> {
+        match &mut *self.source.write().unwrap_or_else(PoisonError::into_inner) {
+            Source::Lower(_) => Err(Errno::BADF),
+            Source::Whole(file) => rustix::fs::ftruncate(&**file, size),
+            Source::Partial(partial) => partial.truncate(size),
+        }
+    }
+
+    /// `fallocate(2)`.
+    pub fn allocate(&self, mode: u32, offset: u64, length: u64) -> Result<()> {
+        let flags = FallocateFlags::from_bits_retain(mode);
+        let removes = FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
+        let shifts = FallocateFlags::COLLAPSE_RANGE | FallocateFlags::INSERT_RANGE;
+        let mut source = self.source.write().unwrap_or_else(PoisonError::into_inner);
+        let mut offset = offset;
+        let end = offset.checked_add(length).ok_or(Errno::FBIG)?;
+        if let Source::Partial(partial) = &mut *source {
+            let below = partial.valid.min(end).saturating_sub(offset);
+            if flags.intersects(shifts) || (flags.intersects(removes) && below > MOST_ZEROS) {
+                partial.complete()?;
+                let file = partial.file.clone();
+                *source = Source::Whole(file);
+            } else if flags.intersects(removes) && below > 0 {
+                partial.zero(offset, offset + below)?;
+                offset += below;
+            }
+        }
+        match &*source {
+            Source::Lower(_) => Err(Errno::BADF),
+            _ if offset == end => Ok(()),
+            Source::Whole(file) => rustix::fs::fallocate(&**file, flags, offset, end - offset),
+            Source::Partial(partial) => rustix::fs::fallocate(&*partial.file, flags, offset, end - offset),
+        }
+    }
+
+    /// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`.
+    pub fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        let seek =
+            |file: &File| rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) });
+        match &*self.source() {
+            Source::Lower(file) => seek(file),
+            Source::Whole(file) => seek(file),
+            Source::Partial(partial) if hole => partial.seek_hole(offset),
+            Source::Partial(partial) => partial.seek_data(offset),
+        }
+    }
+
+    /// Copies from another file, or from this one, as much as can be done at once.
+    pub fn copy_from(self: &Arc<Self>, other: &Arc<Self>, from: u64, to: u64, length: u64) -> Result<u64> {
+        if !Arc::ptr_eq(self, other)
+            && let (Source::Lower(_) | Source::Whole(_), Source::Whole(target)) = (&*other.source(), &*self.source())
+        {
+            let (mut from, mut to) = (from, to);
+            let copied = match &*other.source() {
+                Source::Lower(file) => copy_range(file, &mut from, target, &mut to, length),
+                Source::Whole(file) => copy_range(file, &mut from, target, &mut to, length),
+                Source::Partial(_) => Err(Errno::XDEV),
+            };
+            if !matches!(copied, Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP)) {
+                return copied;
+            }
+        }
+        let mut buffer = vec![0; length.min(CHUNK) as usize];
+        let read = other.read(&mut buffer, from)?;
+        let mut written = 0;
+        while written < read {
+            written += self.write(&buffer[written..read], to + written as u64)?;
+        }
+        Ok(read as u64)
+    }
+}
+
+fn copy_range(from: &File, at: &mut u64, to: &File, target: &mut u64, length: u64) -> Result<u64> {
+    let length = usize::try_from(length).unwrap_or(usize::MAX).min(1 << 30);
+    Ok(rustix::fs::copy_file_range(from, Some(at), to, Some(target), length)? as u64)
+}

@@ -1,0 +1,160 @@
+//! The lower: a directory tree that never changes, and the files in it.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Stat};
+use rustix::io::Errno;
+
+use super::Result;
+use super::fd_cache::FdCache;
+use super::object::{self, Object};
+
+/// A directory of the lower.
+///
+/// It never moves, so that its parents say for ever how it is reached, whatever happens to the tree that users see.
+#[derive(Debug)]
+pub(super) struct LowerDir {
+    number: u64,
+    parent: Option<(Arc<Self>, OsString)>,
+    /// The file system it lies on, as `st_dev`: a btrfs subvolume has its own.
+    dev: u64,
+    /// Tells the inode numbers of different file systems apart; 0 for the root's own.
+    realm: u64,
+}
+
+impl LowerDir {
+    /// Its path below the lower's root, beginning with `/`.
+    pub(super) fn path(&self) -> Vec<u8> {
+        let mut names = Vec::new();
+        let mut at = self;
+        while let Some((parent, name)) = &at.parent {
+            names.push(name.as_bytes());
+            at = parent;
+        }
+        names.iter().rev().fold(Vec::new(), |path, name| [&path, &b"/"[..], name].concat())
+    }
+}
+
+/// A file of the lower, by its directory and name.
+#[derive(Debug, Clone)]
+pub(super) struct LowerAt {
+    pub(super) dir: Arc<LowerDir>,
+    pub(super) name: OsString,
+}
+
+impl LowerAt {
+    pub(super) fn path(&self) -> Vec<u8> {
+        let mut path = self.dir.path();
+        path.push(b'/');
+        path.extend_from_slice(self.name.as_bytes());
+        path
+    }
+}
+
+/// The lower tree.
+#[derive(Debug)]
+pub(super) struct Lower {
+    root: Arc<LowerDir>,
+    descriptor: Arc<OwnedFd>,
+    open: FdCache,
+    made: u64,
+}
+
+/// Numbers above this one are given to files that the lower does not have.
+pub(super) const UPPER_NUMBERS: u64 = 1 << 52;
+
+impl Lower {
+    pub(super) fn new(descriptor: OwnedFd) -> Result<Self> {
+        let dev = rustix::fs::fstat(&descriptor)?.st_dev;
+        let root = Arc::new(LowerDir { number: 0, parent: None, dev, realm: 0 });
+        Ok(Self { root, descriptor: Arc::new(descriptor), open: FdCache::default(), made: 0 })
+    }
+
+    pub(super) fn root(&self) -> Arc<LowerDir> {
+        self.root.clone()
+    }
+
+    /// Opens a directory of the lower.
+    pub(super) fn dir(&mut self, dir: &Arc<LowerDir>) -> Result<Arc<OwnedFd>> {
+        let mut missing = Vec::new();
+        let mut at = dir.clone();
+        let mut open = loop {
+            if at.parent.is_none() {
+                break self.descriptor.clone();
+            }
+            if let Some(found) = self.open.get(at.number) {
+                break found;
+            }
+            missing.push(at.clone());
+            let Some((parent, _)) = &at.parent else { break self.descriptor.clone() };
+            at = parent.clone();
+        };
+        for dir in missing.into_iter().rev() {
+            let Some((_, name)) = &dir.parent else { continue };
+            open = Arc::new(object::open_dir(&open, name)?);
+            self.open.put(dir.number, open.clone());
+        }
+        Ok(open)
+    }
+
+    pub(super) fn find(&mut self, dir: &Arc<LowerDir>, name: &OsStr) -> Result<Option<Stat>> {
+        let open = self.dir(dir)?;
+        object::find_at(&open, name)
+    }
+
+    pub(super) fn object(&mut self, at: &LowerAt) -> Result<Object> {
+        Ok(Object::at(self.dir(&at.dir)?, at.name.clone()))
+    }
+
+    /// The directory `name` in `dir`, whose attributes are `stat`.
+    pub(super) fn enter(&mut self, dir: &Arc<LowerDir>, name: &OsStr, stat: &Stat) -> Arc<LowerDir> {
+        self.made += 1;
+        let mut entered = LowerDir {
+            number: self.made,
+            parent: Some((dir.clone(), name.to_owned())),
+            dev: stat.st_dev,
+            realm: dir.realm,
+        };
+        if stat.st_dev != dir.dev {
+            let hash = blake3::hash(&entered.path());
+            // 19 bits between the inode numbers of ordinary size and the bit of the upper's.
+            let mut bytes = [0; 8];
+            bytes[..4].copy_from_slice(&hash.as_bytes()[..4]);
+            entered.realm = ((u64::from_le_bytes(bytes) % 0x7_ffff) + 1) << 33;
+        }
+        Arc::new(entered)
+    }
+
+    /// The number that users see for a file of the lower.
+    pub(super) fn number(dir: &LowerDir, stat: &Stat) -> u64 {
+        match (stat.st_ino ^ dir.realm) & (UPPER_NUMBERS - 1) {
+            // 0 is no inode, and 1 is the root of the mount.
+            number @ (0 | 1) => number | (1 << 51),
+            number => number,
+        }
+    }
+
+    /// Finds what a path that was recorded leads to.
+    pub(super) fn resolve(&mut self, path: &[u8]) -> Result<Option<(LowerAt, Stat)>> {
+        let mut dir = self.root();
+        let mut names = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty()).peekable();
+        while let Some(name) = names.next() {
+            if name == b"." || name == b".." {
+                return Err(Errno::IO);
+            }
+            let name = OsString::from_vec(name.to_vec());
+            let Some(stat) = self.find(&dir, &name)? else { return Ok(None) };
+            if names.peek().is_none() {
+                return Ok(Some((LowerAt { dir, name }, stat)));
+            }
+            if object::kind_of(&stat) != FileType::Directory {
+                return Ok(None);
+            }
+            dir = self.enter(&dir, &name, &stat);
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,253 @@
+//! Mounting a tree and serving it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use fuser::{Config, MountOption, Session, SessionACL};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::adapter::Adapter;
+use super::overlay::Overlay;
+
+/// The type of our mounts in `/proc/self/mountinfo`.
+pub const TYPE: &str = "fuse.fsnap";
+
+/// Why a tree could not be served, or not be unmounted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The branch could not be opened.
+    #[error(transparent)]
+    Overlay(#[from] super::overlay::Error),
+    /// Nothing of ours is mounted there.
+    #[error("{dir:?} is not mounted by fsnap")]
+    NotMounted {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A process still uses it.
+    #[error("{dir:?} is in use: end the processes that have files or their working directory there")]
+    Busy {
+        /// Where it is mounted.
+        dir: PathBuf,
+    },
+    /// A system call failed.
+    #[error("cannot {action} {object:?}: {source}")]
+    Io {
+        /// What was tried: a verb.
+        action: &'static str,
+        /// On what.
+        object: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// How a tree is mounted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Other users see it too.
+    pub allow_other: bool,
+    /// Set-id bits have an effect.
+    pub suid: bool,
+    /// Device nodes can be opened.
+    pub dev: bool,
+}
+
+fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
+    move |source| Error::Io { action, object: object.to_owned(), source }
+}
+
+/// Mounts the tree at `dir`, calls `ready`, and serves it until it is unmounted.
+pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, ready: impl FnOnce()) -> Result<(), Error> {
+    // The modes that are asked for are the modes that are made.
+    rustix::process::umask(Mode::empty());
+    clear_stale(dir)?;
+    // Before it is mounted: afterwards, every look at it takes somebody who serves it.
+    let shown = dir.canonicalize().map_err(failed("resolve", dir))?;
+    let notifier = Arc::new(OnceLock::new());
+    let adapter = Adapter::new(overlay, notifier.clone());
+    let mut config = Config::default();
+    config.n_threads = Some(4);
+    // Who may use the mount is for the kernel to say; it also makes requests of its own in anybody's name.
+    config.acl = SessionACL::All;
+    let session = if rustix::process::geteuid().is_root() {
+        config.clone_fd = true;
+        let device = mount(source, dir, options)?;
+        let served = Session::from_fd(adapter, device, SessionACL::All, config);
+        served.inspect_err(|_| {
+            let _ = rustix::mount::unmount(dir, UnmountFlags::DETACH);
+        })
+    } else {
+        config.mount_options = vec![
+            MountOption::FSName(source.to_string_lossy().into_owned()),
+            MountOption::Subtype("fsnap".into()),
+            MountOption::DefaultPermissions,
+            MountOption::NoSuid,
+            MountOption::NoDev,
+        ];
+        if !options.allow_other {
+            config.acl = SessionACL::Owner;
+        }
+        Session::new(adapter, dir, &config)
+    };
+    let session = session.map_err(failed("serve", dir))?;
+    let _ = notifier.set(session.notifier());
+    larger_readahead(&shown);
+    ready();
+    session.run().map_err(failed("serve", dir))
+}
+
+/// Reads of what is not passed through come in larger pieces; where that cannot be set, they come in smaller ones.
+fn larger_readahead(dir: &Path) {
+    if let Ok(Some(mount)) = mounted(dir) {
+        let _ = std::fs::write(format!("/sys/class/bdi/{}/read_ahead_kb", mount.device), "1024");
+    }
+}
+
+/// Mounts by ourselves, because a helper would drop the type's second half.
+fn mount(source: &Path, dir: &Path, options: Options) -> Result<OwnedFd, Error> {
+    let device = Path::new("/dev/fuse");
+    let opened = File::options().read(true).write(true).open(device).map_err(failed("open", device))?;
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    let mut data = format!(
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
+        opened.as_raw_fd(),
+        uid.as_raw(),
+        gid.as_raw()
+    );
+    if options.allow_other {
+        data.push_str(",allow_other");
+    }
+    let mut flags = MountFlags::empty();
+    flags.set(MountFlags::NOSUID, !options.suid);
+    flags.set(MountFlags::NODEV, !options.dev);
+    let data = std::ffi::CString::new(data).map_err(|error| failed("mount on", dir)(error.into()))?;
+    let done = rustix::mount::mount(source, dir, TYPE, flags, &*data);
+    done.map_err(|error| failed("mount on", dir)(error.into()))?;
+    Ok(opened.into())
+}
+
+/// Takes off what a server that was killed has left.
+fn clear_stale(dir: &Path) -> Result<(), Error> {
+    if is_stale(dir) { detach(dir) } else { Ok(()) }
+}
+
+/// Whether nobody serves it any more. Attributes would not tell, for the kernel has them cached.
+fn is_stale(dir: &Path) -> bool {
+    rustix::fs::statfs(dir).err() == Some(Errno::NOTCONN)
+}
+
+fn detach(dir: &Path) -> Result<(), Error> {
+    if rustix::process::geteuid().is_root() {
+        let done = rustix::mount::unmount(dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        return done.map_err(|error| failed("unmount", dir)(error.into()));
+    }
+    fusermount(dir, &["-u", "-z"])
+}
+
+fn fusermount(dir: &Path, arguments: &[&str]) -> Result<(), Error> {
+    let output = std::process::Command::new("fusermount3").args(arguments).arg("--").arg(dir).output();
+    let output = output.map_err(failed("run fusermount3 for", dir))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if said.contains("busy") {
+        return Err(Error::Busy { dir: dir.to_owned() });
+    }
+    Err(failed("unmount", dir)(io::Error::other(said)))
+}
+
+/// Unmounts what fsnap serves at `dir`.
+///
+/// Returns when the server has ended, so that its store can be opened again at once.
+pub fn unmount(dir: &Path) -> Result<(), Error> {
+    let refused = || Error::NotMounted { dir: dir.to_owned() };
+    let stale = is_stale(dir);
+    let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
+    let path = path.map_err(failed("resolve", dir))?;
+    let store = mounted(&path)?.ok_or_else(refused)?.source;
+    if stale {
+        return detach(&path);
+    }
+    if rustix::process::geteuid().is_root() {
+        match rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) => return Err(Error::Busy { dir: path }),
+            done => done.map_err(|error| failed("unmount", &path)(error.into()))?,
+        }
+    } else {
+        fusermount(&path, &["-u"])?;
+    }
+    wait_for_server(&store);
+    Ok(())
+}
+
+/// Waits until nobody has the store's lock, for a while.
+fn wait_for_server(store: &Path) {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(lock) = rustix::fs::openat(CWD, store.join("lock"), flags, Mode::empty()) else { return };
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
+        if std::time::Instant::now() > until {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// What the kernel's table says of a mount of ours.
+struct Mounted {
+    /// The store.
+    source: PathBuf,
+    /// The file system's device, as `major:minor`.
+    device: String,
+}
+
+/// Our mount that is uppermost at `dir`.
+fn mounted(dir: &Path) -> Result<Option<Mounted>, Error> {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let table = Path::new("/proc/self/mountinfo");
+    let text = std::fs::read(table).map_err(failed("read", table))?;
+    let mut found = None;
+    for line in text.split(|&byte| byte == b'\n') {
+        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
+        let Some(separator) = fields.iter().position(|field| *field == b"-") else { continue };
+        let (Some(device), Some(point), Some(kind), Some(source)) =
+            (fields.get(2), fields.get(4), fields.get(separator + 1), fields.get(separator + 2))
+        else {
+            continue;
+        };
+        if unescape(point) == dir.as_os_str().as_bytes() {
+            let source = PathBuf::from(std::ffi::OsString::from_vec(unescape(source)));
+            let device = String::from_utf8_lossy(device).into_owned();
+            found = (*kind == TYPE.as_bytes()).then_some(Mounted { source, device });
+        }
+    }
+    Ok(found)
+}
+
+/// Undoes the octal escapes of `/proc/self/mountinfo`.
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&byte, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(value) if byte == b'\\' => {
+                plain.push(value);
+                rest = &after[3..];
+            }
+            _ => {
+                plain.push(byte);
+                rest = after;
+            }
+        }
+    }
+    plain
+}

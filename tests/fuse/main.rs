@@ -1,0 +1,36 @@
+//! `fsnap overlay` as programs see it: a mounted tree beside a plain directory, and what is left when its server is killed.
+//!
+//! Everything happens in a mount namespace of this program's own.
+
+mod differential;
+mod faults;
+mod site;
+mod tree;
+mod union;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+use rustix::mount::MountPropagationFlags;
+
+/// The name of a case, and what it does.
+type Case = (&'static str, fn());
+
+fn main() -> ExitCode {
+    // There is one thread yet, so that all later ones, and the servers, are in the namespace.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("these cases mount, which takes root");
+    let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", flags).expect("the namespace's mounts can be made private");
+    let mut trials = Vec::new();
+    for (module, cases) in [("differential", differential::CASES), ("faults", faults::CASES), ("union", union::CASES)] {
+        for &(name, case) in cases {
+            trials.push(Trial::test(format!("{module}::{name}"), move || {
+                std::panic::catch_unwind(case).map_err(|panic| {
+                    let text = panic.downcast_ref::<String>().cloned();
+                    text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.into())).unwrap_or_default().into()
+                })
+            }));
+        }
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}

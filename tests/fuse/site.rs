@@ -1,0 +1,166 @@
+//! A lower directory, a store, and a server that shows both as one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::tree::{self, Tree};
+
+/// How long a server may take to start or to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a case may use one mount. A request that hangs is answered when the server is killed then.
+const LONGEST: Duration = Duration::from_secs(50);
+
+/// One tree of `fsnap overlay`.
+pub(crate) struct Site {
+    base: tempfile::TempDir,
+    server: Arc<Mutex<Option<Child>>>,
+    before: Tree,
+    watchdog: Option<Sender<()>>,
+}
+
+impl Site {
+    /// Makes a lower directory with `fill`, and mounts.
+    pub(crate) fn new(fill: impl FnOnce(&Path)) -> Self {
+        Self::with_store(fill, |_| {})
+    }
+
+    /// As [`new`](Self::new), with a store on a file system that has only so many bytes.
+    pub(crate) fn on_small_store(bytes: u32, fill: impl FnOnce(&Path)) -> Self {
+        Self::with_store(fill, |store| {
+            fs::create_dir(store).unwrap();
+            let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            rustix::mount::mount("small", store, "tmpfs", rustix::mount::MountFlags::empty(), &*size).unwrap();
+        })
+    }
+
+    fn with_store(fill: impl FnOnce(&Path), make_store: impl FnOnce(&Path)) -> Self {
+        let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        for name in ["lower", "mnt"] {
+            fs::create_dir(base.path().join(name)).unwrap();
+        }
+        fill(&base.path().join("lower"));
+        let before = tree::with_times(&base.path().join("lower"));
+        let mut site = Self { base, server: Arc::default(), before, watchdog: None };
+        let (alive, watched) = channel();
+        let server = site.server.clone();
+        std::thread::spawn(move || {
+            if watched.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout) {
+                kill(&server);
+            }
+        });
+        site.watchdog = Some(alive);
+        make_store(&site.store());
+        site.mount();
+        site
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.base.path().join(name)
+    }
+
+    pub(crate) fn lower(&self) -> PathBuf {
+        self.path("lower")
+    }
+
+    pub(crate) fn store(&self) -> PathBuf {
+        self.path("store")
+    }
+
+    /// Where it is mounted.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.path("mnt")
+    }
+
+    /// A path below the mount.
+    pub(crate) fn at(&self, path: &str) -> PathBuf {
+        self.dir().join(path)
+    }
+
+    pub(crate) fn mount(&self) {
+        let mut command = fsnap();
+        command.args(["overlay", "--foreground", "--suid", "--dev"]).args([self.lower(), self.store(), self.dir()]);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        self.until("it is mounted", || {
+            assert_eq!(self.ended(), None, "the server ended before it had mounted");
+            // A mount that a killed server left answers this with an error, and so it is not taken for the new one.
+            rustix::fs::statfs(self.dir()).is_ok() && is_mounted(&self.dir())
+        });
+    }
+
+    pub(crate) fn unmount(&self) {
+        let output = fsnap().arg("umount").arg(self.dir()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        self.until("the server ends", || self.ended().is_some());
+        assert_eq!(self.ended(), Some(true), "the server failed");
+        assert!(!is_mounted(&self.dir()));
+    }
+
+    pub(crate) fn remount(&self) {
+        self.unmount();
+        self.mount();
+    }
+
+    /// SIGKILL; what is mounted stays, and answers nothing any more.
+    pub(crate) fn kill(&self) {
+        kill(&self.server);
+    }
+
+    /// A second server on the same store.
+    pub(crate) fn second_server(&self) -> Output {
+        let other = self.path("other");
+        fs::create_dir(&other).unwrap();
+        fsnap().arg("overlay").args([self.lower(), self.store(), other]).output().unwrap()
+    }
+
+    /// Unmounts, and looks whether anything of the lower has changed.
+    pub(crate) fn end(self) {
+        self.unmount();
+        tree::assert_equal(&self.before, &tree::with_times(&self.lower()), "the lower has changed");
+    }
+
+    fn ended(&self) -> Option<bool> {
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.as_mut().and_then(|child| child.try_wait().unwrap()).map(|status| status.success())
+    }
+
+    fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !holds() {
+            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        self.watchdog = None;
+        self.kill();
+        for dir in [self.dir(), self.store()] {
+            while rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::DETACH).is_ok() {}
+        }
+    }
+}
+
+fn fsnap() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_fsnap"))
+}
+
+fn kill(server: &Mutex<Option<Child>>) {
+    if let Some(child) = server.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// Whether one of fsnap's trees is mounted there, as the kernel's table says: looking at a dead one would fail.
+pub(crate) fn is_mounted(dir: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let point = format!(" {} ", dir.to_str().unwrap());
+    table.lines().any(|line| line.contains(&point) && line.contains(" - fuse.fsnap "))
+}
