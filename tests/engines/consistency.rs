@@ -94,6 +94,8 @@ struct Dumped {
 struct Restored {
     dumped: Dumped,
     first: Verdict,
+    /// Every member is a point in time.
+    sure: bool,
     init: i32,
     pid: i32,
 }
@@ -101,15 +103,18 @@ struct Restored {
 /// Restores each, asks it at once and again when others have been restored, and removes it; returns how many there were.
 fn restore_each(site: &Site, reports: &Path, dumps: mpsc::Receiver<Dumped>) -> usize {
     let mut alive = VecDeque::new();
-    let mut count = 0;
+    let (mut count, mut sure) = (0, 0);
     for dumped in dumps {
-        alive.push_back(restore(site, reports, dumped));
+        let restored = restore(site, reports, dumped);
         count += 1;
+        sure += usize::from(restored.sure);
+        alive.push_back(restored);
         if alive.len() == ALIVE {
             alive.pop_front().into_iter().for_each(|oldest| retire(site, reports, oldest));
         }
     }
     alive.into_iter().for_each(|last| retire(site, reports, last));
+    assert!(2 * sure > count, "only {sure} of {count} checkpoints are points in time");
     count
 }
 
@@ -124,10 +129,15 @@ fn restore(site: &Site, reports: &Path, dumped: Dumped) -> Restored {
     let generation = |verdict: &Verdict| verdict.asked.as_ref().unwrap().generation;
     assert_eq!(generation(&verdict), generation(&dumped.before) + 1, "checkpoint {number}");
     assert!(verdict.steps() >= dumped.before.steps(), "checkpoint {number}: {verdict}");
-    for member in site.json(["show", id, "--json"])["members"].as_array().unwrap() {
-        assert_eq!(member["consistency"], "point-in-time", "checkpoint {number}");
+    // Another restore that is under way holds files of the same file system behind mounts that are attached nowhere yet. It
+    // may be taken for a writer, since nothing may be claimed that was not seen; then it is named.
+    let members = &site.json(["show", id, "--json"])["members"];
+    let mut sure = true;
+    for member in members.as_array().unwrap().iter().filter(|member| member["consistency"] != "point-in-time") {
+        assert!(!member["writers"].as_array().unwrap().is_empty(), "checkpoint {number}: {member}");
+        sure = false;
     }
-    Restored { first: verdict, init, pid, dumped }
+    Restored { first: verdict, sure, init, pid, dumped }
 }
 
 fn retire(site: &Site, reports: &Path, restored: Restored) {
