@@ -15,6 +15,7 @@ pub mod format;
 mod intent;
 mod lock;
 mod query;
+mod search;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,6 +26,7 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
 pub use lock::{IntentLock, Note, find_plan};
 pub use query::Removal;
+pub use search::{SearchFile, WriterLists};
 
 /// Why the catalog could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +77,12 @@ pub enum Error {
         /// Where it was expected.
         path: PathBuf,
     },
+    /// A search for writers, which somebody else waits to end, goes on.
+    #[error("a process of fsnap still searches for writers, with {} locked", path.display())]
+    Searching {
+        /// The file for its answer.
+        path: PathBuf,
+    },
     /// A system call on one of the catalog's files failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -107,6 +115,7 @@ pub struct Catalog {
     db: Connection,
     state: PathBuf,
     access: Access,
+    patience: Duration,
 }
 
 impl Catalog {
@@ -125,14 +134,14 @@ impl Catalog {
         };
         let opened = Connection::open_with_flags(&path, how | OpenFlags::SQLITE_OPEN_NO_MUTEX);
         let db = opened.map_err(|source| translate(&path, source))?;
-        let catalog = Self { db, state: state.to_owned(), access };
-        catalog.configure(patience).map_err(|source| catalog.failed(source))?;
+        let catalog = Self { db, state: state.to_owned(), access, patience };
+        catalog.configure().map_err(|source| catalog.failed(source))?;
         format::check_version(&catalog.db, &path)?;
         Ok(catalog)
     }
 
-    fn configure(&self, patience: Duration) -> rusqlite::Result<()> {
-        self.db.busy_timeout(patience)?;
+    fn configure(&self) -> rusqlite::Result<()> {
+        self.db.busy_timeout(self.patience)?;
         self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
         self.db.pragma_update(None, "trusted_schema", false)?;
         match self.access {
@@ -153,6 +162,11 @@ impl Catalog {
     /// What it was opened for.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// How long it waits for another fsnap.
+    pub fn patience(&self) -> Duration {
+        self.patience
     }
 
     fn path(&self) -> PathBuf {

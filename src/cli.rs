@@ -23,6 +23,7 @@ mod overlay;
 mod recover;
 mod restore;
 mod rm;
+mod search;
 mod show;
 mod sys;
 mod tag;

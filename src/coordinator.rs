@@ -38,7 +38,7 @@ pub use diff::{Change, ChangeKind, Side};
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place};
 pub use restore::RestoreRequest;
-pub use targets::{Target, find_writers, writers_in, writers_outside};
+pub use targets::{Target, WriterSearch, find_writers};
 pub use verify::Finding;
 pub use window::Window;
 

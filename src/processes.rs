@@ -27,13 +27,13 @@ mod writers;
 use std::io;
 use std::path::PathBuf;
 
-pub use census::Census;
+use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use files::How;
 pub use process_id::ProcessId;
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use tree::{Member, Tree};
-pub use writers::{Writer, WriterScan, writers, writers_among};
+pub use writers::{Writer, WriterScan, writers};
 
 /// The result of a look at processes.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,8 +1,9 @@
 //! Changes of the outside world, recorded before they are made.
 
-use fsnap_backend::{Identity, Locator};
+use fsnap_backend::{Consistency, Identity, Locator};
 use serde::{Deserialize, Serialize};
 
+use super::WriterLists;
 use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
 use crate::name::Name;
 use crate::processes::ProcessId;
@@ -147,4 +148,21 @@ pub struct Taken {
     pub time: jiff::Timestamp,
     /// Every member, with its snapshot.
     pub members: Vec<Member>,
+    /// Whether a search for other writers had yet to end. Until its answer is known, no member is a point in time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub searching: bool,
+}
+
+impl Taken {
+    /// Brings in what the search for writers found; `None` if it ended without an answer.
+    pub fn tell(&mut self, writers: Option<WriterLists>) {
+        let Some(writers) = writers.filter(|lists| self.searching && lists.len() == self.members.len()) else { return };
+        self.searching = false;
+        for (member, writers) in self.members.iter_mut().zip(writers) {
+            if writers.is_empty() {
+                member.consistency = Consistency::PointInTime;
+            }
+            member.writers = writers;
+        }
+    }
 }

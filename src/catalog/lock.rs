@@ -1,10 +1,11 @@
 //! The files of an intent: who works on it, and what the frozen window reads and writes.
 //!
-//! Three files in the directory `intents`, for the intent `N`:
+//! Four files in the directory `intents`, for the intent `N`:
 //!
 //! * `N` is locked by whoever works on the intent, and holds the [`Plan`] of a checkpoint whose snapshots another process
 //!   takes: the hook of an engine;
 //! * `N.taken` holds what was [`Taken`], from the instant at which all was;
+//! * `N.search` holds who else was writing, once the search for them has ended;
 //! * `N.new` is one that is being written.
 //!
 //! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
@@ -63,6 +64,10 @@ impl IntentFiles {
         self.dir.join(format!("{}.taken", self.id))
     }
 
+    fn search(&self) -> PathBuf {
+        self.dir.join(format!("{}.search", self.id))
+    }
+
     fn unfinished(&self) -> PathBuf {
         self.dir.join(format!("{}.new", self.id))
     }
@@ -95,6 +100,10 @@ impl IntentLock {
             .map_err(io_error("write", &path))
     }
 
+    pub(super) fn search(&self) -> PathBuf {
+        self.files.search()
+    }
+
     /// Where the note of what was taken will lie.
     pub fn note(&self) -> PathBuf {
         self.files.taken()
@@ -123,7 +132,7 @@ impl Drop for IntentLock {
     fn drop(&mut self) {
         if self.finished {
             // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
-            for path in [self.files.unfinished(), self.files.taken(), self.files.lock()] {
+            for path in [self.files.unfinished(), self.files.search(), self.files.taken(), self.files.lock()] {
                 let _ = std::fs::remove_file(path);
             }
         }
@@ -217,7 +226,7 @@ fn ids_in(dir: &Path) -> Result<BTreeSet<IntentId>> {
     Ok(ids)
 }
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
     options
@@ -231,18 +240,18 @@ fn lock(file: File, files: IntentFiles) -> Result<Option<IntentLock>> {
     }
 }
 
-fn read(mut file: impl Read) -> io::Result<Vec<u8>> {
+pub(super) fn read(mut file: impl Read) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     file.read_to_end(&mut content)?;
     Ok(content)
 }
 
-fn to_bytes<T: Serialize>(record: &T) -> Vec<u8> {
+pub(super) fn to_bytes<T: Serialize>(record: &T) -> Vec<u8> {
     let (body, digest) = encode(record);
     format!("{}\n{body}", hex::encode(digest)).into_bytes()
 }
 
-fn from_bytes<T: DeserializeOwned>(content: &[u8]) -> Option<T> {
+pub(super) fn from_bytes<T: DeserializeOwned>(content: &[u8]) -> Option<T> {
     let (digest, body) = std::str::from_utf8(content).ok()?.split_once('\n')?;
     (digest == hex::encode(super::query::digest(body))).then(|| serde_json::from_str(body).ok())?
 }
@@ -251,7 +260,7 @@ fn unless_missing(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
+pub(super) fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Io { action, path: path.clone(), source }
 }

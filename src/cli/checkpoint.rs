@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fsnap::coordinator::{Coordinator, Request, Window, find_writers, writers_outside};
+use fsnap::coordinator::{Coordinator, Request, Window, WriterSearch, find_writers};
 use fsnap::failpoint;
 use fsnap::name::Name;
 use fsnap::processes::{Cgroup, ProcessId, Tree};
@@ -79,7 +79,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let taken = if tree.is_some() || args.freeze_writers {
         take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
-        take_searching(&mut window, false, &Tree::of_processes([]))
+        take_searching(&mut window, false, Tree::of_processes([]))
     };
     // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
     let noted = taken.and_then(|()| window.write_note());
@@ -119,17 +119,17 @@ fn take_frozen(
         freeze_late_writers(window, &mut frozen)?;
     }
     let standing = everyone_in(&frozen);
-    take_searching(window, true, &standing)?;
+    take_searching(window, true, standing)?;
     frozen.check()?;
     Ok(frozen.thaw()?)
 }
 
 /// Takes the snapshots, and searches for writers outside `tree` meanwhile.
-fn take_searching(window: &mut Window, stopped: bool, tree: &Tree) -> fsnap::Result<()> {
+fn take_searching(window: &mut Window, stopped: bool, tree: Tree) -> fsnap::Result<()> {
     let pending = window.pending().clone();
     std::thread::scope(|scope| {
-        let search = scope.spawn(|| writers_outside(&pending, tree, &[]));
-        window.take(stopped, || search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        let search = scope.spawn(move || WriterSearch::new(&pending, tree, Vec::new())?.run());
+        window.take(stopped, || search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some))
     })
 }
 

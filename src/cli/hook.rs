@@ -1,18 +1,15 @@
 //! `fsnap hook`
 
-use std::sync::mpsc::Sender;
-use std::thread::JoinHandle;
-
-use fsnap::catalog::PendingCheckpoint;
 use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
-use fsnap::coordinator::{Coordinator, Request, Target, Window, writers_in};
+use fsnap::coordinator::{Coordinator, Request, Target, Window};
 use fsnap::engine::criu::{self, HookCall};
 use fsnap::engine::{ImageRecord, MemberRecord, Phase};
-use fsnap::processes::{Census, ProcessId, Tree};
+use fsnap::processes::{ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
 use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
+use super::search::Search;
 use super::{Context, Failure, Outcome, Output, environment};
 
 /// The name under which fsnap is CRIU's action script.
@@ -48,11 +45,7 @@ pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
     match call.phase {
         Phase::Starting => start(&Context::load()?, &call),
-        Phase::Frozen => {
-            // First of all, side by side with what comes before the snapshots: it takes the longest.
-            let search = Search::start(&call);
-            take(&Context::load()?, &call, search)
-        }
+        Phase::Frozen => take(&Context::load()?, &call),
         Phase::Restoring => check(&Context::load()?, &call),
         Phase::Restored | Phase::Resumed => Ok(()),
     }
@@ -101,7 +94,7 @@ fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Opt
 }
 
 /// The processes stand: take the snapshots, and leave all else for later.
-fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
+fn take(context: &Context, call: &HookCall) -> Outcome {
     // As long as this process lives, the application stands. What was taken so far is undone by the next command.
     let limit = context.config.hook.deadline();
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
@@ -124,13 +117,19 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
     }
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
     deadline.removes(&window.note()).map_err(cannot)?;
-    let search = search.among(window.pending().clone());
+    let ignore = vec![call.engine.pid, environment::parent()];
+    let search = Search::start(&window, pid, ignore, limit);
     let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
-        window.take(true, || search.finish())?;
+        window.take(true, || Ok(None))?;
         failpoint::hit("hook:taken");
         call.images.write_record(&record(&window))?;
         failpoint::hit("hook:written");
         say_id(id);
+        match &search {
+            Ok(search) => search.knows_the_tree(),
+            // The checkpoint claims less, and is whole.
+            Err(error) => say("warning", &error.to_string()),
+        }
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
         hold_off_signals().map_err(cannot)?;
         window.write_note()
@@ -140,43 +139,13 @@ fn take(context: &Context, call: &HookCall, search: Search) -> Outcome {
         return Err(window.give_up(error).into());
     }
     window.leave();
+    let _ = search.map(Search::leave);
     Ok(())
 }
 
 /// A full disk under the engine's log is no reason to call the checkpoint a failure.
 fn say_id(id: CheckpointId) {
     let _ = Output::new().line(id);
-}
-
-/// The search for writers outside the frozen tree, in a thread that starts before it is known what to look for.
-struct Search {
-    thread: JoinHandle<fsnap::Result<Vec<Vec<String>>>>,
-    plan: Sender<PendingCheckpoint>,
-}
-
-impl Search {
-    fn start(call: &HookCall) -> Self {
-        let (plan, planned) = std::sync::mpsc::channel::<PendingCheckpoint>();
-        let ignore = [call.engine.pid, environment::parent()];
-        let tree = call.tree;
-        let thread = std::thread::spawn(move || {
-            let census = Census::take()?;
-            let (Some(tree), Ok(pending)) = (tree, planned.recv()) else { return Ok(Vec::new()) };
-            writers_in(&census, &pending, &Tree::of_standing(&census, tree)?, &ignore)
-        });
-        Self { thread, plan }
-    }
-
-    /// Says what to look for: files of the checkpoint's volumes.
-    fn among(self, pending: PendingCheckpoint) -> Self {
-        // A thread that has failed already says so when it is joined.
-        let _ = self.plan.send(pending);
-        self
-    }
-
-    fn finish(self) -> fsnap::Result<Vec<Vec<String>>> {
-        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
 }
 
 /// What is left beside the engine's images.

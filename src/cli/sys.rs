@@ -1,12 +1,18 @@
-//! The signals that end the process: the only `unsafe` of the command line.
+//! The signals that end the process, and a child that goes on without it: the only `unsafe` of the command line.
 
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::ForkResult;
 
 /// What the process says on standard error when its time is over.
 pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
@@ -41,6 +47,47 @@ pub(super) extern "C" fn end_without_page(_: libc::c_int) {
         libc::write(libc::STDERR_FILENO, NO_PAGE.as_ptr().cast(), NO_PAGE.len());
         libc::_exit(1);
     }
+}
+
+/// Runs `work` in a child that is a copy of this process, and ends it: nothing of the parent's is finished or cleaned up there.
+///
+/// The process must have one thread.
+pub(super) fn in_child(work: impl FnOnce()) -> io::Result<()> {
+    // SAFETY: no other thread can hold a lock that the child would wait for.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Child => {
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(work));
+            // SAFETY: it has no preconditions.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// Makes a child that goes on alone: in a session of its own, with no files but those `kept`, and not for longer than `limit`.
+pub(super) fn detach(kept: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()> {
+    nix::unistd::setsid()?;
+    // The parent's handler says that the hook failed, and takes its note away.
+    handle(Signal::SIGALRM, SigHandler::SigDfl, SaFlags::empty())?;
+    nix::unistd::alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    drop(null);
+    let mut kept: Vec<u32> = kept.iter().map(|file| file.as_raw_fd().cast_unsigned()).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for next in kept.into_iter().chain([u32::MAX]) {
+        if first < next {
+            // SAFETY: what owns the files that are closed here is never used or dropped in the child.
+            if unsafe { libc::syscall(libc::SYS_close_range, first, next - 1, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = next.saturating_add(1);
+    }
+    Ok(())
 }
 
 /// Sets what is done when `signal` comes.

@@ -136,7 +136,12 @@ impl Coordinator {
         }
         let checkpoint = pending.id;
         let taken = match lock.taken()? {
-            Note::Whole(taken) => Some(taken),
+            Note::Whole(mut taken) => {
+                if taken.searching {
+                    taken.tell(lock.end_of_search(self.catalog.patience())?);
+                }
+                Some(taken)
+            }
             Note::Absent if pending.boot == boot_id()? => None,
             Note::Absent | Note::Torn => self.taken_before_the_power_cut(&pending)?,
         };
@@ -180,7 +185,7 @@ impl Coordinator {
                 writers: Vec::new(),
             });
         }
-        Ok(Some(Taken { time: jiff::Timestamp::now(), members }))
+        Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false }))
     }
 }
 

@@ -7,10 +7,10 @@ use fsnap_backend::Identity;
 
 use super::Coordinator;
 use crate::branch::{Branch, BranchMember};
-use crate::catalog::PendingCheckpoint;
+use crate::catalog::{PendingCheckpoint, WriterLists};
 use crate::checkpoint::PathText;
 use crate::name::Name;
-use crate::processes::{self, Candidate, CandidateKind, Census, Tree, WriterScan};
+use crate::processes::{self, Candidate, CandidateKind, Tree, WriterScan};
 use crate::volume::RegisteredVolume;
 use crate::{Error, Result};
 
@@ -107,36 +107,41 @@ impl Coordinator {
     }
 }
 
-/// Finds who outside `tree` has files of the members open for writing: one list per member, in words.
-///
-/// The processes in `ignore`, such as the engine, are left out.
-pub fn writers_outside(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<Vec<Vec<String>>> {
-    writers_in(&Census::take()?, pending, tree, ignore)
+/// A search for those outside a tree who have files of a checkpoint's volumes open for writing.
+#[derive(Debug)]
+pub struct WriterSearch {
+    candidates: Vec<Candidate>,
+    tree: Tree,
+    ignore: Vec<i32>,
 }
 
-/// The same, among the processes of a census that has just been taken.
-pub fn writers_in(
-    census: &Census,
-    pending: &PendingCheckpoint,
-    tree: &Tree,
-    ignore: &[i32],
-) -> Result<Vec<Vec<String>>> {
-    let scan = processes::writers_among(census, &planned(pending)?, tree, ignore)?;
-    let mut lists = vec![Vec::new(); pending.members.len()];
-    for writer in scan.writers {
-        let path = crate::printable(writer.path.as_os_str());
-        lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+impl WriterSearch {
+    /// Opens what it needs: the volumes must be there now, and need not be while it runs.
+    ///
+    /// The processes in `ignore`, such as the engine, are left out.
+    pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
+        Ok(Self { candidates: planned(pending)?, tree, ignore })
     }
-    // What the kernel hides even from root is a process that no user could name or freeze either.
-    if !rustix::process::geteuid().is_root() {
-        let text = match scan.unseen.as_slice() {
-            [] => return Ok(lists),
-            [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
-            several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
-        };
-        lists.iter_mut().for_each(|list| list.push(text.clone()));
+
+    /// Searches: one list per member, in words.
+    pub fn run(&self) -> Result<WriterLists> {
+        let scan = processes::writers(&self.candidates, &self.tree, &self.ignore)?;
+        let mut lists = vec![Vec::new(); self.candidates.len()];
+        for writer in scan.writers {
+            let path = crate::printable(writer.path.as_os_str());
+            lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+        }
+        // What the kernel hides even from root is a process that no user could name or freeze either.
+        if !rustix::process::geteuid().is_root() {
+            let text = match scan.unseen.as_slice() {
+                [] => return Ok(lists),
+                [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
+                several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
+            };
+            lists.iter_mut().for_each(|list| list.push(text.clone()));
+        }
+        Ok(lists)
     }
-    Ok(lists)
 }
 
 /// Finds who outside `tree` has files of the members open for writing.

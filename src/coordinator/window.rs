@@ -7,9 +7,12 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
-use crate::catalog::{self, Note, PendingCheckpoint, Taken};
+use crate::catalog::{self, Note, PendingCheckpoint, SearchFile, Taken, WriterLists};
 use crate::checkpoint::{EngineImages, Member};
 use crate::{Error, Result, failpoint, stores};
+
+/// Stands in the place of the writers' names for ever if the search for them does not end.
+const NOT_SEARCHED: &str = "perhaps others: the search for them was cut off";
 
 /// A checkpoint that was begun, with all that is needed while its processes stand: the database is not.
 #[derive(Debug)]
@@ -66,9 +69,9 @@ impl Window {
 
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
-    /// `writers` is asked afterwards who else has files of the volumes open for writing: one list per planned member.
-    /// When this fails, the caller gives the checkpoint up.
-    pub fn take(&mut self, stopped: bool, writers: impl FnOnce() -> Result<Vec<Vec<String>>>) -> Result<()> {
+    /// `writers` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
+    /// `None` when the answer will lie in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
+    pub fn take(&mut self, stopped: bool, writers: impl FnOnce() -> Result<Option<WriterLists>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
         let members: Vec<_> = self.stores.iter().zip(&pending.members).collect();
@@ -81,6 +84,8 @@ impl Window {
         // Asked in any case: nothing is undone while a search goes on.
         let writers = writers();
         let (snapshots, writers) = (snapshots?, writers?);
+        let searching = writers.is_none();
+        let writers = writers.unwrap_or_else(|| vec![vec![NOT_SEARCHED.to_owned()]; members.len()]);
         let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
             volume: plan.volume.clone(),
             path: plan.path.clone(),
@@ -95,9 +100,14 @@ impl Window {
             snapshot,
             writers,
         });
-        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect() });
+        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching });
         failpoint::hit("take:all");
         Ok(())
+    }
+
+    /// The file for the answer to who else was writing, where that is not waited for while processes stand.
+    pub fn begin_search(&self) -> Result<SearchFile> {
+        Ok(self.begun.lock.begin_search()?)
     }
 
     /// Notes, without syncing, that everything was taken: from here on, the next command seals the checkpoint if nobody

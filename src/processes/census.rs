@@ -2,21 +2,21 @@
 
 use std::collections::BTreeMap;
 
-use super::proc_dir::{Stat, ended, is_gone, is_idle, numbers_in, open_proc, stat_in};
-use super::{Error, ProcessId, Result};
+use super::proc_dir::{Stat, is_gone, is_idle, numbers_in, open_proc, stat_in};
+use super::{Error, Result};
 
 /// What `/proc/PID/stat` said of every process at one time.
 ///
 /// The cheapest question about a process, asked once of all, while other processes may stand frozen: who descends from
 /// whom, and who is worth a closer look. The kernel's own threads, and processes that have ended, are not in it.
 #[derive(Debug, Clone, Default)]
-pub struct Census {
+pub(super) struct Census {
     pub(super) processes: BTreeMap<i32, Stat>,
 }
 
 impl Census {
     /// Looks at every process that fsnap can see.
-    pub fn take() -> Result<Self> {
+    pub(super) fn take() -> Result<Self> {
         let read = |source| Error::Read { object: "/proc".into(), source };
         let proc = open_proc().map_err(read)?;
         let mut processes = BTreeMap::new();
@@ -33,18 +33,8 @@ impl Census {
         Ok(Self { processes })
     }
 
-    /// The process that had this pid.
-    pub(super) fn id(&self, pid: i32) -> Option<ProcessId> {
-        Some(ProcessId { pid, start_time: self.processes.get(&pid)?.start_time })
-    }
-
     /// The pids whose parent had the pid `parent`.
     pub(super) fn children(&self, parent: i32) -> impl Iterator<Item = i32> {
         self.processes.iter().filter(move |(_, stat)| stat.parent == parent).map(|(pid, _)| *pid)
-    }
-
-    /// Whether the process can never run again. The first thread may end long before the others.
-    pub(super) fn is_over(&self, pid: i32) -> bool {
-        self.processes.get(&pid).is_none_or(|stat| ended(stat.state) && !self.id(pid).is_some_and(ProcessId::is_alive))
     }
 }

@@ -49,25 +49,12 @@ impl Tree {
         Self::read(Root::Process(root))
     }
 
-    /// The same of a tree that stands, by what a census said after it stood.
-    pub fn of_standing(census: &Census, pid: i32) -> Result<Self> {
-        let root = census.id(pid).filter(|_| !census.is_over(pid)).ok_or(Error::Gone { pid })?;
-        let own = std::process::id().cast_signed();
-        let mut members = BTreeMap::new();
-        let mut queue = vec![pid];
-        let mut seen = BTreeSet::from([own]);
-        while let Some(pid) = queue.pop() {
-            if !seen.insert(pid) {
-                continue;
-            }
-            queue.extend(census.children(pid));
-            if let (Some(id), Some(stat)) =
-                (census.id(pid), census.processes.get(&pid).filter(|_| !census.is_over(pid)))
-            {
-                members.insert(pid, Member { id, parent: stat.parent, command: stat.command.clone() });
-            }
-        }
-        Ok(Self { root: Root::Process(root), members })
+    /// The same of a tree that stands: nothing of it can begin or end, and one look is enough.
+    pub fn of_standing(pid: i32) -> Result<Self> {
+        let root = ProcessId::of(pid)?;
+        let mut tree = Self { root: Root::Process(root), members: BTreeMap::new() };
+        tree.rescan_once()?;
+        Ok(tree)
     }
 
     /// The processes of the control group and of those below it.

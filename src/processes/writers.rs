@@ -35,19 +35,14 @@ pub struct WriterScan {
 /// Finds the processes outside `except` that have files of the volumes open for writing, or mapped so.
 ///
 /// fsnap itself is left out, and so are the processes in `ignore`, such as the engine that called it.
-pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
-    writers_among(&Census::take()?, volumes, except, ignore)
-}
-
-/// The same, among the processes of a census that has just been taken.
 ///
 /// Processes may stand frozen meanwhile. So kernel threads cost nothing, and any other process one look at each descriptor's mode,
 /// and one question about its mappings.
-pub fn writers_among(census: &Census, volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
     let mut survey = Survey::new(volumes, Doubt::Counts)?;
     let mut scan = WriterScan::default();
     let own = std::process::id().cast_signed();
-    for (&pid, stat) in &census.processes {
+    for (&pid, stat) in &Census::take()?.processes {
         let process = ProcessId { pid, start_time: stat.start_time };
         if stat.kernel_thread || pid == own || ignore.contains(&pid) || except.contains(process) {
             continue;

@@ -44,7 +44,7 @@ pub fn head(title: &str, columns: &[&str]) {
 pub fn row<T: AsRef<str>>(cells: &[T]) {
     let mut line = format!("{:<34}", cells[0].as_ref());
     for cell in &cells[1..] {
-        line.push_str(&format!("{:>16}", cell.as_ref()));
+        line.push_str(&format!("{:>18}", cell.as_ref()));
     }
     println!("{}", line.trim_end());
 }
@@ -54,7 +54,12 @@ pub fn ms(time: Duration) -> String {
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
 }
 
+/// How many times `of` goes into `time`.
+pub fn times(time: Duration, of: Duration) -> f64 {
+    time.as_secs_f64() / of.as_secs_f64()
+}
+
 /// One time as a multiple of another.
 pub fn ratio(time: Duration, of: Duration) -> String {
-    format!("{:.2} x", time.as_secs_f64() / of.as_secs_f64())
+    format!("{:.2} x", times(time, of))
 }

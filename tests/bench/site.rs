@@ -11,6 +11,30 @@ use crate::measure::Failure;
 /// The files in the volume: enough that their number would show if it mattered.
 const FILES: usize = 20_000;
 
+const BARE_HOOK: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/btrfs.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+int main(void) {
+#ifdef VOLUME
+    const char *action = getenv("CRTOOLS_SCRIPT_ACTION");
+    int volume = open(VOLUME, O_RDONLY | O_DIRECTORY);
+    if (!strcmp(action, "pre-dump"))
+        return syncfs(volume) != 0;
+    if (!strcmp(action, "post-dump")) {
+        struct btrfs_ioctl_vol_args_v2 call = { .fd = volume, .flags = BTRFS_SUBVOL_RDONLY, .name = "raw" };
+        return ioctl(open(SNAPSHOTS, O_RDONLY | O_DIRECTORY), BTRFS_IOC_SNAP_CREATE_V2, &call) != 0;
+    }
+#endif
+    return 0;
+}
+"#;
+
 pub struct Site {
     temp: tempfile::TempDir,
     writer: Child,
@@ -23,7 +47,7 @@ impl Site {
         let writer = Command::new("true").spawn()?;
         let mut site = Self { temp, writer, criu: std::env::var_os("FSNAP_CRIU").map(PathBuf::from) };
         let image = site.path("image");
-        File::create(&image)?.set_len(8 << 30)?;
+        File::create(&image)?.set_len(48 << 30)?;
         fs::create_dir(site.path("mnt"))?;
         run(Command::new("mkfs.btrfs").arg("-q").arg(&image).stderr(Stdio::null()))?;
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(site.path("mnt")))?;
@@ -35,7 +59,7 @@ impl Site {
             }
             fs::write(dir.join(number.to_string()), format!("{number}\n"))?;
         }
-        site.compile_noop()?;
+        site.compile_bare_hooks()?;
         fs::write(site.path("btrfs-hook"), site.bash_hook())?;
         run(Command::new("chmod").arg("+x").arg(site.path("btrfs-hook")))?;
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.path("fsnap-criu-hook"))?;
@@ -77,11 +101,20 @@ impl Site {
         Ok(())
     }
 
-    /// The cheapest action script that there can be.
-    fn compile_noop(&self) -> Result<(), Failure> {
-        let source = self.path("noop.c");
-        fs::write(&source, "int main(void) { return 0; }\n")?;
-        run(Command::new("cc").args(["-O2", "-static", "-o"]).arg(self.path("noop")).arg(source))
+    /// The cheapest action scripts that there can be: one that does nothing, and one that does nothing but to flush before the freeze and to
+    /// make the snapshot `raw` in it, by one system call each.
+    fn compile_bare_hooks(&self) -> Result<(), Failure> {
+        let source = self.path("bare.c");
+        fs::write(&source, BARE_HOOK)?;
+        let text = |name: &str, path: PathBuf| format!("-D{name}=\"{}\"", path.display());
+        for (name, defines) in
+            [("noop", vec![]), ("raw-hook", vec![text("VOLUME", self.volume()), text("SNAPSHOTS", self.path("mnt"))])]
+        {
+            let mut cc = Command::new("cc");
+            cc.args(["-O2", "-static", "-o"]).arg(self.path(name)).args(defines).arg(&source);
+            run(&mut cc)?;
+        }
+        Ok(())
     }
 
     /// What people write today.
@@ -123,7 +156,7 @@ pub fn run(command: &mut Command) -> Result<(), Failure> {
     if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }
 
-/// Makes a read-only snapshot by the command that people use; returns its path for removal.
+/// Deletes a snapshot.
 pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
     run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path).stdout(Stdio::null()))
 }

@@ -40,7 +40,7 @@ fn of_one_instant(site: &Site, oracle: &Oracle, arguments: &[&str]) {
     oracle.goes_on();
 }
 
-fn classes(checkpoint: &Value) -> Vec<&str> {
+pub(crate) fn classes(checkpoint: &Value) -> Vec<&str> {
     checkpoint["members"].as_array().unwrap().iter().map(|member| member["consistency"].as_str().unwrap()).collect()
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::Case;
+use crate::alone::classes;
 use crate::oracle::Oracle;
 use crate::site::{Site, Volume, create_subvolume, end, id_in, run, wait_until};
 
@@ -21,6 +22,8 @@ pub(crate) const CASES: &[Case] = &[
     ("a_pre_dump_that_fails_ends_it_before_the_freeze", a_pre_dump_that_fails_ends_it_before_the_freeze),
     ("the_deadline_ends_a_hook_that_hangs", the_deadline_ends_a_hook_that_hangs),
     ("sigterm_in_the_middle_fails_the_dump", sigterm_in_the_middle_fails_the_dump),
+    ("a_search_for_writers_that_is_cut_off_claims_less", a_search_for_writers_that_is_cut_off_claims_less),
+    ("a_search_for_writers_that_takes_long_is_waited_for", a_search_for_writers_that_takes_long_is_waited_for),
     ("called_twice_it_is_one_checkpoint", called_twice_it_is_one_checkpoint),
     ("an_image_directory_used_again_is_a_new_checkpoint", an_image_directory_used_again_is_a_new_checkpoint),
     ("another_script_that_fails_fails_the_checkpoint", another_script_that_fails_fails_the_checkpoint),
@@ -188,6 +191,34 @@ fn is_asleep(pid: i32) -> bool {
     let number = nix::libc::SYS_clock_nanosleep.to_string();
     let sleeps = |call: String| call.split(' ').next() == Some(&number);
     is_fsnap && calls.into_iter().any(|task| fs::read_to_string(task.path().join("syscall")).is_ok_and(sleeps))
+}
+
+fn a_search_for_writers_that_is_cut_off_claims_less() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    for (count, place) in ["search:started", "search:tree", "search:found"].into_iter().enumerate() {
+        let script = site.hook_after("post-dump", &format!("export FSNAP_FAILPOINT={place}=kill"));
+        let images = site.images();
+        site.dump(oracle.pid, &images, &script).unwrap();
+        let checkpoint = site.json(["show", "--json", &id_in(&images)]);
+        assert_eq!(classes(&checkpoint), ["crash-consistent", "fuzzy"], "{checkpoint}");
+        let writers = checkpoint["members"][1]["writers"].to_string();
+        says(&writers, &["perhaps others", "cut off"]);
+        site.holds_nothing_but(count + 1);
+    }
+    oracle.goes_on();
+}
+
+fn a_search_for_writers_that_takes_long_is_waited_for() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = site.small_oracle();
+    let script = site.hook_after("post-dump", "export FSNAP_FAILPOINT=search:found=sleep:1500");
+    let images = site.images();
+    site.dump(oracle.pid, &images, &script).unwrap();
+    let checkpoint = site.json(["show", "--json", &id_in(&images)]);
+    assert_eq!(classes(&checkpoint), ["point-in-time"], "{checkpoint}");
+    oracle.goes_on();
+    site.holds_nothing_but(1);
 }
 
 fn called_twice_it_is_one_checkpoint() {

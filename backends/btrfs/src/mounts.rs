@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -25,7 +26,10 @@ struct Mount {
 fn mount_of(file: impl AsFd) -> Option<Mount> {
     let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
     let id = found.stx_mnt_id;
-    parse(&fs::read("/proc/self/mountinfo").ok()?).find(|mount| mount.id == id)
+    // A file of /proc has no size to go by, and is made anew for each of the many small reads that a guess would take.
+    let mut text = Vec::with_capacity(64 << 10);
+    fs::File::open("/proc/self/mountinfo").ok()?.read_to_end(&mut text).ok()?;
+    parse(&text).find(|mount| mount.id == id)
 }
 
 /// Whether the file system that `file` lies on is mounted so that contents are written with checksums.

@@ -1,0 +1,94 @@
+//! The search for writers outside a frozen tree, in a process that outlives the hook.
+//!
+//! It is the longest part of a checkpoint on a machine with many processes, and nothing that the frozen processes need wait for: who is not
+//! frozen is no more at rest during the freeze than some milliseconds later. So only what the thaw would change is learnt in time, which is
+//! who belongs to the tree; and then the process waits until the hook has ended. If the hook failed there is nothing to do. Else it leaves its
+//! answer for whoever seals the checkpoint, who waits for it.
+//!
+//! Whatever ends it before, the checkpoint is whole, and claims no more than what a snapshot beside unknown writers is.
+
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fsnap::catalog::{PendingCheckpoint, SearchFile, WriterLists};
+use fsnap::coordinator::{Window, WriterSearch};
+use fsnap::failpoint;
+use fsnap::processes::Tree;
+
+use super::sys;
+
+/// The hook's end of it.
+#[derive(Debug)]
+pub(crate) struct Search {
+    /// Says something, or ends, when the tree may run again.
+    tree_is_known: PipeReader,
+    /// Ends with the hook, however that ends.
+    _hook_lives: PipeWriter,
+}
+
+/// What the process knows of the hook that started it.
+struct Searcher<'a> {
+    pending: &'a PendingCheckpoint,
+    tree: i32,
+    ignore: Vec<i32>,
+    answer: SearchFile,
+    note: PathBuf,
+    tree_is_known: PipeWriter,
+    hook_lives: PipeReader,
+    limit: Duration,
+}
+
+impl Search {
+    /// Starts it, beside the tree with the root `tree`, which stands; the processes in `ignore` are left out.
+    ///
+    /// It ends after `limit` at the latest. Must be called while the process has one thread.
+    pub(crate) fn start(window: &Window, tree: i32, ignore: Vec<i32>, limit: Duration) -> fsnap::Result<Self> {
+        let cannot = |source| fsnap::Error::Io { action: "start", object: "the search for writers".into(), source };
+        let (tree_is_known, tell) = std::io::pipe().map_err(cannot)?;
+        let (listen, hook_lives) = std::io::pipe().map_err(cannot)?;
+        let (pending, answer, note) = (window.pending(), window.begin_search()?, window.note());
+        let searcher = Searcher { pending, tree, ignore, answer, note, tree_is_known: tell, hook_lives: listen, limit };
+        sys::in_child(|| searcher.run()).map_err(cannot)?;
+        Ok(Self { tree_is_known, _hook_lives: hook_lives })
+    }
+
+    /// Lets the process go on once this one has ended.
+    pub(crate) fn leave(self) {
+        std::mem::forget(self);
+    }
+
+    /// Waits until the tree may run again; in vain, and not for long, if the process is dead.
+    pub(crate) fn knows_the_tree(&self) {
+        let _ = (&self.tree_is_known).read(&mut [0]);
+    }
+}
+
+impl Searcher<'_> {
+    fn run(mut self) {
+        // What the engine gave the hook, and the hook's own volumes, are not to be kept busy by this.
+        let kept = [self.answer.as_fd(), self.tree_is_known.as_fd(), self.hook_lives.as_fd()];
+        if sys::detach(&kept, self.limit).is_err() {
+            return;
+        }
+        failpoint::hit("search:started");
+        let search = Tree::of_standing(self.tree)
+            .map_err(fsnap::Error::from)
+            .and_then(|tree| WriterSearch::new(self.pending, tree, std::mem::take(&mut self.ignore)));
+        let _ = self.tree_is_known.write(b".");
+        failpoint::hit("search:tree");
+        // The end of the pipe, and so of the hook.
+        let _ = self.hook_lives.read(&mut [0]);
+        if self.note.symlink_metadata().is_err() {
+            return;
+        }
+        let members = self.pending.members.len();
+        let found = search.and_then(|search| search.run());
+        failpoint::hit("search:found");
+        let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
+        let writers: WriterLists = found.unwrap_or_else(unknown);
+        // Nobody listens any more; without an answer, the checkpoint claims less.
+        let _ = self.answer.write(&writers);
+    }
+}
