@@ -20,13 +20,13 @@ mod verify;
 mod window;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
-use fsnap_backend::{Backend, Identity, Volume};
+use fsnap_backend::{Backend, Identity, Locator, Source, Volume};
 
 use crate::catalog::{Access, Catalog, Doomed, ImageRef};
 use crate::checkpoint::PathText;
@@ -67,6 +67,20 @@ impl Coordinator {
     /// The catalog.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
+    }
+
+    /// Chooses a place for a new image, at which no image is recorded.
+    ///
+    /// Looks the place up, and does not hand the store all that is recorded: a checkpoint costs the same beside ten thousand others.
+    fn reserve(&self, store: &dyn Backend, source: Source<'_>) -> Result<Locator> {
+        let mut known = BTreeSet::new();
+        loop {
+            let at = store.reserve(source, &known)?;
+            if store.store().capabilities.coalesces || !self.catalog.is_held(&store.store().identity, &at)? {
+                return Ok(at);
+            }
+            known.insert(at);
+        }
     }
 
     /// Opens the store of that identity, once.

@@ -34,7 +34,7 @@ impl Coordinator {
         for member in &checkpoint.members {
             let store = self.store(&member.store)?;
             let (at, overlay) = match store.store().capabilities.clones {
-                true => (store.reserve(Source::Snapshot(&member.snapshot), &self.catalog.held(&member.store)?)?, None),
+                true => (self.reserve(store.as_ref(), Source::Snapshot(&member.snapshot))?, None),
                 false => (member.snapshot.at.clone(), Some(self.plan_overlay(name, &member.volume)?)),
             };
             planned.push(Planned { member, store, at, overlay });

@@ -67,7 +67,7 @@ impl Coordinator {
         for target in targets {
             let store = self.store(&target.store)?;
             let volume = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
-            let at = store.reserve(Source::Volume(&volume), &self.catalog.held(&target.store)?)?;
+            let at = self.reserve(store.as_ref(), Source::Volume(&volume))?;
             members.push(PlannedMember {
                 volume: target.volume,
                 path: target.path,

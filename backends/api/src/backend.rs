@@ -41,7 +41,7 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// Chooses a place for a new image of `source`.
     ///
-    /// `known` are the locators that the caller has recorded. Nothing is visible at the new one yet; a place that is
+    /// `known` are locators that the caller has recorded and wants avoided, though nothing may be there. Nothing is visible at the new one yet; a place that is
     /// reserved and not used needs no clean-up, though `delete` accepts it.
     ///
     /// * `reserve_is_new`: the locator is not in `known` and has no whole image, unless the store
