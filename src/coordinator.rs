@@ -36,7 +36,7 @@ use crate::{Error, Result, stores};
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
 pub use recover::{Recovered, Stray};
-pub use register::{Registered, Registration, proposed_place};
+pub use register::{Registered, Registration, proposed_place, volume_dir};
 pub use restore::RestoreRequest;
 pub use targets::{Target, find_writers, writers_in, writers_outside};
 pub use verify::Finding;

@@ -163,6 +163,15 @@ fn search_path() -> Vec<PathBuf> {
     dirs
 }
 
+/// The program of that name that the kernel would start from the search path.
+#[cfg(feature = "fuse")]
+pub(crate) fn in_search_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|program| rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok())
+}
+
 /// The process that started this one.
 pub(crate) fn parent() -> i32 {
     rustix::process::Pid::as_raw(rustix::process::getppid())
@@ -180,7 +189,8 @@ pub(crate) fn volumes(config: &Config) -> Vec<String> {
 
 /// CRIU, as configured or as found.
 pub(crate) fn find_criu(config: &Config) -> Result<Criu, Failure> {
-    let configured = variable("FSNAP_CRIU").or_else(|| config.criu.program.clone());
+    let named = variable("FSNAP_CRIU").map(|program| std::path::absolute(&program).unwrap_or(program));
+    let configured = named.or_else(|| config.criu.program.clone());
     let search: Vec<PathBuf> = search_path().iter().map(|dir| dir.join(criu::NAME)).collect();
     Ok(Criu::find(configured.as_deref(), &search)?)
 }

@@ -387,14 +387,23 @@ fn doctor() {
     assert_snapshot!(help("doctor"), @"
     Tell what this machine can do, and why not: every backend, every engine, fsnap's own state
 
+    Each line begins with `ok` or `no`, says what was examined, and then what was found: how it can be
+    used, or why not. Nothing is changed, but that half-done work is recovered, as by every command.
+
     Usage: fsnap doctor [OPTIONS] [DIR]
 
     Arguments:
-      [DIR]  The directory that the backends are asked about [default: .]
+      [DIR]
+              The directory that the backends are asked about
+
+              [default: .]
 
     Options:
-          --json  Print an array of JSON objects
-      -h, --help  Print help
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 

@@ -9,6 +9,7 @@ mod site;
 mod branch;
 mod checkpoint;
 mod diff;
+mod doctor;
 mod faults;
 mod help;
 mod hostile;
