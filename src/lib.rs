@@ -42,6 +42,7 @@
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
+//! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
 //! | `fuse` | copy-on-write trees, served through FUSE |
 //! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
@@ -84,6 +85,7 @@ pub mod fuse;
 pub mod mount;
 pub mod name;
 pub mod processes;
+pub mod progress;
 pub mod quiesce;
 pub mod reference;
 pub mod stores;

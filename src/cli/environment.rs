@@ -1,6 +1,7 @@
 //! What the process finds around it: the only place that reads the environment.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fsnap::catalog::Access;
@@ -11,6 +12,7 @@ use fsnap::failpoint;
 use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
 use super::failure::{Failure, say};
+use super::progress::TerminalProgress;
 use super::sys;
 
 /// How long a command waits for another that changes the catalog.
@@ -37,6 +39,8 @@ pub(crate) struct Context {
     pub(crate) config: Config,
     /// The state directory.
     pub(crate) state: PathBuf,
+    /// Whether people may be shown how long work goes on.
+    progress: bool,
 }
 
 impl Context {
@@ -52,7 +56,12 @@ impl Context {
             object: fsnap::printable(state.as_os_str()),
             source,
         })?;
-        Ok(Self { config, state })
+        Ok(Self { config, state, progress: true })
+    }
+
+    /// Reads the settings for an engine's hook, which shows nothing to people.
+    pub(crate) fn for_hook() -> Result<Self, Failure> {
+        Ok(Self { progress: false, ..Self::load()? })
     }
 
     /// Opens the catalog for a change, and recovers what others left half done.
@@ -76,7 +85,11 @@ impl Context {
 
     /// Opens the catalog, and recovers nothing.
     pub(crate) fn open(&self, access: Access) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, access, PATIENCE)?)
+        let mut coordinator = Coordinator::open(&self.state, access, PATIENCE)?;
+        if let Some(bar) = TerminalProgress::new().filter(|_| self.progress) {
+            coordinator.report_to(Arc::new(bar));
+        }
+        Ok(coordinator)
     }
 
     /// Opens the catalog to read it; recovers if the user may write it.

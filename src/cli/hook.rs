@@ -47,13 +47,13 @@ pub(crate) fn run(args: Args) -> Outcome {
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
     match call.phase {
-        Phase::Starting => start(&Context::load()?, &call),
+        Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => {
             // First of all, side by side with what comes before the snapshots: it takes the longest.
             let search = Search::start(&call);
-            take(&Context::load()?, &call, search)
+            take(&Context::for_hook()?, &call, search)
         }
-        Phase::Restoring => check(&Context::load()?, &call),
+        Phase::Restoring => check(&Context::for_hook()?, &call),
         Phase::Restored | Phase::Resumed => Ok(()),
     }
 }

@@ -4,8 +4,7 @@ use fsnap::coordinator::Finding;
 use fsnap::reference;
 use serde_json::json;
 
-use super::output::{Output, progress};
-use super::{Context, Failure, Outcome};
+use super::{Context, Failure, Outcome, Output};
 
 /// Read checkpoints again and name what is damaged
 ///
@@ -29,12 +28,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         args.checkpoints.iter().map(|text| reference::resolve(catalog, text)).collect::<fsnap::Result<_>>()?
     };
     let mut findings = coordinator.verify_catalog()?;
-    let bar = progress(checkpoints.len(), "verifying");
-    for checkpoint in &checkpoints {
-        findings.extend(coordinator.verify_checkpoint(checkpoint));
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    findings.extend(coordinator.verify(&checkpoints));
     let out = Output::new();
     if args.json {
         let list: Vec<_> =

@@ -11,6 +11,7 @@ use crate::catalog::{ImageRef, Intent};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
 use crate::name::Name;
+use crate::progress::Work;
 use crate::{Error, Result};
 
 /// One clone or overlay that is to be made.
@@ -64,13 +65,16 @@ impl Coordinator {
     }
 
     fn grow(&self, checkpoint: &Checkpoint, name: &Name, planned: &[Planned<'_>]) -> Result<Branch> {
+        let work = self.begin_work(Work::Cloning, planned.len());
         side_by_side(planned, |plan| {
             if plan.overlay.is_none() {
                 plan.store.clone_snapshot(&plan.member.snapshot, &plan.at)?;
             }
             failpoint::hit("branch:cloned");
+            work.step();
             Ok(())
         })?;
+        drop(work);
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
             let (path, identity) = match &plan.overlay {
