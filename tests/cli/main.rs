@@ -15,4 +15,5 @@ mod help;
 mod hostile;
 mod init;
 mod output;
+mod readme;
 mod references;
