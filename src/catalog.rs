@@ -119,6 +119,7 @@ impl Catalog {
             format::create_if_missing(state)?;
         }
         format::check_file(&path)?;
+        format::check_log(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
             Access::Write | Access::Create => OpenFlags::SQLITE_OPEN_READ_WRITE,

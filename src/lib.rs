@@ -106,6 +106,11 @@ fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
+fn boot_id() -> std::io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
 /// A name or path of any bytes, fit for a terminal: what controls a terminal or turns the direction of text is escaped,
 /// and so are bytes that are not UTF-8.
 pub fn printable(text: &OsStr) -> String {

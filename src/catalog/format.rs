@@ -18,8 +18,9 @@
 //! hash. `seq` grows and is never used again; all order goes by it, because clocks go backwards. A `holder` is
 //! `checkpoint ID`, `branch NAME` or `intent SEQ`.
 //!
-//! Beside it lies the directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The
-//! file `lock` is held while the catalog is made.
+//! Beside it lie SQLite's files `catalog.db-wal` and `catalog.db-shm`, while the catalog is open or after a kill, and the
+//! directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The file `lock` is held while the
+//! catalog is made.
 //!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
@@ -86,6 +87,11 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     lock.lock().map_err(io("lock", &lock_path))?;
     if path.symlink_metadata().is_ok() {
         return Ok(());
+    }
+    // SQLite would add the changes of that log to whatever catalog is there.
+    if log(&path).symlink_metadata().is_ok() {
+        let reason = "it is gone, and its log catalog.db-wal is not; remove that, too, to begin a new catalog";
+        return Err(Error::Damaged { path, reason: reason.into() });
     }
     let fresh = state.join("catalog.new");
     match std::fs::remove_file(&fresh) {
@@ -179,6 +185,18 @@ pub(super) fn immutable(path: &Path) -> OsString {
     }
     uri.extend(b"?immutable=1");
     OsString::from_vec(uri)
+}
+
+/// Refuses a log that cannot be one: SQLite would block on a fifo.
+pub(super) fn check_log(path: &Path) -> Result<()> {
+    let log = log(path);
+    match log.symlink_metadata() {
+        Ok(meta) if !meta.is_file() => Err(Error::Damaged {
+            path: log,
+            reason: "it is not a regular file; the catalog itself may be whole".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a database that is no catalog, or one of a later release.

@@ -120,12 +120,19 @@ pub(crate) fn tell(recovered: &[Recovered]) {
                 say("recovered", &format!("branch {name} was not finished; it is removed"))
             }
             Recovered::Mounted(name) => say("recovered", &format!("branch {name} is mounted again")),
+            Recovered::Forgotten { what } => {
+                say("warning", &format!("{what} was done, and its record is lost: {LOST_END}"))
+            }
             Recovered::Postponed { what, error } => {
                 say("warning", &format!("{what} is half done and stays so: {error}"))
             }
         }
     }
 }
+
+/// Why something that was done is known no more.
+pub(crate) const LOST_END: &str = "the end of the catalog's log catalog.db-wal is gone; `fsnap recover` names what is left in the \
+                                   stores";
 
 fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)

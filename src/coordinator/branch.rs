@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
 
+use super::checkpoint::boot_id;
 use super::{Coordinator, side_by_side};
 use crate::branch::{Branch, BranchMember, Overlay};
 use crate::catalog::{ImageRef, Intent};
@@ -42,7 +43,8 @@ impl Coordinator {
         }
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
         let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
-        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect(), overlays };
+        let images = planned.iter().map(image).collect();
+        let intent = Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {

@@ -264,9 +264,7 @@ pub(super) fn is_lost(error: &Error) -> bool {
     }
 }
 
-/// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
+/// The running kernel's boot.
 pub(super) fn boot_id() -> Result<String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    let text = std::fs::read_to_string(path);
-    Ok(text.map_err(|source| Error::Io { action: "read", object: path.into(), source })?.trim().to_owned())
+    crate::boot_id().map_err(|source| Error::Io { action: "read", object: "the boot's id".into(), source })
 }

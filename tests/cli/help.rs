@@ -345,7 +345,9 @@ fn verify() {
     assert_snapshot!(help("verify"), @"
     Read checkpoints again and name what is damaged
 
-    Without arguments, the catalog and every checkpoint. Exits with 1 if anything is damaged.
+    Without arguments, the catalog and every checkpoint; it then also names the snapshots and clones in
+    the stores that are not recorded, which are no damage, and never touched. Exits with 1 if anything
+    is damaged.
 
     Usage: fsnap verify [OPTIONS] [CKPT]...
 

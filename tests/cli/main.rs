@@ -14,6 +14,7 @@ mod faults;
 mod help;
 mod hostile;
 mod init;
+mod lost_log;
 mod output;
 mod readme;
 mod references;
