@@ -76,7 +76,8 @@ fn directory(dir: &Path, held: bool, context: &Context, coordinator: Option<&Coo
     if let Some(volume) = volumes.iter().find(|volume| volume.path.as_path() == dir) {
         return Ok(format!("{} is the volume {}", shown(dir), volume.name));
     }
-    volume_dir(dir, &context.state, &volumes).map_err(|error| error.to_string())?;
+    let real = volume_dir(dir, &context.state, &volumes).map_err(|error| error.to_string())?;
+    coordinator.map_or(Ok(()), |open| open.check_no_store_in(&real)).map_err(|error| error.to_string())?;
     if !held {
         return Err(format!("{} cannot be a volume, for no backend can hold it", shown(dir)));
     }

@@ -53,6 +53,10 @@ impl Coordinator {
             let by = Some(format!("at {}; choose another with --name", taken.path));
             return Err(Error::NameTaken { what: "the volume", name, by });
         }
+        if let Some(place) = &wanted.store {
+            self.check_place(place)?;
+        }
+        self.check_no_store_in(&dir)?;
         let kinds = match wanted.backend.as_deref() {
             None | Some("auto") => KINDS.iter().collect(),
             Some(name) => vec![Kind::named(name)?],
@@ -70,6 +74,31 @@ impl Coordinator {
         let errors: Vec<Error> = passed_over.into_iter().map(|(_, error)| error).collect();
         Err(Error::of_all(errors)
             .unwrap_or(Error::NotAVolume { dir: PathText(dir), reason: "no backend is compiled in".into() }))
+    }
+
+    /// Refuses a place for a store inside a registered volume: that volume's snapshots would hold the store.
+    fn check_place(&self, place: &Path) -> Result<()> {
+        let absolute = std::path::absolute(place).context("resolve", place)?;
+        let Some(there) = there(&absolute) else { return Ok(()) };
+        match self.catalog.volumes()?.into_iter().find(|volume| there.starts_with(volume.path.as_path())) {
+            Some(volume) => Err(Error::NotAPlace { place: PathText(absolute), volume: volume.name, path: volume.path }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a directory with a store in it that is but a directory, so that every snapshot would hold that, too.
+    pub fn check_no_store_in(&self, dir: &Path) -> Result<()> {
+        let stores = self.catalog.stores()?;
+        let inside = |store: &&StoreRecord| {
+            store.place.as_path().starts_with(dir) && Kind::named(&store.backend).is_ok_and(takes_any_place)
+        };
+        match stores.iter().find(inside) {
+            Some(store) => {
+                let reason = format!("the store {} lies in it, and every snapshot would hold that, too", store.place);
+                Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Opens the store for `dir`, or makes one: at `place` if the user named one, else at the first place that will do.

@@ -84,6 +84,7 @@ fn directories_are_what_init_takes() {
     let mut site = Site::plain();
     site.set("XDG_STATE_HOME", "/nonexistent");
     site.run("fsnap init db && mkdir free && ln -s free link && mkdir -p db/sub && echo x >file");
+    site.run("mkdir outer web && fsnap init --store outer/store web");
     for (dir, reason) in [
         ("nothing", "cannot open the directory"),
         ("link", "it is a symbolic link"),
@@ -91,6 +92,7 @@ fn directories_are_what_init_takes() {
         ("db/sub", "it lies inside the volume db"),
         (".", "fsnap's own state lies in it"),
         ("/", "it is the root of everything"),
+        ("outer", "outer/store lies in it"),
     ] {
         let (ok, why) = said(&site.shell(), "", dir, "directory");
         assert!(!ok && why.contains(reason), "{dir}: {why}");
