@@ -128,11 +128,16 @@ impl Catalog {
             format::create_if_missing(state)?;
         }
         format::check_file(&path)?;
+        format::check_log(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
             Access::Write | Access::Create => OpenFlags::SQLITE_OPEN_READ_WRITE,
         };
-        let opened = Connection::open_with_flags(&path, how | OpenFlags::SQLITE_OPEN_NO_MUTEX);
+        let how = how | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let opened = match access == Access::Read && format::cannot_change(&path) {
+            true => Connection::open_with_flags(format::immutable(&path), how | OpenFlags::SQLITE_OPEN_URI),
+            false => Connection::open_with_flags(&path, how),
+        };
         let db = opened.map_err(|source| translate(&path, source))?;
         let catalog = Self { db, state: state.to_owned(), access, patience };
         catalog.configure().map_err(|source| catalog.failed(source))?;

@@ -20,6 +20,7 @@ mod man;
 mod output;
 #[cfg(feature = "fuse")]
 mod overlay;
+mod progress;
 mod recover;
 mod restore;
 mod rm;

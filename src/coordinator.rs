@@ -31,12 +31,13 @@ use fsnap_backend::{Backend, Identity, Locator, Source, Volume};
 use crate::catalog::{Access, Catalog, Doomed, ImageRef};
 use crate::checkpoint::PathText;
 use crate::name::Name;
+use crate::progress::{Progress, Silent, Underway, Work};
 use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
 pub use recover::{Recovered, Stray};
-pub use register::{Registered, Registration, proposed_place};
+pub use register::{Registered, Registration, proposed_place, volume_dir};
 pub use restore::RestoreRequest;
 pub use targets::{Target, WriterSearch, find_writers};
 pub use verify::Finding;
@@ -48,6 +49,7 @@ pub struct Coordinator {
     catalog: Catalog,
     stores: RefCell<BTreeMap<Identity, Arc<dyn Backend>>>,
     overlays: PathBuf,
+    progress: Arc<dyn Progress>,
 }
 
 impl Coordinator {
@@ -56,12 +58,22 @@ impl Coordinator {
     /// `patience` bounds every wait for another fsnap.
     pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
         let overlays = state.join("branches");
-        Ok(Self { catalog: Catalog::open(state, access, patience)?, stores: RefCell::default(), overlays })
+        let catalog = Catalog::open(state, access, patience)?;
+        Ok(Self { catalog, stores: RefCell::default(), overlays, progress: Arc::new(Silent) })
     }
 
     /// Makes new overlays in `dir` instead of the directory `branches` beside the catalog.
     pub fn keep_overlays_in(&mut self, dir: &Path) {
         dir.clone_into(&mut self.overlays);
+    }
+
+    /// Tells `progress` of long work from now on.
+    pub fn report_to(&mut self, progress: Arc<dyn Progress>) {
+        self.progress = progress;
+    }
+
+    fn begin_work(&self, work: Work, steps: impl Into<Option<usize>>) -> Underway<'_> {
+        Underway::new(self.progress.as_ref(), work, steps)
     }
 
     /// The catalog.
@@ -98,13 +110,20 @@ impl Coordinator {
 
     /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
     fn delete(&self, doomed: &Doomed) -> Result<()> {
+        let work = self.begin_work(Work::Deleting, doomed.overlays.len() + doomed.images.len());
         let delete = |image: &ImageRef| -> Result<()> {
             let store = self.store(&image.store)?;
             store.deactivate(&image.at)?;
-            Ok(store.delete(&image.at)?)
+            store.delete(&image.at)?;
+            work.step();
+            Ok(())
         };
         // First what lies over the images.
-        let overlays = doomed.overlays.iter().filter_map(|dir| overlay::remove(dir.as_path()).err());
+        let overlays = doomed.overlays.iter().filter_map(|dir| {
+            let removed = overlay::remove(dir.as_path());
+            work.step();
+            removed.err()
+        });
         let mut errors: Vec<_> = overlays.collect();
         errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)

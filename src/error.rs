@@ -119,6 +119,18 @@ pub enum Error {
         /// Where it is.
         path: PathText,
     },
+    /// A store may not lie in a volume.
+    #[error(
+        "{place} cannot hold a store: it lies inside the volume {volume} at {path}, whose snapshots would hold the store"
+    )]
+    NotAPlace {
+        /// The refused place.
+        place: PathText,
+        /// The volume.
+        volume: Name,
+        /// Where it is.
+        path: PathText,
+    },
     /// The directory cannot be registered.
     #[error("{dir} cannot be a volume: {reason}")]
     NotAVolume {

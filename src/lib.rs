@@ -42,6 +42,7 @@
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
+//! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
 //! | `fuse` | copy-on-write trees, served through FUSE |
 //! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
@@ -84,6 +85,7 @@ pub mod fuse;
 pub mod mount;
 pub mod name;
 pub mod processes;
+pub mod progress;
 pub mod quiesce;
 pub mod reference;
 pub mod stores;
@@ -102,6 +104,11 @@ fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
         filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
     }
     Ok(bytes)
+}
+
+/// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
+fn boot_id() -> std::io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 /// A name or path of any bytes, fit for a terminal: what controls a terminal or turns the direction of text is escaped,

@@ -18,18 +18,21 @@
 //! hash. `seq` grows and is never used again; all order goes by it, because clocks go backwards. A `holder` is
 //! `checkpoint ID`, `branch NAME` or `intent SEQ`.
 //!
-//! Beside it lies the directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The
-//! file `lock` is held while the catalog is made.
+//! Beside it lie SQLite's files `catalog.db-wal` and `catalog.db-shm`, while the catalog is open or after a kill, and the
+//! directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The file `lock` is held while the
+//! catalog is made.
 //!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::path::Path;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 
 use super::{Error, Result, translate};
 
@@ -84,6 +87,11 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     lock.lock().map_err(io("lock", &lock_path))?;
     if path.symlink_metadata().is_ok() {
         return Ok(());
+    }
+    // SQLite would add the changes of that log to whatever catalog is there.
+    if log(&path).symlink_metadata().is_ok() {
+        let reason = "it is gone, and its log catalog.db-wal is not; remove that, too, to begin a new catalog";
+        return Err(Error::Damaged { path, reason: reason.into() });
     }
     let fresh = state.join("catalog.new");
     match std::fs::remove_file(&fresh) {
@@ -147,6 +155,48 @@ pub(super) fn check_file(path: &Path) -> Result<()> {
         return Err(damaged("it was truncated"));
     }
     Ok(())
+}
+
+/// Whether nobody can change the catalog, and no log of changes lies beside it: its file system is read-only.
+///
+/// Readers make the index that they share with writers, if there is none; where that is impossible, SQLite has to be told
+/// that it is needless. Where only this mount is read-only and somebody writes through another at this very moment, a read may
+/// meet half a change: an error then, for every record has a digest.
+pub(super) fn cannot_change(path: &Path) -> bool {
+    let read_only = rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_flag.contains(StatVfsMountFlags::RDONLY));
+    read_only && log(path).metadata().map_or(true, |log| log.len() == 0)
+}
+
+/// The catalog's log of changes.
+fn log(path: &Path) -> PathBuf {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    log.into()
+}
+
+/// The path as SQLite is told that the file cannot change.
+pub(super) fn immutable(path: &Path) -> OsString {
+    let mut uri = b"file:".to_vec();
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'%' | b'?' | b'#' => uri.extend(format!("%{byte:02x}").bytes()),
+            _ => uri.push(byte),
+        }
+    }
+    uri.extend(b"?immutable=1");
+    OsString::from_vec(uri)
+}
+
+/// Refuses a log that cannot be one: SQLite would block on a fifo.
+pub(super) fn check_log(path: &Path) -> Result<()> {
+    let log = log(path);
+    match log.symlink_metadata() {
+        Ok(meta) if !meta.is_file() => Err(Error::Damaged {
+            path: log,
+            reason: "it is not a regular file; the catalog itself may be whole".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a database that is no catalog, or one of a later release.

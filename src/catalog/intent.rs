@@ -30,6 +30,9 @@ pub enum Intent {
     Branch {
         /// The branch's name.
         name: Name,
+        /// The boot during which it was begun.
+        #[serde(default)]
+        boot: String,
         /// Where the clones will be, and the snapshots below overlays.
         images: Vec<ImageRef>,
         /// The directories of overlays.
@@ -38,6 +41,9 @@ pub enum Intent {
     },
     /// Images that nothing needs are being deleted; always finished.
     Remove {
+        /// The boot during which it was begun.
+        #[serde(default)]
+        boot: String,
         /// The images that may still be there.
         images: Vec<ImageRef>,
         /// The directories of overlays that may still be there, or mounted.
@@ -53,6 +59,19 @@ impl Intent {
             Self::Checkpoint(pending) => pending.members.iter().map(PlannedMember::image).collect(),
             Self::Branch { images, .. } | Self::Remove { images, .. } => images.clone(),
         }
+    }
+
+    /// The boot during which it was begun; empty if nobody knows.
+    pub fn boot(&self) -> &str {
+        match self {
+            Self::Checkpoint(pending) => &pending.boot,
+            Self::Branch { boot, .. } | Self::Remove { boot, .. } => boot,
+        }
+    }
+
+    /// A removal that begins now.
+    pub(super) fn removal(images: Vec<ImageRef>, overlays: Vec<PathText>) -> Self {
+        Self::Remove { boot: crate::boot_id().unwrap_or_default(), images, overlays }
     }
 
     /// The overlays that the change makes or removes.

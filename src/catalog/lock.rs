@@ -1,12 +1,13 @@
 //! The files of an intent: who works on it, and what the frozen window reads and writes.
 //!
-//! Four files in the directory `intents`, for the intent `N`:
+//! Up to five files in the directory `intents`, for the intent `N`:
 //!
 //! * `N` is locked by whoever works on the intent, and holds the [`Plan`] of a checkpoint whose snapshots another process
 //!   takes: the hook of an engine;
 //! * `N.taken` holds what was [`Taken`], from the instant at which all was;
 //! * `N.search` holds who else was writing, once the search for them has ended;
-//! * `N.new` is one that is being written.
+//! * `N.new` is one that is being written;
+//! * `N.finished` stands for the others, when they were found missing though the catalog has the intent.
 //!
 //! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
 //! meanwhile: it survives the death of fsnap. After a power cut it may be missing or torn; the intent in the catalog was durable before.
@@ -66,6 +67,10 @@ impl IntentFiles {
 
     fn search(&self) -> PathBuf {
         self.dir.join(format!("{}.search", self.id))
+    }
+
+    fn finished(&self) -> PathBuf {
+        self.dir.join(format!("{}.finished", self.id))
     }
 
     fn unfinished(&self) -> PathBuf {
@@ -132,7 +137,8 @@ impl Drop for IntentLock {
     fn drop(&mut self) {
         if self.finished {
             // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
-            for path in [self.files.unfinished(), self.files.search(), self.files.taken(), self.files.lock()] {
+            let Self { files, .. } = &self;
+            for path in [files.unfinished(), files.search(), files.taken(), files.lock(), files.finished()] {
                 let _ = std::fs::remove_file(path);
             }
         }
@@ -154,6 +160,28 @@ impl Catalog {
         let path = files.lock();
         let opened = options().create(true).read(true).write(true).mode(0o600).open(&path);
         lock(opened.map_err(io_error("open", &path))?, files)
+    }
+
+    /// Whether somebody finished the intent, though the catalog still has it: the end of the catalog's log was lost.
+    ///
+    /// The files of an intent are made before it can be seen, and removed after its record was. So in the boot in which it
+    /// was begun, files that are missing tell. In a later one they do not: they were never synced.
+    pub fn was_finished(&self, id: IntentId) -> Result<bool> {
+        let files = IntentFiles::of(&self.state, id);
+        if files.finished().symlink_metadata().is_ok() {
+            return Ok(true);
+        }
+        if files.lock().symlink_metadata().is_ok() {
+            return Ok(false);
+        }
+        // The next to lock it makes the file again: what was seen is kept beside it.
+        let path = files.finished();
+        match std::fs::create_dir(&files.dir) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
+            _ => {}
+        }
+        options().create(true).truncate(true).write(true).mode(0o600).open(&path).map_err(io_error("make", &path))?;
+        Ok(true)
     }
 
     /// Removes the files of intents that are gone: whoever finished them died before they were removed.

@@ -451,7 +451,7 @@ impl Catalog {
 
     fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>, overlays: Vec<PathText>) -> Result<Removal> {
         let images = self.release_in(tx, holder)?;
-        let intent = Intent::Remove { images: images.clone(), overlays: overlays.clone() };
+        let intent = Intent::removal(images.clone(), overlays.clone());
         let (id, lock) = self.begin_in(tx, &intent)?;
         Ok(Removal::Begun(id, lock, Doomed { images, overlays }))
     }
@@ -461,7 +461,7 @@ impl Catalog {
         self.transact(|tx| {
             let images = self.release_in(tx, &Holder::Intent(id))?;
             let overlays = self.intent(id)?.map(|intent| intent.overlays()).unwrap_or_default();
-            let (body, digest) = encode(&Intent::Remove { images: images.clone(), overlays: overlays.clone() });
+            let (body, digest) = encode(&Intent::removal(images.clone(), overlays.clone()));
             let changed = tx
                 .execute("UPDATE intent SET body = ?2, digest = ?3 WHERE seq = ?1", params![id.0, body, digest])
                 .map_err(|e| self.failed(e))?;

@@ -2,16 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use fsnap::coordinator::proposed_place;
+use fsnap::catalog;
+use fsnap::coordinator::{Coordinator, proposed_place, volume_dir};
 use fsnap::engine::criu::Diagnosis;
 use fsnap::processes::Cgroup;
 use fsnap::stores::KINDS;
 use rustix::fs::{Access, access};
 use serde_json::json;
 
-use super::{Context, Outcome, Output, environment};
+use super::{Context, Failure, Outcome, Output, environment};
 
 /// Tell what this machine can do, and why not: every backend, every engine, fsnap's own state
+///
+/// Each line begins with `ok` or `no`, says what was examined, and then what was found: how it can be used, or why not.
+/// Nothing is changed, but that half-done work is recovered, as by every command.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The directory that the backends are asked about
@@ -22,81 +26,155 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// One thing that was examined.
-struct Finding {
-    what: String,
-    works: bool,
-    why: String,
-}
+/// What can be done, or why not.
+type Verdict = Result<String, String>;
 
 pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
-    let mut findings = Vec::new();
-    let mut found = |what: &str, works: bool, why: String| findings.push(Finding { what: what.to_owned(), works, why });
+    let coordinator = context.read();
+    // A backend is asked about the path as it is written: what `init` refuses is not to be praised here.
+    let dir = std::path::absolute(&args.dir).unwrap_or(args.dir);
+    let dir = if dir.is_symlink() { dir } else { dir.canonicalize().unwrap_or(dir) };
 
-    let dir = args.dir.canonicalize().unwrap_or(args.dir);
+    let mut findings: Vec<(&str, Verdict)> = Vec::new();
     for kind in KINDS {
-        match proposed_place(kind, &dir, &context.state) {
-            Ok(place) => {
-                let (dir, place) = (fsnap::printable(dir.as_os_str()), fsnap::printable(place.as_os_str()));
-                found(kind.name, true, format!("{dir} can be a volume; its snapshots would be in {place}"));
-            }
-            Err(error) => found(kind.name, false, error.to_string()),
-        }
+        let verdict = match proposed_place(kind, &dir, &context.state) {
+            Ok(place) => Ok(format!("can hold {}; its snapshots would be in {}", shown(&dir), shown(&place))),
+            Err(error) => Err(error.to_string()),
+        };
+        findings.push((kind.name, verdict));
     }
-    match environment::find_criu(&context.config) {
-        Err(super::Failure::Error(error)) => found("criu", false, error.to_string()),
-        Err(other) => return Err(other),
-        Ok(criu) => {
-            let version = criu.version().map_or_else(|error| error.to_string(), |version| version.to_string());
-            let name = format!("{} {version}", criu.program().display());
-            match criu.diagnose() {
-                Ok(Diagnosis::Works) => found("criu", true, format!("{name} works on this kernel")),
-                Ok(Diagnosis::TooOld { needed }) => {
-                    found("criu", false, format!("{name} is too old for this kernel: {needed} or later is needed"));
-                }
-                Ok(Diagnosis::Fails { said }) => found("criu", false, format!("{name} says: {said}")),
-                Err(error) => found("criu", false, format!("{name}: {error}")),
-            }
-        }
-    }
-    match freezer() {
-        Ok(why) => found("freezer", true, why),
-        Err(why) => {
-            found("freezer", false, format!("{why}: processes are stopped by signals instead, which they can notice"))
-        }
-    }
-    match context.read() {
-        Ok(coordinator) => {
-            let count = coordinator.catalog().checkpoints()?.len();
-            let pending = coordinator.catalog().intents()?.len();
-            let state = fsnap::printable(context.state.as_os_str());
-            found("catalog", true, format!("{state}: {count} checkpoints, {pending} pending changes"));
-        }
-        Err(super::Failure::Error(error)) => found("catalog", false, error.to_string()),
-        Err(other) => return Err(other),
-    }
+    let held = findings.iter().any(|(_, verdict)| verdict.is_ok());
+    findings.push(("directory", directory(&dir, held, &context, coordinator.as_ref().ok())));
+    findings.push(("criu", criu(&context)?));
+    findings.push(("freezer", freezer()));
+    #[cfg(feature = "fuse")]
+    findings.push(("fuse", fuse()));
+    findings.push(("catalog", catalog(&context, coordinator)?));
 
     let out = Output::new();
     if args.json {
-        let list = findings.iter().map(|one| json!({ "what": one.what, "works": one.works, "why": one.why }));
+        let list = findings.iter().map(|(what, verdict)| {
+            json!({ "what": what, "works": verdict.is_ok(), "why": verdict.as_ref().unwrap_or_else(|why| why) })
+        });
         return out.json(&list.collect::<Vec<_>>());
     }
-    findings.iter().try_for_each(|Finding { what, works, why }| {
-        out.line(format_args!("{:3} {what}: {why}", if *works { "ok" } else { "no" }))
+    findings.iter().try_for_each(|(what, verdict)| match verdict {
+        Ok(how) => out.line(format_args!("ok  {what}: {how}")),
+        Err(why) => out.line(format_args!("no  {what}: {why}")),
     })
 }
 
-/// Whether control groups can be frozen by this user, and why not.
-fn freezer() -> Result<String, String> {
-    let root = Cgroup::open(Path::new("/")).map_err(|_| "no unified hierarchy of control groups is mounted")?;
-    let dir = root.dir();
-    let groups = std::fs::read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+fn shown(path: &Path) -> String {
+    fsnap::printable(path.as_os_str())
+}
+
+/// Whether `init` would take the directory, of which some backend says that it can hold it (`held`).
+fn directory(dir: &Path, held: bool, context: &Context, coordinator: Option<&Coordinator>) -> Verdict {
+    let volumes = coordinator.map(|open| open.catalog().volumes()).transpose().map_err(|error| error.to_string())?;
+    let volumes = volumes.unwrap_or_default();
+    if let Some(volume) = volumes.iter().find(|volume| volume.path.as_path() == dir) {
+        return Ok(format!("{} is the volume {}", shown(dir), volume.name));
+    }
+    let real = volume_dir(dir, &context.state, &volumes).map_err(|error| error.to_string())?;
+    coordinator.map_or(Ok(()), |open| open.check_no_store_in(&real)).map_err(|error| error.to_string())?;
+    if !held {
+        return Err(format!("{} cannot be a volume, for no backend can hold it", shown(dir)));
+    }
+    recordable(context).map_err(|why| format!("{} cannot be registered, for {why}", shown(dir)))?;
+    Ok(format!("{} can become a volume: `fsnap init {0}`", shown(dir)))
+}
+
+/// Whether this user can change the catalog, or make one.
+fn recordable(context: &Context) -> Result<(), String> {
+    let file = context.state.join(catalog::format::FILE);
+    let needed = if file.exists() { vec![file.as_path(), &context.state] } else { vec![context.state.as_path()] };
+    needed.into_iter().try_for_each(|path| {
+        // Of a state directory that is yet to be made, the nearest directory above counts.
+        let there = path.ancestors().find(|above| above.exists()).unwrap_or(path);
+        access(there, Access::WRITE_OK)
+            .map_err(|error| format!("{} cannot be written by this user: {error}", shown(there)))
+    })
+}
+
+/// Whether CRIU can be found and is content with this kernel.
+fn criu(context: &Context) -> Result<Verdict, Failure> {
+    let criu = match environment::find_criu(&context.config) {
+        Ok(criu) => criu,
+        Err(Failure::Error(error)) => return Ok(Err(error.to_string())),
+        Err(other) => return Err(other),
+    };
+    let asked = criu.version().and_then(|version| Ok((version, criu.diagnose()?)));
+    Ok(match asked {
+        Err(error) => Err(error.to_string()),
+        Ok((version, diagnosis)) => {
+            let name = format!("{} {version}", shown(criu.program()));
+            match diagnosis {
+                Diagnosis::Works => Ok(format!("{name} works on this kernel")),
+                Diagnosis::TooOld { needed } => {
+                    Err(format!("{name} is too old for this kernel: {needed} or later is needed"))
+                }
+                Diagnosis::Fails { said } => Err(format!("{name} says: {}", said.replace('\n', "; "))),
+            }
+        }
+    })
+}
+
+/// Whether control groups can be frozen by this user.
+fn freezer() -> Verdict {
+    let frozen_otherwise =
+        |why: String| format!("{why}: processes are stopped by signals instead, which they can notice");
+    let root = Cgroup::open(Path::new("/"))
+        .map_err(|_| frozen_otherwise("no unified hierarchy of control groups is mounted".into()))?;
+    let dir: &Path = &root.dir().components().collect::<PathBuf>();
+    let groups = std::fs::read_dir(dir).map_err(|error| frozen_otherwise(format!("{}: {error}", shown(dir))))?;
     // The root itself cannot be frozen; where there is no other group, one can be made.
     let first = groups.flatten().map(|entry| entry.path().join("cgroup.freeze")).find(|control| control.exists());
-    let writable = access(first.as_deref().unwrap_or(dir), Access::WRITE_OK);
-    writable.map_err(|error| {
-        format!("the control groups below {} cannot be frozen by this user: {error}", dir.display())
+    access(first.as_deref().unwrap_or(dir), Access::WRITE_OK).map_err(|error| {
+        frozen_otherwise(format!("the control groups below {} cannot be frozen by this user: {error}", shown(dir)))
     })?;
-    Ok(format!("control groups below {} can be frozen", dir.display()))
+    Ok(format!("control groups below {} can be frozen", shown(dir)))
+}
+
+/// Whether trees can be served: what `fsnap overlay` needs.
+#[cfg(feature = "fuse")]
+fn fuse() -> Verdict {
+    const DEVICE: &str = "/dev/fuse";
+    const HELPER: &str = "fusermount3";
+    let opened = std::fs::File::options().read(true).write(true).open(DEVICE);
+    opened.map_err(|error| {
+        format!("{DEVICE} cannot be opened: {error}; load the module fuse, or have root give access to it")
+    })?;
+    if rustix::process::geteuid().is_root() {
+        return Ok("`fsnap overlay` can be used".into());
+    }
+    match environment::in_search_path(HELPER) {
+        Some(helper) => Ok(format!("`fsnap overlay` can be used, by the help of {}", shown(&helper))),
+        None => Err(format!("without root, {HELPER} is needed, and it was not found: install fuse3")),
+    }
+}
+
+/// What is recorded, and whether more can be.
+fn catalog(context: &Context, coordinator: Result<Coordinator, Failure>) -> Result<Verdict, Failure> {
+    let file = shown(&context.state.join(catalog::format::FILE));
+    let recordable = recordable(context);
+    let coordinator = match coordinator {
+        Ok(coordinator) => coordinator,
+        Err(Failure::Error(fsnap::Error::Catalog(catalog::Error::Missing { .. }))) => {
+            return Ok(recordable.map_or_else(
+                |why| Err(format!("there is none at {file}, and none can be made: {why}")),
+                |()| Err(format!("there is none at {file} yet: `fsnap init DIR` makes it")),
+            ));
+        }
+        Err(Failure::Error(error)) => return Ok(Err(error.to_string())),
+        Err(other) => return Err(other),
+    };
+    let count = |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
+    let checkpoints = count(coordinator.catalog().checkpoints()?.len(), "checkpoint");
+    let pending = count(coordinator.catalog().intents()?.len(), "pending change");
+    let there = format!("{file}: {checkpoints}, {pending}");
+    Ok(match recordable {
+        Ok(()) => Ok(there),
+        Err(why) => Err(format!("{there}; it can only be read, for {why}")),
+    })
 }

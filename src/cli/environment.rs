@@ -1,6 +1,7 @@
 //! What the process finds around it: the only place that reads the environment.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use fsnap::catalog::Access;
@@ -11,6 +12,7 @@ use fsnap::failpoint;
 use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
 use super::failure::{Failure, say};
+use super::progress::TerminalProgress;
 use super::sys;
 
 /// How long a command waits for another that changes the catalog.
@@ -37,6 +39,8 @@ pub(crate) struct Context {
     pub(crate) config: Config,
     /// The state directory.
     pub(crate) state: PathBuf,
+    /// Whether people may be shown how long work goes on.
+    progress: bool,
 }
 
 impl Context {
@@ -52,7 +56,12 @@ impl Context {
             object: fsnap::printable(state.as_os_str()),
             source,
         })?;
-        Ok(Self { config, state })
+        Ok(Self { config, state, progress: true })
+    }
+
+    /// Reads the settings for an engine's hook, which shows nothing to people.
+    pub(crate) fn for_hook() -> Result<Self, Failure> {
+        Ok(Self { progress: false, ..Self::load()? })
     }
 
     /// Opens the catalog for a change, and recovers what others left half done.
@@ -76,7 +85,11 @@ impl Context {
 
     /// Opens the catalog, and recovers nothing.
     pub(crate) fn open(&self, access: Access) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, access, PATIENCE)?)
+        let mut coordinator = Coordinator::open(&self.state, access, PATIENCE)?;
+        if let Some(bar) = TerminalProgress::new().filter(|_| self.progress) {
+            coordinator.report_to(Arc::new(bar));
+        }
+        Ok(coordinator)
     }
 
     /// Opens the catalog to read it; recovers if the user may write it.
@@ -107,12 +120,19 @@ pub(crate) fn tell(recovered: &[Recovered]) {
                 say("recovered", &format!("branch {name} was not finished; it is removed"))
             }
             Recovered::Mounted(name) => say("recovered", &format!("branch {name} is mounted again")),
+            Recovered::Forgotten { what } => {
+                say("warning", &format!("{what} was done, and its record is lost: {LOST_END}"))
+            }
             Recovered::Postponed { what, error } => {
                 say("warning", &format!("{what} is half done and stays so: {error}"))
             }
         }
     }
 }
+
+/// Why something that was done is known no more.
+pub(crate) const LOST_END: &str = "the end of the catalog's log catalog.db-wal is gone; `fsnap recover` names what is left in the \
+                                   stores";
 
 fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
@@ -163,6 +183,15 @@ fn search_path() -> Vec<PathBuf> {
     dirs
 }
 
+/// The program of that name that the kernel would start from the search path.
+#[cfg(feature = "fuse")]
+pub(crate) fn in_search_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|program| rustix::fs::access(program, rustix::fs::Access::EXEC_OK).is_ok())
+}
+
 /// The process that started this one.
 pub(crate) fn parent() -> i32 {
     rustix::process::Pid::as_raw(rustix::process::getppid())
@@ -180,7 +209,8 @@ pub(crate) fn volumes(config: &Config) -> Vec<String> {
 
 /// CRIU, as configured or as found.
 pub(crate) fn find_criu(config: &Config) -> Result<Criu, Failure> {
-    let configured = variable("FSNAP_CRIU").or_else(|| config.criu.program.clone());
+    let named = variable("FSNAP_CRIU").map(|program| std::path::absolute(&program).unwrap_or(program));
+    let configured = named.or_else(|| config.criu.program.clone());
     let search: Vec<PathBuf> = search_path().iter().map(|dir| dir.join(criu::NAME)).collect();
     Ok(Criu::find(configured.as_deref(), &search)?)
 }

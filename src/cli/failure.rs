@@ -80,6 +80,7 @@ fn hint(error: &Error) -> Option<String> {
         }
         Error::ImagesInVolume { .. } => "let the engine write its images to a directory outside every volume",
         Error::NoProcessImage { .. } => "`fsnap branch` gives you its files",
+        Error::NotAPlace { .. } => "name a place outside every volume by --store",
         Error::NoSuchTag { .. } => "`fsnap log` shows the tags",
         Error::NameTaken { what: "the branch", .. } => {
             "choose another name, or remove the branch: `fsnap rm --branch NAME`"

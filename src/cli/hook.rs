@@ -44,9 +44,9 @@ pub(crate) fn run(args: Args) -> Outcome {
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
     match call.phase {
-        Phase::Starting => start(&Context::load()?, &call),
-        Phase::Frozen => take(&Context::load()?, &call),
-        Phase::Restoring => check(&Context::load()?, &call),
+        Phase::Starting => start(&Context::for_hook()?, &call),
+        Phase::Frozen => take(&Context::for_hook()?, &call),
+        Phase::Restoring => check(&Context::for_hook()?, &call),
         Phase::Restored | Phase::Resumed => Ok(()),
     }
 }

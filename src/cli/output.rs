@@ -68,17 +68,6 @@ pub(crate) fn rfc3339(time: Timestamp) -> String {
     format!("{rounded:.3}")
 }
 
-/// A progress bar on a terminal; nothing in a pipe.
-pub(crate) fn progress(steps: usize, what: &'static str) -> indicatif::ProgressBar {
-    if !io::stderr().is_terminal() {
-        return indicatif::ProgressBar::hidden();
-    }
-    let style = indicatif::ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}");
-    let bar = indicatif::ProgressBar::new(steps as u64).with_message(what);
-    bar.set_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()));
-    bar
-}
-
 fn ago(now: Timestamp, time: Timestamp) -> String {
     let seconds = now.as_second().saturating_sub(time.as_second());
     let (count, unit) = match seconds {

@@ -4,6 +4,7 @@ use fsnap::catalog::Access;
 use fsnap::coordinator::Recovered;
 use serde_json::json;
 
+use super::environment::LOST_END;
 use super::{Context, Failure, Outcome, Output};
 
 /// Finish or undo what a killed fsnap or engine left half done
@@ -28,13 +29,11 @@ pub(crate) fn run(args: Args) -> Outcome {
             Recovered::BranchRemoved(name) => ("undone", format!("branch {name}")),
             Recovered::Removed => ("finished", "a removal".into()),
             Recovered::Mounted(name) => ("mounted", format!("branch {name}")),
+            Recovered::Forgotten { what } => ("forgotten", format!("{what}: {LOST_END}")),
             Recovered::Postponed { what, error } => ("postponed", format!("{what}: {error}")),
         })
         .collect();
-    told.extend(coordinator.strays()?.into_iter().map(|stray| {
-        let (at, kind, place) = (stray.at, stray.store.backend, stray.store.place);
-        ("unknown", format!("{at} in the {kind} store at {place}: not recorded in this catalog, and left alone"))
-    }));
+    told.extend(coordinator.strays()?.iter().map(|stray| ("unknown", stray.to_string())));
     let out = Output::new();
     if args.json {
         out.json(&told.iter().map(|(done, what)| json!({ "done": done, "what": what })).collect::<Vec<_>>())?;

@@ -4,12 +4,12 @@ use fsnap::coordinator::Finding;
 use fsnap::reference;
 use serde_json::json;
 
-use super::output::{Output, progress};
-use super::{Context, Failure, Outcome};
+use super::{Context, Failure, Outcome, Output, json};
 
 /// Read checkpoints again and name what is damaged
 ///
-/// Without arguments, the catalog and every checkpoint. Exits with 1 if anything is damaged.
+/// Without arguments, the catalog and every checkpoint; it then also names the snapshots and clones in the stores that are
+/// not recorded, which are no damage, and never touched. Exits with 1 if anything is damaged.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The checkpoints to verify; all, if none is given
@@ -23,26 +23,33 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.read()?;
     let catalog = coordinator.catalog();
-    let checkpoints = if args.checkpoints.is_empty() {
+    let all = args.checkpoints.is_empty();
+    let checkpoints = if all {
         catalog.checkpoints()?
     } else {
         args.checkpoints.iter().map(|text| reference::resolve(catalog, text)).collect::<fsnap::Result<_>>()?
     };
     let mut findings = coordinator.verify_catalog()?;
-    let bar = progress(checkpoints.len(), "verifying");
-    for checkpoint in &checkpoints {
-        findings.extend(coordinator.verify_checkpoint(checkpoint));
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+    findings.extend(coordinator.verify(&checkpoints));
+    let strays = if all { coordinator.strays()? } else { Vec::new() };
     let out = Output::new();
     if args.json {
         let list: Vec<_> =
             findings.iter().map(|Finding { place, what }| json!({ "place": place, "what": what })).collect();
-        out.json(&json!({ "checkpoints": checkpoints.len(), "damage": list }))?;
+        let unknown: Vec<_> = strays
+            .iter()
+            .map(|stray| {
+                let object = json!({ "backend": stray.store.backend, "image": stray.at });
+                json::with_path(object, "store", stray.store.place.as_path())
+            })
+            .collect();
+        out.json(&json!({ "checkpoints": checkpoints.len(), "damage": list, "unknown": unknown }))?;
     } else {
         for finding in &findings {
             out.line(format_args!("{}: {}", finding.place, finding.what))?;
+        }
+        for stray in &strays {
+            out.line(format_args!("unknown: {stray}"))?;
         }
         let (count, plural) = (checkpoints.len(), if checkpoints.len() == 1 { "" } else { "s" });
         out.line(format_args!("verified the catalog and {count} checkpoint{plural}: {} damaged", findings.len()))?;

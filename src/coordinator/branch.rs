@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
 
+use super::checkpoint::boot_id;
 use super::{Coordinator, side_by_side};
 use crate::branch::{Branch, BranchMember, Overlay};
 use crate::catalog::{ImageRef, Intent};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
 use crate::name::Name;
+use crate::progress::Work;
 use crate::{Error, Result};
 
 /// One clone or overlay that is to be made.
@@ -41,7 +43,8 @@ impl Coordinator {
         }
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
         let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
-        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect(), overlays };
+        let images = planned.iter().map(image).collect();
+        let intent = Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {
@@ -64,13 +67,16 @@ impl Coordinator {
     }
 
     fn grow(&self, checkpoint: &Checkpoint, name: &Name, planned: &[Planned<'_>]) -> Result<Branch> {
+        let work = self.begin_work(Work::Cloning, planned.len());
         side_by_side(planned, |plan| {
             if plan.overlay.is_none() {
                 plan.store.clone_snapshot(&plan.member.snapshot, &plan.at)?;
             }
             failpoint::hit("branch:cloned");
+            work.step();
             Ok(())
         })?;
+        drop(work);
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
             let (path, identity) = match &plan.overlay {

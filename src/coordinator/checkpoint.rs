@@ -10,6 +10,7 @@ use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
 use crate::processes::ProcessId;
+use crate::progress::Work;
 use crate::quiesce::FreezeRecord;
 use crate::{Error, Result};
 
@@ -120,10 +121,12 @@ impl Coordinator {
     /// Flushes and copies ahead once more; the processes still run.
     pub fn prime(&self, begun: &Begun) -> Result<()> {
         let members = self.open_members(&begun.pending)?;
+        let work = self.begin_work(Work::Priming, members.len());
         side_by_side(&members, |(store, member)| {
             let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
             store.prime(&volume, &member.at)?;
             failpoint::hit("begin:primed");
+            work.step();
             Ok(())
         })?;
         Ok(())
@@ -166,11 +169,15 @@ impl Coordinator {
         let Some(taken) = &begun.taken else {
             return Err(Error::NothingToTake { why: "no snapshot was taken".into() });
         };
-        let settled = side_by_side(&self.open_members(&begun.pending)?, |(store, member)| {
+        let members = self.open_members(&begun.pending)?;
+        let work = self.begin_work(Work::Settling, members.len());
+        let settled = side_by_side(&members, |(store, member)| {
             let settled = store.settle(&member.at)?;
             failpoint::hit("seal:settled");
+            work.step();
             Ok(settled)
         });
+        drop(work);
         let settled = match settled {
             Ok(settled) => settled,
             Err(error) if is_lost(&error) => return Err(self.give_up(begun, error)),
@@ -257,9 +264,7 @@ pub(super) fn is_lost(error: &Error) -> bool {
     }
 }
 
-/// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
+/// The running kernel's boot.
 pub(super) fn boot_id() -> Result<String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    let text = std::fs::read_to_string(path);
-    Ok(text.map_err(|source| Error::Io { action: "read", object: path.into(), source })?.trim().to_owned())
+    crate::boot_id().map_err(|source| Error::Io { action: "read", object: "the boot's id".into(), source })
 }

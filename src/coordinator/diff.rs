@@ -9,6 +9,7 @@ use fsnap_backend::{Content, Dir, DirTree, Entry, FileKind};
 use super::Coordinator;
 use crate::checkpoint::Checkpoint;
 use crate::name::Name;
+use crate::progress::{Underway, Work};
 use crate::{Error, Result};
 
 /// One file that differs.
@@ -50,6 +51,8 @@ impl Coordinator {
     /// A volume that only one side has is skipped and returned.
     pub fn diff(&self, old: &Checkpoint, new: Side<'_>, report: &mut dyn FnMut(Change)) -> Result<Vec<Name>> {
         let mut skipped = Vec::new();
+        // How many files there are is known only when all were compared.
+        let work = self.begin_work(Work::Comparing, None);
         for member in &old.members {
             let before = self.read(self.store(&member.store)?.as_ref(), &member.snapshot)?;
             let after: Arc<dyn Dir> = match new {
@@ -68,7 +71,8 @@ impl Coordinator {
                     }
                 },
             };
-            let mut comparison = Comparison { volume: &member.volume, path: PathBuf::new(), report: &mut *report };
+            let mut comparison =
+                Comparison { volume: &member.volume, path: PathBuf::new(), work: &work, report: &mut *report };
             comparison.dirs(before.as_ref(), after.as_ref())?;
         }
         if let Side::Checkpoint(other) = new {
@@ -93,6 +97,7 @@ impl Coordinator {
 struct Comparison<'a> {
     volume: &'a Name,
     path: PathBuf,
+    work: &'a Underway<'a>,
     report: &'a mut dyn FnMut(Change),
 }
 
@@ -135,6 +140,7 @@ impl Comparison<'_> {
     fn whole(&mut self, dir: &dyn Dir, entry: Option<Entry>, kind: ChangeKind) -> Result<()> {
         let Some(entry) = entry else { return Ok(()) };
         self.found(Some(&entry.name), kind);
+        self.work.step();
         if entry.meta.kind == FileKind::Dir {
             let below = dir.open_dir(&entry.name)?;
             self.path.push(&entry.name);
@@ -148,6 +154,7 @@ impl Comparison<'_> {
 
     fn both(&mut self, old: &dyn Dir, new: &dyn Dir, a: &Entry, b: &Entry) -> Result<()> {
         let name: &OsString = &a.name;
+        self.work.step();
         if a.meta.kind != b.meta.kind {
             self.whole(old, Some(a.clone()), ChangeKind::Removed)?;
             return self.whole(new, Some(b.clone()), ChangeKind::Added);

@@ -1,6 +1,7 @@
 //! Finishes or undoes what was begun by somebody who is gone.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use fsnap_backend::Locator;
 
@@ -25,6 +26,11 @@ pub enum Recovered {
     Removed,
     /// A branch whose files were not visible any more, as after a start of the machine, is mounted again.
     Mounted(Name),
+    /// It was done, and the catalog has lost the record of it with the end of its log; what it left is left alone.
+    Forgotten {
+        /// What was done.
+        what: String,
+    },
     /// It could not be done now; the next recovery tries again.
     Postponed {
         /// What was begun.
@@ -43,6 +49,13 @@ pub struct Stray {
     pub at: Locator,
 }
 
+impl fmt::Display for Stray {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StoreRecord { backend, place, .. } = &self.store;
+        write!(f, "{} in the {backend} store at {place}: not recorded in this catalog, and left alone", self.at)
+    }
+}
+
 impl Coordinator {
     /// Finishes or undoes every intent that nobody works on.
     ///
@@ -50,6 +63,7 @@ impl Coordinator {
     /// not record are never touched.
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
+        let boot = boot_id()?;
         let intents = self.catalog.intents()?;
         for (_, intent) in &intents {
             let Intent::Checkpoint(pending) = intent else { continue };
@@ -63,6 +77,7 @@ impl Coordinator {
             if !self.needs_recovery(id, &intent) {
                 continue;
             }
+            let finished = intent.boot() == boot && self.catalog.was_finished(id)?;
             let Some(lock) = self.catalog.lock_intent(id)? else { continue };
             // Its author may have finished it before the lock was free.
             let Some(intent) = self.catalog.intent(id)? else {
@@ -73,7 +88,11 @@ impl Coordinator {
                 continue;
             }
             let what = describe(&intent);
-            done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
+            let recovered = match finished {
+                true => self.remember(id, lock, intent),
+                false => self.recover_one(id, lock, intent),
+            };
+            done.push(recovered.unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
         self.catalog.sweep_intent_files()?;
         done.extend(self.mount_overlays()?);
@@ -115,7 +134,7 @@ impl Coordinator {
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
         match intent {
-            Intent::Remove { images, overlays } => {
+            Intent::Remove { images, overlays, .. } => {
                 self.delete(&Doomed { images, overlays })?;
                 self.catalog.drop_intent(id)?;
                 lock.finish();
@@ -127,6 +146,23 @@ impl Coordinator {
             }
             Intent::Checkpoint(pending) => self.recover_checkpoint(id, lock, *pending),
         }
+    }
+
+    /// Deals with an intent that was finished, and that the catalog has again because the end of its log was lost.
+    ///
+    /// Nothing is deleted for it: its places may hold by now what came of it, or what others made there. A checkpoint of
+    /// which every snapshot is whole is sealed once more.
+    fn remember(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
+        let what = describe(&intent);
+        if let Intent::Checkpoint(pending) = intent
+            && let Some(taken) = self.settle_all(&pending)?
+        {
+            let sealed = self.seal(Begun { id, lock, pending: *pending, taken: Some(taken) })?;
+            return Ok(Recovered::Sealed(sealed.id));
+        }
+        self.catalog.drop_intent(id)?;
+        lock.finish();
+        Ok(Recovered::Forgotten { what })
     }
 
     fn recover_checkpoint(&self, id: IntentId, lock: IntentLock, pending: PendingCheckpoint) -> Result<Recovered> {
@@ -165,6 +201,11 @@ impl Coordinator {
         if !engine::is_complete(&images.name, images.images.as_path()) {
             return Ok(None);
         }
+        self.settle_all(pending)
+    }
+
+    /// Every member's snapshot, if all of them are whole.
+    fn settle_all(&self, pending: &PendingCheckpoint) -> Result<Option<Taken>> {
         let mut members = Vec::new();
         for plan in &pending.members {
             let store = self.store(&plan.store)?;
@@ -179,7 +220,7 @@ impl Coordinator {
                 identity: plan.identity.clone(),
                 backend: plan.backend.clone(),
                 store: plan.store.clone(),
-                // Who else wrote was seen in the frozen window and is forgotten: claim no more than is sure.
+                // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
                 consistency: store.store().capabilities.live,
                 snapshot,
                 writers: Vec::new(),
@@ -193,6 +234,6 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images, overlays } => format!("the removal of {} images", images.len() + overlays.len()),
+        Intent::Remove { images, overlays, .. } => format!("the removal of {} images", images.len() + overlays.len()),
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, ErrorKind};
+use rustix::fs::{Access, access};
 
 use super::Coordinator;
 use crate::checkpoint::PathText;
@@ -43,7 +44,7 @@ pub struct Registered {
 impl Coordinator {
     /// Begins to track a directory as a volume.
     pub fn register(&self, wanted: Registration) -> Result<Registered> {
-        let dir = self.check_directory(&wanted.dir)?;
+        let dir = volume_dir(&wanted.dir, self.catalog.state(), &self.catalog.volumes()?)?;
         let name = match wanted.name {
             Some(name) => name,
             None => name_of(&dir)?,
@@ -52,6 +53,10 @@ impl Coordinator {
             let by = Some(format!("at {}; choose another with --name", taken.path));
             return Err(Error::NameTaken { what: "the volume", name, by });
         }
+        if let Some(place) = &wanted.store {
+            self.check_place(place)?;
+        }
+        self.check_no_store_in(&dir)?;
         let kinds = match wanted.backend.as_deref() {
             None | Some("auto") => KINDS.iter().collect(),
             Some(name) => vec![Kind::named(name)?],
@@ -69,6 +74,31 @@ impl Coordinator {
         let errors: Vec<Error> = passed_over.into_iter().map(|(_, error)| error).collect();
         Err(Error::of_all(errors)
             .unwrap_or(Error::NotAVolume { dir: PathText(dir), reason: "no backend is compiled in".into() }))
+    }
+
+    /// Refuses a place for a store inside a registered volume: that volume's snapshots would hold the store.
+    fn check_place(&self, place: &Path) -> Result<()> {
+        let absolute = std::path::absolute(place).context("resolve", place)?;
+        let Some(there) = there(&absolute) else { return Ok(()) };
+        match self.catalog.volumes()?.into_iter().find(|volume| there.starts_with(volume.path.as_path())) {
+            Some(volume) => Err(Error::NotAPlace { place: PathText(absolute), volume: volume.name, path: volume.path }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a directory with a store in it that is but a directory, so that every snapshot would hold that, too.
+    pub fn check_no_store_in(&self, dir: &Path) -> Result<()> {
+        let stores = self.catalog.stores()?;
+        let inside = |store: &&StoreRecord| {
+            store.place.as_path().starts_with(dir) && Kind::named(&store.backend).is_ok_and(takes_any_place)
+        };
+        match stores.iter().find(inside) {
+            Some(store) => {
+                let reason = format!("the store {} lies in it, and every snapshot would hold that, too", store.place);
+                Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Opens the store for `dir`, or makes one: at `place` if the user named one, else at the first place that will do.
@@ -127,37 +157,6 @@ impl Coordinator {
         Ok(volume)
     }
 
-    /// The absolute path of a directory that may become a volume: it exists, is no symbolic link, and overlaps no
-    /// other volume.
-    fn check_directory(&self, dir: &Path) -> Result<PathBuf> {
-        let meta = std::fs::symlink_metadata(dir).context("open the directory", dir)?;
-        let refuse = |reason: &str| Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason: reason.to_owned() });
-        if meta.is_symlink() {
-            return refuse("it is a symbolic link; name the directory that it leads to");
-        }
-        if !meta.is_dir() {
-            return refuse("it is not a directory");
-        }
-        let dir = dir.canonicalize().context("resolve", dir)?;
-        if dir == Path::new("/") {
-            return refuse("it is the root of everything, fsnap's own state included");
-        }
-        if self.catalog.state().canonicalize().context("resolve", self.catalog.state())?.starts_with(&dir) {
-            return refuse("fsnap's own state lies in it; set FSNAP_STATE to a directory elsewhere");
-        }
-        for volume in self.catalog.volumes()? {
-            let other = volume.path.as_path();
-            let reason = match (dir.starts_with(other), other.starts_with(&dir)) {
-                (true, true) => "it is",
-                (true, false) => "it lies inside",
-                (false, true) => "it contains",
-                (false, false) => continue,
-            };
-            return Err(Error::Overlap { dir: PathText(dir), reason, other: volume.name, path: volume.path });
-        }
-        Ok(dir)
-    }
-
     /// Forgets a volume; its checkpoints and branches stay.
     pub fn unregister(&self, name: &Name) -> Result<()> {
         if self.catalog.forget_volume(name)? { Ok(()) } else { Err(self.no_such_volume(name.as_str())) }
@@ -171,6 +170,40 @@ impl Coordinator {
     }
 }
 
+/// The absolute path of a directory that may become a volume: it exists, is no symbolic link, holds none of fsnap's
+/// state, and overlaps none of `volumes`.
+///
+/// `state` is fsnap's own directory, which need not exist yet.
+pub fn volume_dir(dir: &Path, state: &Path, volumes: &[RegisteredVolume]) -> Result<PathBuf> {
+    let meta = std::fs::symlink_metadata(dir).context("open the directory", dir)?;
+    let refuse = |reason: &str| Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason: reason.to_owned() });
+    if meta.is_symlink() {
+        return refuse("it is a symbolic link; name the directory that it leads to");
+    }
+    if !meta.is_dir() {
+        return refuse("it is not a directory");
+    }
+    let dir = dir.canonicalize().context("resolve", dir)?;
+    if dir == Path::new("/") {
+        return refuse("it is the root of everything, fsnap's own state included");
+    }
+    if there(state).is_some_and(|there| there.starts_with(&dir)) {
+        return refuse("fsnap's own state lies in it; set FSNAP_STATE to a directory elsewhere");
+    }
+    for volume in volumes {
+        let other = volume.path.as_path();
+        let reason = match (dir.starts_with(other), other.starts_with(&dir)) {
+            (true, true) => "it is",
+            (true, false) => "it lies inside",
+            (false, true) => "it contains",
+            (false, false) => continue,
+        };
+        let (other, path) = (volume.name.clone(), volume.path.clone());
+        return Err(Error::Overlap { dir: PathText(dir), reason, other, path });
+    }
+    Ok(dir)
+}
+
 /// Where `init` would put the store of a directory; the error says why the backend cannot hold the directory.
 ///
 /// `state` is fsnap's own directory.
@@ -182,7 +215,9 @@ pub fn proposed_place(kind: &Kind, dir: &Path, state: &Path) -> Result<PathBuf> 
             }
             _ => Ok(usual),
         },
-        Err(_) if takes_any_place(kind) && std::fs::read_dir(dir).is_ok() => Ok(own_place(state, &name_of(dir)?)),
+        Err(_) if takes_any_place(kind) && std::fs::read_dir(dir).is_ok() && may_hold(state) => {
+            Ok(own_place(state, &name_of(dir)?))
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -214,12 +249,21 @@ fn adopt_into(kind: &Kind, dir: &Path, place: PathBuf) -> Result<(Arc<dyn Backen
 /// The absolute path of a place for a store; refused, before anything is made, if it lies in the volume.
 fn outside(dir: &Path, place: &Path) -> Result<PathBuf> {
     let place = std::path::absolute(place).context("resolve", place)?;
-    let there = place.ancestors().find_map(|above| above.canonicalize().ok());
-    if there.is_some_and(|there| there.starts_with(dir)) {
+    if there(&place).is_some_and(|there| there.starts_with(dir)) {
         let reason = format!("the store {} would lie in it, and every snapshot would hold all others", PathText(place));
         return Err(Error::NotAVolume { dir: PathText(dir.to_owned()), reason });
     }
     Ok(place)
+}
+
+/// Whether this user may make something in the directory, or make the directory.
+fn may_hold(dir: &Path) -> bool {
+    there(dir).is_some_and(|there| access(there, Access::WRITE_OK | Access::EXEC_OK).is_ok())
+}
+
+/// The real path of what there is of a path: all of it, or the nearest directory above.
+fn there(path: &Path) -> Option<PathBuf> {
+    path.ancestors().find_map(|above| above.canonicalize().ok())
 }
 
 fn name_of(dir: &Path) -> Result<Name> {

@@ -12,6 +12,7 @@ use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageC
 use crate::error::IoContext;
 use crate::mount::Restrictions;
 use crate::name::Name;
+use crate::progress::Work;
 use crate::{Error, Result};
 
 /// What is to be restored, and how.
@@ -73,6 +74,7 @@ impl Coordinator {
             log: &logs.join(format!("restore-{}.log", branch.name)),
             stage: request.stage,
         };
+        let _work = self.begin_work(Work::Restoring, None);
         Ok(restore.run()?)
     }
 

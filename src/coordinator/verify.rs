@@ -3,6 +3,7 @@
 use super::Coordinator;
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::progress::Work;
 
 /// One damaged thing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +21,19 @@ impl Coordinator {
         Ok(found.into_iter().map(|what| Finding { place: "the catalog".into(), what }).collect())
     }
 
+    /// Verifies checkpoints, one after the other.
+    pub fn verify(&self, checkpoints: &[Checkpoint]) -> Vec<Finding> {
+        let work = self.begin_work(Work::Verifying, checkpoints.len());
+        let verify = |checkpoint| {
+            let findings = self.verify_checkpoint(checkpoint);
+            work.step();
+            findings
+        };
+        checkpoints.iter().flat_map(verify).collect()
+    }
+
     /// Verifies every member of a checkpoint; a member that cannot be read at all is a finding, too.
-    pub fn verify_checkpoint(&self, checkpoint: &Checkpoint) -> Vec<Finding> {
+    fn verify_checkpoint(&self, checkpoint: &Checkpoint) -> Vec<Finding> {
         let mut findings = Vec::new();
         for member in &checkpoint.members {
             let place = format!("{}:{}", checkpoint.id.short(), member.volume);

@@ -1,7 +1,6 @@
 //! What a freeze stops, as data: for the guard's pipe, and for the record on disk.
 
 use std::collections::BTreeSet;
-use std::fs;
 
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -76,5 +75,5 @@ fn resume(member: &Member) -> Result<()> {
 
 /// The kernel's name for the time since it started; start times count within it.
 fn boot() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_owned()).unwrap_or_default()
+    crate::boot_id().unwrap_or_default()
 }

@@ -174,7 +174,8 @@ fn every_listing_is_an_array_also_when_it_is_empty() {
     $ fsnap verify --json
     {
       "checkpoints": 0,
-      "damage": []
+      "damage": [],
+      "unknown": []
     }
     $ fsnap show @latest
     ! fsnap: error: no checkpoint "@latest"

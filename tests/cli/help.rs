@@ -345,7 +345,9 @@ fn verify() {
     assert_snapshot!(help("verify"), @"
     Read checkpoints again and name what is damaged
 
-    Without arguments, the catalog and every checkpoint. Exits with 1 if anything is damaged.
+    Without arguments, the catalog and every checkpoint; it then also names the snapshots and clones in
+    the stores that are not recorded, which are no damage, and never touched. Exits with 1 if anything
+    is damaged.
 
     Usage: fsnap verify [OPTIONS] [CKPT]...
 
@@ -387,14 +389,23 @@ fn doctor() {
     assert_snapshot!(help("doctor"), @"
     Tell what this machine can do, and why not: every backend, every engine, fsnap's own state
 
+    Each line begins with `ok` or `no`, says what was examined, and then what was found: how it can be
+    used, or why not. Nothing is changed, but that half-done work is recovered, as by every command.
+
     Usage: fsnap doctor [OPTIONS] [DIR]
 
     Arguments:
-      [DIR]  The directory that the backends are asked about [default: .]
+      [DIR]
+              The directory that the backends are asked about
+
+              [default: .]
 
     Options:
-          --json  Print an array of JSON objects
-      -h, --help  Print help
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 

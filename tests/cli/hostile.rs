@@ -1,33 +1,14 @@
 //! Input that nobody means well by: a catalog that is none, names that speak to the terminal, images in a volume.
 
-use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 
 use insta::{allow_duplicates, assert_snapshot};
 
 use crate::site::Site;
 
-fn with_checkpoint() -> Site {
-    let site = Site::plain();
-    site.run("fsnap init db && fsnap checkpoint -t kept && cp state/catalog.db good && echo changed >db/a");
-    site
-}
-
-/// Puts the catalog back, and shows that all is there.
-fn all_is_there(site: &Site) -> String {
-    site.run("rm -rf state/catalog.db state/catalog.db-* && cp good state/catalog.db");
-    site.session(
-        "fsnap recover
-         fsnap log
-         fsnap verify
-         fsnap diff kept",
-    )
-}
-
 #[test]
 fn a_catalog_of_a_newer_version_is_left_alone() {
-    let site = with_checkpoint();
+    let site = Site::with_kept_catalog();
     let path = site.path("state/catalog.db");
     let mut bytes = fs::read(&path).unwrap();
     // The user version of an SQLite database.
@@ -61,48 +42,26 @@ fn a_catalog_of_a_newer_version_is_left_alone() {
     [exit 1]
     ");
     assert_eq!(fs::read(&path).unwrap(), bytes);
-    assert_eq!(site.images(".fsnap").len(), 1);
-    allow_duplicates!(assert_snapshot!(all_is_there(&site), @"
-    $ fsnap recover
-    nothing is half done
-    $ fsnap log
-    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
-    ID1  TIME  db  (kept)
-    $ fsnap verify
-    verified the catalog and 1 checkpoint: 0 damaged
-    $ fsnap diff kept
-    M db/a
-    "));
+    site.expect_kept();
 }
 
 #[test]
 fn a_catalog_that_is_something_else_is_told_and_never_waited_for() {
     for make in ["mkdir", "mkfifo", "touch", "ln -s ../good", "cp /bin/sh"] {
-        let site = with_checkpoint();
+        let site = Site::with_kept_catalog();
         site.run(&format!("rm state/catalog.db && {make} state/catalog.db"));
         for line in ["log", "checkpoint", "init db", "rm kept", "verify", "recover"] {
             let said = site.fail(&format!("timeout 20 fsnap {line}"));
             assert!(said.contains("catalog.db is damaged: "), "{make}: {line}: {said}");
             assert!(said.contains("hint: restore it from a backup"), "{make}: {line}: {said}");
         }
-        assert_eq!(site.images(".fsnap").len(), 1);
-        allow_duplicates!(assert_snapshot!(all_is_there(&site), @"
-        $ fsnap recover
-        nothing is half done
-        $ fsnap log
-        ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
-        ID1  TIME  db  (kept)
-        $ fsnap verify
-        verified the catalog and 1 checkpoint: 0 damaged
-        $ fsnap diff kept
-        M db/a
-        "));
+        site.expect_kept();
     }
 }
 
 #[test]
 fn a_truncated_catalog_is_never_taken_for_a_shorter_one() {
-    let site = with_checkpoint();
+    let site = Site::with_kept_catalog();
     let good = fs::read(site.path("good")).unwrap();
     let pages = (0..good.len()).step_by(4096).flat_map(|at| [at, at + 1, at + 4095]);
     for length in pages.chain([15, 16, 99, 100]).filter(|&length| length < good.len()) {
@@ -113,23 +72,12 @@ fn a_truncated_catalog_is_never_taken_for_a_shorter_one() {
         }
         assert_eq!(fs::read(site.path("state/catalog.db")).unwrap(), good[..length]);
     }
-    assert_eq!(site.images(".fsnap").len(), 1);
-    assert_snapshot!(all_is_there(&site), @"
-    $ fsnap recover
-    nothing is half done
-    $ fsnap log
-    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
-    ID1  TIME  db  (kept)
-    $ fsnap verify
-    verified the catalog and 1 checkpoint: 0 damaged
-    $ fsnap diff kept
-    M db/a
-    ");
+    site.expect_kept();
 }
 
 #[test]
 fn a_flipped_byte_is_an_error_or_changes_nothing() {
-    let site = with_checkpoint();
+    let site = Site::with_kept_catalog();
     let good = fs::read(site.path("good")).unwrap();
     let (log, show) = (site.run("fsnap log"), site.run("fsnap show kept"));
     let used: Vec<usize> = (0..good.len()).filter(|&at| good[at] != 0).collect();
@@ -149,26 +97,14 @@ fn a_flipped_byte_is_an_error_or_changes_nothing() {
         }
     }
     assert!(refused > 5, "only {refused} were noticed");
-    assert_eq!(site.images(".fsnap").len(), 1);
-    assert_snapshot!(all_is_there(&site), @"
-    $ fsnap recover
-    nothing is half done
-    $ fsnap log
-    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
-    ID1  TIME  db  (kept)
-    $ fsnap verify
-    verified the catalog and 1 checkpoint: 0 damaged
-    $ fsnap diff kept
-    M db/a
-    ");
+    site.expect_kept();
 }
 
 #[test]
 fn names_do_not_speak_to_the_terminal() {
-    for (site, dir) in [(Site::plain(), "."), (Site::btrfs(), "fs")] {
-        let shell = site.in_dir(dir);
-        let volume = site.path(dir).join(OsStr::from_bytes(b"v\n\x1b[31m\xff"));
-        fs::rename(site.path(dir).join("db"), volume).unwrap();
+    for site in Site::each() {
+        let shell = site.top();
+        shell.run(r#"mv db "$(printf 'v\n\033[31m\377')""#);
         allow_duplicates!(assert_snapshot!(shell.session(
             r#"fsnap init v* 2>/dev/null | sed 's/: .*//; s|/fs/|/|'
              fsnap volumes --json | grep '"path"' | sed 's|/fs/|/|'
@@ -213,7 +149,7 @@ fn names_do_not_speak_to_the_terminal() {
         $ fsnap verify
         verified the catalog and 2 checkpoints: 0 damaged
         "#));
-        assert_eq!(site.images(&format!("{dir}/.fsnap")).len(), 3, "two snapshots and a branch");
+        assert_eq!(site.stored(), 3, "two snapshots and a branch");
     }
 }
 

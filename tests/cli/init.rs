@@ -346,3 +346,47 @@ fn another_tree_at_the_same_path_is_refused() {
         assert_eq!(shell.run("fsnap log --json | grep -c '\"id\"'"), "1");
     }
 }
+
+#[test]
+fn no_store_lies_in_another_volume() {
+    let site = Site::plain();
+    assert_snapshot!(site.session(
+        "mkdir web outer && fsnap init db 2>/dev/null
+         fsnap init web --store db/store
+         ln -s db link && fsnap init web --store link/sub/deep/store
+         mkdir -p outer/inner && fsnap init web --store outer/inner/store 2>/dev/null
+         fsnap init outer
+         fsnap checkpoint | wc -l
+         ls -A db outer
+         fsnap volumes"
+    ), @"
+    $ mkdir web outer && fsnap init db 2>/dev/null
+    volume db at $T/db: rsync snapshots in $T/.fsnap
+    $ fsnap init web --store db/store
+    ! fsnap: error: $T/db/store cannot hold a store: it lies inside the volume db at $T/db, whose snapshots would hold the store
+    ! fsnap: hint: name a place outside every volume by --store
+    [exit 1]
+    $ ln -s db link && fsnap init web --store link/sub/deep/store
+    ! fsnap: error: $T/link/sub/deep/store cannot hold a store: it lies inside the volume db at $T/db, whose snapshots would hold the store
+    ! fsnap: hint: name a place outside every volume by --store
+    [exit 1]
+    $ mkdir -p outer/inner && fsnap init web --store outer/inner/store 2>/dev/null
+    volume web at $T/web: rsync snapshots in $T/outer/inner/store
+    $ fsnap init outer
+    ! fsnap: error: $T/outer cannot be a volume: the store $T/outer/inner/store lies in it, and every snapshot would hold that, too
+    [exit 1]
+    $ fsnap checkpoint | wc -l
+    1
+    $ ls -A db outer
+    db:
+    a
+    sub
+
+    outer:
+    inner
+    $ fsnap volumes
+    NAME  PATH  BACKEND  CAPABILITIES
+    db  $T/db  rsync  branches, xattrs, acls, owners, checksums
+    web  $T/web  rsync  branches, xattrs, acls, owners, checksums
+    ");
+}

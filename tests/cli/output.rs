@@ -91,17 +91,85 @@ fn columns_are_aligned() {
 
 /// util-linux's `script` gives a command a terminal.
 #[test]
-fn people_get_relative_times_and_progress_and_pipes_do_not() {
+fn people_get_relative_times_and_pipes_do_not() {
     let site = Site::plain();
     site.run("fsnap init db && fsnap checkpoint -m first");
     let seen = site.run("script -qec 'fsnap log' /dev/null");
     assert!(seen.contains("just now"), "{seen:?}");
     assert!(!site.run("fsnap log").contains("just now"));
-    let seen = site.run("TERM=xterm script -qec 'fsnap verify' /dev/null");
-    assert!(seen.contains("verifying"), "{seen:?}");
-    assert_eq!(site.run("fsnap verify 2>&1"), "verified the catalog and 1 checkpoint: 0 damaged");
     let seen = site.run("script -qec 'fsnap frobnicate' /dev/null || :");
     assert!(!seen.contains('\u{1b}'), "NO_COLOR is set: {seen:?}");
+}
+
+/// What wipes the line of progress.
+const WIPED: &str = "\r\u{1b}[2K";
+
+#[test]
+fn long_work_shows_progress_on_a_terminal_and_nothing_in_a_pipe() {
+    let site = Site::plain();
+    site.run("mkdir web && fsnap init db && fsnap init web && fsnap checkpoint -t first && echo x >db/new");
+    for (line, shown, left) in [
+        ("fsnap checkpoint -t one", &["copying ahead", "/2", "making durable"][..], ""),
+        ("fsnap branch one work", &["cloning", "/2"], ""),
+        ("fsnap diff first", &["comparing"], "A db/new"),
+        ("fsnap verify", &["verifying", "/2"], "verified the catalog and 2 checkpoints: 0 damaged"),
+        ("fsnap rm --branch work", &["deleting", "/2"], ""),
+        ("fsnap rm one", &["deleting"], ""),
+    ] {
+        // On the terminal there is standard error, and nothing else.
+        let seen = site.run(&format!("TERM=xterm script -qec '{line} >out' /dev/null"));
+        for word in shown {
+            assert!(seen.contains(word), "{line}: {word:?} is not in {seen:?}");
+        }
+        assert!(seen.ends_with(WIPED), "{line} leaves something on the screen: {seen:?}");
+        let out = site.run("cat out");
+        assert!(out.contains(left) && !out.contains(['\r', '\u{1b}']), "{line}: {out:?}");
+    }
+    for line in ["checkpoint -t one", "branch one work", "diff first", "verify", "rm --branch work", "rm one"] {
+        // Neither if standard output is a terminal: what is read there is the result.
+        let seen = site.run(&format!("TERM=xterm script -qec 'fsnap {line} 2>err' /dev/null && cat err"));
+        assert!(!seen.contains('\u{1b}'), "{line}: {seen:?}");
+        let said = site
+            .shell()
+            .output(&format!("fsnap tag -h >/dev/null; fsnap {}", line.replace("one", "two").replace("work", "other")));
+        assert!(said.stderr.is_empty() && said.status.success(), "{line}: {said:?}");
+    }
+}
+
+/// A terminal can make whoever writes to it wait for ever.
+#[test]
+fn nothing_is_shown_while_processes_stand() {
+    let site = Site::plain();
+    site.run("fsnap init db");
+    let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+    let line = format!("FSNAP_FAILPOINT=take:opened=sleep:1000 exec fsnap checkpoint --pid {} db", sleeper.id());
+    let mut watched =
+        site.shell().command(&format!("TERM=xterm exec script -qefc '{line} >out' seen >/dev/null")).spawn();
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", sleeper.id())).unwrap_or_default();
+    while !state().contains(") T ") {
+        let ended = watched.as_mut().unwrap().try_wait().unwrap();
+        assert!(ended.is_none(), "it never stood: {ended:?}, {:?}", std::fs::read_to_string(site.path("seen")));
+        std::thread::yield_now();
+    }
+    let first = std::fs::read(site.path("seen")).unwrap();
+    let mut last = first.clone();
+    loop {
+        let now = std::fs::read(site.path("seen")).unwrap();
+        // What was read may be of a moment later.
+        if !state().contains(") T ") {
+            break;
+        }
+        last = now;
+    }
+    let ended = watched.unwrap().wait().unwrap();
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    assert!(ended.success(), "{ended:?}");
+    let text = String::from_utf8_lossy(&last);
+    assert!(text.contains("copying ahead"), "{text:?}");
+    // What was written before may reach the file a little later.
+    assert!(last.starts_with(&first) && text.ends_with(WIPED), "{text:?}");
+    assert!(!text.contains("making durable"), "{text:?}");
 }
 
 #[test]

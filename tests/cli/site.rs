@@ -18,6 +18,8 @@ pub(crate) struct Site {
     temp: tempfile::TempDir,
     bin: PathBuf,
     mounts: Vec<PathBuf>,
+    /// Where the volume-to-be lies.
+    top: &'static str,
     user: Option<u32>,
     redactor: Redactor,
     environment: Vec<(String, String)>,
@@ -34,12 +36,52 @@ impl Site {
     /// A btrfs file system, with the subvolume `db` in it.
     pub(crate) fn btrfs() -> Self {
         let mut site = Self::empty();
+        site.top = "fs";
         site.mount("fs", 256 << 20, &["mkfs.btrfs", "-q"]);
         site.in_dir("fs").run("btrfs -q subvolume create db");
         let top = site.path("fs");
         site.populate_at(&top.join("db"));
         site.environment.push(("TOP".into(), top.display().to_string()));
         site
+    }
+
+    /// One of each kind: what is said of both must be the same.
+    pub(crate) fn each() -> [Self; 2] {
+        [Self::plain(), Self::btrfs()]
+    }
+
+    /// As [`Self::plain`], with a copy of a catalog in which one checkpoint is recorded.
+    pub(crate) fn with_kept_catalog() -> Self {
+        let site = Self::plain();
+        site.run("fsnap init db && fsnap checkpoint -t kept && cp state/catalog.db good && echo changed >db/a");
+        site
+    }
+
+    /// Puts that catalog back, and makes sure that all is there.
+    pub(crate) fn expect_kept(&self) {
+        self.run("rm -rf state/catalog.db state/catalog.db-* && cp good state/catalog.db");
+        self.expect_order(&["kept"]);
+        assert_eq!(self.run("fsnap diff kept"), "M db/a");
+    }
+
+    /// Makes sure that these are the checkpoints, by tag or message, newest first, that nothing is half done or damaged, and
+    /// that the store holds their snapshots and nothing else.
+    pub(crate) fn expect_order(&self, checkpoints: &[&str]) {
+        let shell = self.top();
+        assert_eq!(shell.run("fsnap recover"), "nothing is half done");
+        let log: serde_json::Value = serde_json::from_str(&shell.run("fsnap log --json")).expect("it prints JSON");
+        let names = log.as_array().expect("an array").iter();
+        let names = names.map(|one| one["tags"][0].as_str().or(one["message"].as_str()).unwrap_or_default());
+        assert_eq!(names.collect::<Vec<_>>(), checkpoints);
+        let plural = if checkpoints.len() == 1 { "" } else { "s" };
+        let verified = format!("verified the catalog and {} checkpoint{plural}: 0 damaged", checkpoints.len());
+        assert_eq!(shell.run("fsnap verify"), verified);
+        assert_eq!(self.stored(), checkpoints.len());
+    }
+
+    /// How many images the volume's own store has.
+    pub(crate) fn stored(&self) -> usize {
+        self.images(&format!("{}/.fsnap", self.top)).len()
     }
 
     /// As [`Self::plain`], and whatever runs there runs as a user without privileges.
@@ -63,7 +105,7 @@ impl Site {
         let mut redactor = Redactor::default();
         redactor.name(temp.path(), "$T");
         let bin = Path::new(env!("CARGO_BIN_EXE_fsnap")).parent().expect("a program lies in a directory").to_owned();
-        Self { temp, bin, mounts: Vec::new(), user: None, redactor, environment: Vec::new() }
+        Self { temp, bin, mounts: Vec::new(), top: ".", user: None, redactor, environment: Vec::new() }
     }
 
     fn populate(&self) {
@@ -101,6 +143,11 @@ impl Site {
     /// A shell in another directory of the site.
     pub(crate) fn in_dir(&self, dir: &str) -> Shell<'_> {
         Shell { site: self, dir: self.path(dir) }
+    }
+
+    /// A shell in the directory where the volume-to-be lies.
+    pub(crate) fn top(&self) -> Shell<'_> {
+        self.in_dir(self.top)
     }
 
     /// The shell in the site's own directory.

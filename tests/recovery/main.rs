@@ -4,9 +4,12 @@
 //! each failure the next command must find every earlier checkpoint whole and equal to what it was, the new one wholly
 //! there or wholly absent, and nothing else in the stores.
 //!
+//! Processes that fsnap froze run again after each kill, before any other command of fsnap.
+//!
 //! There are hundreds of system calls, so that by default a few of them are tried, evenly spread; the variable
-//! `FSNAP_TEST_STEPS` sets how many of each operation.
+//! `FSNAP_TEST_STEPS` sets how many of each operation, and `FSNAP_TEST_EVERY` has all of them tried.
 
+mod companion;
 mod operations;
 #[path = "../cli/redact.rs"]
 #[allow(dead_code, reason = "the sessions of another test use the rest")]
@@ -53,7 +56,7 @@ fn main() -> ExitCode {
 fn at_failpoints(scene: &mut Scene, action: &str) {
     for number in 1.. {
         assert!(number < 100, "it never comes through");
-        let output = scene.shell().command(scene.line()).env("FSNAP_FAILPOINT", format!("{number}={action}")).output();
+        let output = scene.shell().command(&scene.line()).env("FSNAP_FAILPOINT", format!("{number}={action}")).output();
         let through = output.expect("run a shell").status.success();
         scene.check(&format!("{action} at place {number}"), through.then_some(true));
         if through {
@@ -86,14 +89,20 @@ fn at_calls() -> Vec<(&'static str, Faulty)> {
 #[cfg(target_arch = "x86_64")]
 fn each_call(scene: &mut Scene, operation: &Operation, fault: impl Fn(u32) -> tracer::Fault) {
     use tracer::End;
-    let limit: u32 = std::env::var("FSNAP_TEST_STEPS").map_or(5, |text| text.parse().expect("a number"));
+    let limit = match std::env::var("FSNAP_TEST_STEPS") {
+        _ if std::env::var_os("FSNAP_TEST_EVERY").is_some() => u32::MAX,
+        Ok(text) => text.parse().expect("a number"),
+        Err(_) => 5,
+    };
     // A fault that never comes counts the calls.
     let End::Exited { code: 0, changes: total, .. } = tracer::run(&scene.fsnap(), fault(u32::MAX)) else {
         panic!("it does not even come through by itself");
     };
     scene.check("without a fault", Some(true));
     let tried = total.min(limit);
-    for number in (0..tried).map(|index| 1 + index * total / tried) {
+    for number in (0..tried)
+        .map(|index| 1 + u32::try_from(u64::from(index) * u64::from(total) / u64::from(tried)).expect("less than all"))
+    {
         let fault = fault(number);
         let what = format!("{fault:?} of {total}");
         match tracer::run(&scene.fsnap(), fault) {

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::companion::{Beside, Companions};
 use crate::site::{Shell, Site};
 
 /// A command of fsnap that changes something.
@@ -19,6 +20,10 @@ pub(crate) struct Operation {
     prepare: &'static [&'static str],
     /// Its arguments.
     args: &'static [&'static str],
+    /// Variables of its environment.
+    variables: &'static [(&'static str, &'static str)],
+    /// What runs beside it.
+    beside: Beside,
     /// Whether it was done, as one can see afterwards.
     done: fn(&Scene) -> bool,
     /// What happens after it, so that it can be done again.
@@ -31,6 +36,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "init",
         prepare: &["mkdir -p other"],
         args: &["init", "--backend", "rsync", "--store", "other-store", "other"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.json("volumes").as_array().unwrap().len() == 2,
         clean: &["fsnap init --backend rsync --store other-store other || :", "fsnap rm --volume other"],
     },
@@ -38,20 +45,83 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "checkpoint",
         prepare: &[],
         args: &["checkpoint", "-m", "new", "-t", "new"],
+        variables: &[],
+        beside: Beside::Nobody,
+        done: is_checkpointed,
+        clean: &["fsnap rm new || :"],
+    },
+    Operation {
+        name: "checkpoint_pid",
+        prepare: &[],
+        args: &["checkpoint", "-t", "new", "--pid", "%WRITER"],
+        variables: &[],
+        beside: Beside::Writer,
+        done: is_checkpointed,
+        clean: &["fsnap rm new || :"],
+    },
+    Operation {
+        name: "checkpoint_cgroup",
+        prepare: &[],
+        args: &["checkpoint", "-t", "new", "--cgroup", "%CGROUP"],
+        variables: &[],
+        beside: Beside::WriterInCgroup,
+        done: is_checkpointed,
+        clean: &["fsnap rm new || :"],
+    },
+    Operation {
+        name: "checkpoint_writers",
+        prepare: &[],
+        args: &["checkpoint", "-t", "new", "--freeze-writers"],
+        variables: &[],
+        beside: Beside::Writer,
+        done: is_checkpointed,
+        clean: &["fsnap rm new || :"],
+    },
+    Operation {
+        name: "hook_before_the_freeze",
+        prepare: &[],
+        args: &["hook", "criu"],
+        variables: &[
+            ("CRTOOLS_SCRIPT_ACTION", "pre-dump"),
+            ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
+            ("CRTOOLS_INIT_PID", "%WRITER"),
+        ],
+        beside: Beside::WriterAndEngine,
+        // The engine has ended without its second call.
+        done: |scene| {
+            assert_eq!(scene.checkpoints(), 2);
+            true
+        },
+        clean: &[],
+    },
+    Operation {
+        name: "hook_in_the_frozen_window",
+        prepare: &[
+            "CRTOOLS_SCRIPT_ACTION=pre-dump CRTOOLS_IMAGE_DIR=/proc/%ENGINE/fd/8 CRTOOLS_INIT_PID=%WRITER fsnap hook criu",
+        ],
+        args: &["hook", "criu"],
+        variables: &[
+            ("CRTOOLS_SCRIPT_ACTION", "post-dump"),
+            ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
+            ("CRTOOLS_INIT_PID", "%WRITER"),
+        ],
+        beside: Beside::WriterAndEngine,
         done: |scene| {
             let there = scene.checkpoints() == 3;
             if there {
-                scene.expect_difference("new", "");
-                assert_eq!(scene.json("log")[0]["tags"], serde_json::json!(["new"]));
+                scene.expect_difference("@latest", "");
+                assert_eq!(scene.json("log")[0]["engine"]["name"], "criu");
             }
             there
         },
-        clean: &["fsnap rm new || :"],
+        clean: &["[ $(fsnap log | wc -l) -lt 4 ] || fsnap rm @latest"],
     },
     Operation {
         name: "branch",
         prepare: &[],
         args: &["branch", "one", "work"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| {
             let branches = scene.json("branches");
             let Some(branch) = branches.as_array().unwrap().first() else { return false };
@@ -66,6 +136,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "rm",
         prepare: &["fsnap checkpoint -m new -t new"],
         args: &["rm", "new"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.checkpoints() == 2,
         clean: &["fsnap rm new || :"],
     },
@@ -73,6 +145,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "rm_branch",
         prepare: &["fsnap branch one work"],
         args: &["rm", "--branch", "work"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.json("branches").as_array().unwrap().is_empty(),
         clean: &["fsnap rm --branch work || :"],
     },
@@ -80,6 +154,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "tag",
         prepare: &[],
         args: &["tag", "one", "another"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.json("log")[1]["tags"].as_array().unwrap().len() == 2,
         clean: &["fsnap tag --delete another || :"],
     },
@@ -87,6 +163,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "recover_a_checkpoint",
         prepare: &["FSNAP_FAILPOINT=take:all=kill fsnap checkpoint -t new || :"],
         args: &["recover"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.checkpoints() == 2,
         clean: &[],
     },
@@ -94,6 +172,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "recover_a_seal",
         prepare: &["FSNAP_FAILPOINT=take:recorded=kill fsnap checkpoint -t new || :"],
         args: &["recover"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| {
             // Everything was taken: nothing may be lost, however recovery is cut short.
             assert_eq!(scene.checkpoints(), 3);
@@ -105,6 +185,8 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "recover_a_branch",
         prepare: &["FSNAP_FAILPOINT=branch:cloned=kill fsnap branch one work || :"],
         args: &["recover"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.json("branches").as_array().unwrap().is_empty(),
         clean: &[],
     },
@@ -112,10 +194,21 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         name: "recover_a_removal",
         prepare: &["fsnap checkpoint -t new && FSNAP_FAILPOINT=remove:recorded=kill fsnap rm new || :"],
         args: &["recover"],
+        variables: &[],
+        beside: Beside::Nobody,
         done: |scene| scene.checkpoints() == 2,
         clean: &[],
     },
 ];
+
+fn is_checkpointed(scene: &Scene) -> bool {
+    let there = scene.checkpoints() == 3;
+    if there {
+        scene.expect_difference("new", "");
+        assert_eq!(scene.json("log")[0]["tags"], serde_json::json!(["new"]));
+    }
+    there
+}
 
 /// Where the volume lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,11 +231,11 @@ impl fmt::Display for Where {
 /// A site on which one operation is tried again and again.
 #[derive(Debug)]
 pub(crate) struct Scene {
+    // They end before what they have open is unmounted.
+    companions: Option<Companions>,
     site: Site,
     dir: &'static str,
     operation: &'static Operation,
-    /// The line by which a shell does the operation.
-    line: String,
     mounts: usize,
     tries: usize,
 }
@@ -154,8 +247,7 @@ impl Scene {
             Where::Btrfs => (Site::btrfs(), "fs"),
             Where::Plain => (Site::plain(), "."),
         };
-        let line = format!("exec fsnap {}", operation.args.join(" "));
-        let scene = Self { site, dir, operation, line, mounts: mounts(), tries: 0 };
+        let mut scene = Self { site, dir, operation, companions: None, mounts: mounts(), tries: 0 };
         scene.shell().run("fsnap init db && fsnap checkpoint -t one");
         scene.shell().run("echo more >>db/a && mkdir db/new && mv db/sub/b db/new && fsnap checkpoint -t two");
         scene.shell().run("truncate -s 100k db/a && echo again >>db/new/b");
@@ -167,22 +259,33 @@ impl Scene {
         self.site.in_dir(self.dir)
     }
 
-    pub(crate) fn line(&self) -> &str {
-        &self.line
+    /// The line by which a shell does the operation.
+    pub(crate) fn line(&self) -> String {
+        let variables = self.operation.variables.iter().map(|(name, value)| format!("{name}={} ", self.fill_in(value)));
+        let args = self.operation.args.iter().map(|argument| self.fill_in(argument) + " ");
+        format!("exec env {}fsnap {}", variables.collect::<String>(), args.collect::<String>())
     }
 
     /// The operation as a program that is started without a shell.
     pub(crate) fn fsnap(&self) -> Command {
         let like = self.shell().command("");
         let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
-        command.args(self.operation.args).current_dir(like.get_current_dir().unwrap());
+        command.args(self.operation.args.iter().map(|argument| self.fill_in(argument)));
+        command.current_dir(like.get_current_dir().unwrap());
         command.envs(like.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.envs(self.operation.variables.iter().map(|(name, value)| (name, self.fill_in(value))));
         command
     }
 
-    fn prepare(&self) {
+    fn fill_in(&self, text: &str) -> String {
+        self.companions.as_ref().map_or_else(|| text.to_owned(), |companions| companions.fill_in(text))
+    }
+
+    fn prepare(&mut self) {
+        self.companions = None;
+        self.companions = Companions::start(self.operation.beside, &self.shell());
         for line in self.operation.prepare {
-            self.shell().run(line);
+            self.shell().run(&self.fill_in(line));
         }
     }
 
@@ -190,6 +293,11 @@ impl Scene {
     pub(crate) fn check(&mut self, what: &str, done: Option<bool>) {
         // Whatever fails below says what happened before.
         let context = Context(what);
+        if let Some(companions) = &mut self.companions {
+            // Nobody but fsnap and its guard was here yet.
+            companions.expect_running();
+            companions.end_engine();
+        }
         // Every command recovers, whichever is the next.
         let next = ["recover", "log", "verify", "branches"][self.tries % 4];
         self.tries += 1;

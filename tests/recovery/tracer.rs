@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode, Stdio};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::signal::{Signal, kill, raise};
+use nix::sys::signal::{Signal, killpg, raise};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
@@ -132,6 +132,11 @@ impl Tracee {
                         started = true;
                         // The exit from execve(2) follows.
                         self.inside.insert(thread, ());
+                    } else if event == libc::PTRACE_EVENT_EXEC && thread != self.leader {
+                        // A program of its own: the guard, which has to do its work when fsnap is killed.
+                        self.inside.remove(&thread);
+                        ptrace::detach(thread, None).expect("let a child go");
+                        continue;
                     }
                     (thread, None)
                 }
@@ -184,7 +189,8 @@ impl Tracee {
 
 impl Drop for Tracee {
     fn drop(&mut self) {
-        let _ = kill(self.leader, Signal::SIGKILL);
+        // With it a child that was about to become another program; that program itself has left the group, or does nothing yet.
+        let _ = killpg(self.leader, Signal::SIGKILL);
         // Until ECHILD: every thread is reaped, and its locks are gone.
         while self.wait().is_ok() {}
     }
@@ -210,12 +216,12 @@ fn creates(thread: Pid, call: &Call) -> bool {
 
 /// Whether the call may change anything that outlives the process.
 fn is_change(thread: Pid, call: &Call) -> bool {
-    creates(thread, call) || CHANGES.contains(&call.number) && !is_talk(call)
+    creates(thread, call) || SIGNALS.contains(&call.number) || CHANGES.contains(&call.number) && !is_talk(call)
 }
 
 /// Whether the call is one that a disk may refuse: a change, or waiting for one.
 fn may_fail(thread: Pid, call: &Call) -> bool {
-    is_change(thread, call) || SYNCS.contains(&call.number)
+    is_change(thread, call) && !SIGNALS.contains(&call.number) || SYNCS.contains(&call.number)
 }
 
 /// Output for the user, and questions about the terminal.
@@ -227,6 +233,9 @@ fn is_talk(call: &Call) -> bool {
         _ => false,
     }
 }
+
+/// What stops processes, and sets them running.
+const SIGNALS: &[libc::c_long] = &[libc::SYS_kill, libc::SYS_pidfd_send_signal];
 
 const SYNCS: &[libc::c_long] = &[libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_syncfs, libc::SYS_sync_file_range];
 
