@@ -49,7 +49,7 @@ use rustix::io::Errno;
 
 use crate::KIND;
 use crate::crew::{self, Root, Task, Work};
-use crate::maker::{Before, Maker, Taken};
+use crate::maker::{Before, Maker, Subject, Taken};
 use crate::pack::Pack;
 use crate::record::{self, Body, ContentRef, Item, Record, RecordRef};
 use crate::store::{Inner, is_root};
@@ -275,14 +275,16 @@ impl<'a> Walk<'a> {
                         Taken::Copied(content) => Some(content),
                     };
                     let content = content.filter(|_| meta.size > 0);
-                    if !matches!(taken, Taken::Shared(..)) {
-                        let after = beneath::look_fd(&file).context("read the attributes of", &path)?;
-                        if !unchanged(&found.meta, &after.meta) {
-                            if let Taken::Copied(content) = taken {
-                                maker.discard(&content).context("discard a copy of", &path)?;
-                            }
+                    let after = beneath::look_fd(&file).context("read the attributes of", &path)?;
+                    let changed = !unchanged(&found.meta, &after.meta);
+                    match taken {
+                        Taken::Shared(content, _) if changed => maker.forget(&content),
+                        Taken::Copied(content) if changed => {
+                            maker.discard(&content).context("discard a copy of", &path)?;
                             continue;
                         }
+                        _ if changed => continue,
+                        _ => {}
                     }
                     match link {
                         None => content,
@@ -311,7 +313,9 @@ impl<'a> Walk<'a> {
             let likely_equal = item.meta.mtime == meta.mtime && item.meta.ino == meta.ino;
             content_of(item).map(|content| Before { content, length: item.meta.size, likely_equal })
         });
-        maker.take(file, meta.size, before)
+        // A write(2) that began before the flush and is not over yet is thought of as in `racy_since`.
+        let steady = self.ctime_tells && !self.racy(meta);
+        maker.take(Subject { file, length: meta.size, steady }, before)
     }
 
     /// Two names of one file have one content, also when two threads took it at the same time: the first one's.
