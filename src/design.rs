@@ -18,6 +18,8 @@ page!(freezing, "freezing.md");
 page!(catalog, "catalog.md");
 page!(nilfs2_locators, "nilfs2-locators.md");
 page!(overlay_branches, "overlay-branches.md");
+page!(rsync_deltas, "rsync-deltas.md");
+page!(rsync_sums, "rsync-sums.md");
 page!(identity, "identity.md");
 page!(restore, "restore.md");
 page!(packages, "packages.md");
