@@ -226,10 +226,12 @@ impl Catalog {
         self.all("a branch", "SELECT body, digest FROM branch ORDER BY seq", [])
     }
 
-    /// The branches that have overlays, oldest first.
-    pub fn branches_with_overlays(&self) -> Result<Vec<Branch>> {
+    /// The branches of which something has to be mounted, oldest first.
+    pub fn branches_to_mount(&self) -> Result<Vec<Branch>> {
         // Only a hint, so that the others need not be read: names in a body may look like it.
-        self.all("a branch", "SELECT body, digest FROM branch WHERE body LIKE '%\"overlay\"%' ORDER BY seq", [])
+        let query = "SELECT body, digest FROM branch \
+                     WHERE body LIKE '%\"overlay\"%' OR body LIKE '%\"home\"%' ORDER BY seq";
+        self.all("a branch", query, [])
     }
 
     /// Replaces the record of a branch; `false` if it is gone.
@@ -439,7 +441,7 @@ impl Catalog {
     /// Takes a branch out of the record. Checkpoints that were taken on it stay.
     pub fn remove_branch(&self, name: &Name) -> Result<Removal> {
         self.transact(|tx| {
-            let overlays = self.branch(name)?.map(|branch| branch.overlays()).unwrap_or_default();
+            let overlays = self.branch(name)?.map(|branch| branch.homes()).unwrap_or_default();
             let gone = tx.execute("DELETE FROM branch WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
             if gone == 0 {
                 return Ok(Removal::Missing);

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use devicemapper::errors::Error as CoreError;
@@ -36,6 +37,14 @@ impl Number {
     /// The node of a device-mapper device, which the kernel itself makes.
     pub(crate) fn node(self) -> PathBuf {
         format!("/dev/dm-{}", self.minor).into()
+    }
+
+    /// The node by which users know the device of that name, if udev has made one: it leads to the same device after a
+    /// restart.
+    pub(crate) fn named_node(self, name: &str) -> PathBuf {
+        let named = PathBuf::from(format!("/dev/mapper/{name}"));
+        let leads_here = fs::metadata(&named).is_ok_and(|meta| Self::of(meta.rdev()) == self);
+        if leads_here { named } else { self.node() }
     }
 }
 

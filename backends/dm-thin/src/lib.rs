@@ -40,6 +40,7 @@ mod pool;
 mod record;
 mod store;
 mod superblock;
+mod survey;
 mod suspend;
 mod sys;
 mod verify;
@@ -60,6 +61,7 @@ pub use crate::pool::{Fill, Limits, Mode, Refusal};
 use crate::record::{Form, Record, Stage, random_id};
 pub use crate::store::{STORES, Store, resume_left_behind};
 pub use crate::superblock::FileSystem;
+pub use crate::survey::{PoolState, survey};
 use crate::suspend::Suspended;
 use crate::volume::Live;
 
@@ -187,7 +189,8 @@ impl Backend for Store {
             };
             images.push(Image { at: at.clone(), kind: form.kind, state });
         }
-        let own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
+        let mut own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
+        own.extend(self.volumes()?.into_iter().map(|(_, volume)| volume.id));
         images.extend(self.foreign(&own)?);
         Ok(images)
     }

@@ -32,7 +32,7 @@ use crate::volume::Live;
 /// Where stores lie unless the user names another place.
 pub const STORES: &str = "/var/lib/fsnap/dm-thin";
 
-const FILE: &str = "fsnap-store";
+pub(crate) const FILE: &str = "fsnap-store";
 const VERSION: u32 = 1;
 const LONGEST: u64 = 1 << 16;
 
@@ -172,6 +172,11 @@ impl Store {
         &self.pool.name
     }
 
+    /// Wants so much to be free in its pool before an image is made, as long as it is open.
+    pub fn keep_free(&mut self, limits: Limits) {
+        self.settings.limits = limits;
+    }
+
     /// Sets how much must be free in its pool before an image is made.
     pub fn set_limits(&mut self, limits: Limits) -> Result<()> {
         let settings = Settings { limits, ..self.settings.clone() };
@@ -212,7 +217,7 @@ pub(crate) fn is_made(place: &Path) -> Result<bool> {
 }
 
 /// Opens a store's directory; whoever could write to it could pass off other devices as snapshots.
-fn open_root(place: &Path) -> Result<(OwnedFd, Settings)> {
+pub(crate) fn open_root(place: &Path) -> Result<(OwnedFd, Settings)> {
     let root = match beneath::open_root(place) {
         Ok(root) => root,
         Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {

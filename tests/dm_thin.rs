@@ -1,0 +1,347 @@
+//! Thin pools as users see them: making them, volumes and branches in them, and what happens when they are short.
+//!
+//! Where the kernel has no device-mapper, every case is reported as ignored, with the reason.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use rustix::mount::{MountFlags, UnmountFlags};
+
+type Done = Result<(), Failed>;
+
+/// A name and what it runs.
+type Case = (&'static str, fn() -> Done);
+
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// A pool on sparse files, and an fsnap with a state of its own.
+struct Site {
+    dir: PathBuf,
+    pool: String,
+}
+
+impl Site {
+    fn new(size: &str) -> Result<Self, Failed> {
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let site = Self { dir: tempfile::tempdir()?.keep(), pool: format!("site-{}-{number}", std::process::id()) };
+        site.fsnap(&["pool", "create", &site.path("pool"), "--name", &site.pool, "--size", size])?;
+        Ok(site)
+    }
+
+    /// A site with a registered volume `db`, and one file in it.
+    fn with_volume(size: &str, file_system: &str) -> Result<Self, Failed> {
+        let site = Self::new(size)?;
+        site.add_volume("db", file_system)?;
+        fs::write(site.db().join("file"), "first")?;
+        site.fsnap(&["init", &site.path("db")])?;
+        Ok(site)
+    }
+
+    /// Makes a volume and mounts it on the directory of its name.
+    fn add_volume(&self, name: &str, file_system: &str) -> Done {
+        let arguments = ["pool", "add-volume", &self.pool, name, "--size", "400M", "--file-system", file_system];
+        self.fsnap(&arguments)?;
+        fs::create_dir(self.dir.join(name))?;
+        self.mount(name, file_system)
+    }
+
+    fn mount(&self, name: &str, file_system: &str) -> Done {
+        let device = self.node(&format!("{}-volume-{name}", self.pool))?;
+        Ok(rustix::mount::mount(device, self.dir.join(name), file_system, MountFlags::empty(), None)?)
+    }
+
+    fn node(&self, device: &str) -> Result<PathBuf, Failed> {
+        let minor = output(Command::new("dmsetup").args(["info", "-c", "--noheadings", "-o", "minor", device]))?;
+        Ok(format!("/dev/dm-{}", minor.trim()).into())
+    }
+
+    fn unmount(&self, name: &str) -> Done {
+        Ok(rustix::mount::unmount(self.dir.join(name), UnmountFlags::empty())?)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.join(name).to_string_lossy().into_owned()
+    }
+
+    fn db(&self) -> PathBuf {
+        self.dir.join("db")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
+        command.args(arguments).env("FSNAP_STATE", self.dir.join("state")).env_remove("FSNAP_FAILPOINT");
+        command
+    }
+
+    fn fsnap(&self, arguments: &[&str]) -> Result<String, Failed> {
+        output(&mut self.command(arguments))
+    }
+
+    fn fails(&self, arguments: &[&str]) -> Result<String, Failed> {
+        failure(&mut self.command(arguments))
+    }
+
+    /// What `fsnap pool list --json` says of the site's pool.
+    fn listed(&self) -> Result<serde_json::Value, Failed> {
+        let list: serde_json::Value = serde_json::from_str(&self.fsnap(&["pool", "list", "--json"])?)?;
+        let found = list.as_array().into_iter().flatten().find(|pool| pool["name"] == self.pool.as_str());
+        found.cloned().ok_or_else(|| format!("the pool is not listed: {list}").into())
+    }
+
+    /// How many thin devices the pool has in use, and whether one of them is suspended.
+    fn devices(&self) -> Result<(usize, bool), Failed> {
+        let columns = ["info", "-c", "--noheadings", "-o", "name,suspended"];
+        let all = output(Command::new("dmsetup").args(columns))?;
+        let of_site = |line: &&str| line.starts_with("fsnap-") || line.starts_with(&format!("{}-volume-", self.pool));
+        let found: Vec<_> = all.lines().filter(of_site).collect();
+        Ok((found.len(), found.iter().any(|line| line.ends_with("Suspended"))))
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // Also when a case fails: nothing of it stays mounted or set up.
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
+            if Path::new(point).starts_with(&self.dir) {
+                let _ = rustix::mount::unmount(point, UnmountFlags::DETACH);
+            }
+        }
+        let list = Command::new("dmsetup").args(["ls"]).output();
+        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        let thin = names.iter().filter(|name| name.starts_with("fsnap-") || name.contains("-volume-"));
+        for name in thin.chain([&self.pool.as_str()]) {
+            let _ = Command::new("dmsetup").args(["resume", name]).output();
+            let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output();
+        }
+        let _ = fs::remove_dir_all(Path::new("/var/lib/fsnap/dm-thin").join(&self.pool));
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn output(command: &mut Command) -> Result<String, Failed> {
+    let Output { status, stdout, stderr } = command.output()?;
+    let stderr = String::from_utf8_lossy(&stderr);
+    ensure(status.success(), &format!("{command:?} ended with {status}: {stderr}"))?;
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
+}
+
+fn failure(command: &mut Command) -> Result<String, Failed> {
+    let Output { status, stderr, .. } = command.output()?;
+    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    ensure(status.code() == Some(1), &format!("{command:?} ended with {status}: {stderr}"))?;
+    Ok(stderr)
+}
+
+fn ensure(holds: bool, what: &str) -> Done {
+    if holds { Ok(()) } else { Err(what.to_owned().into()) }
+}
+
+fn is(path: &Path, expected: &str) -> Done {
+    let found = fs::read_to_string(path)?;
+    ensure(found == expected, &format!("{} holds {found:?} instead of {expected:?}", path.display()))
+}
+
+fn a_pool_is_made_shown_and_removed() -> Done {
+    let site = Site::new("1G")?;
+    let pool = site.listed()?;
+    ensure(pool["up"] == true && pool["state"] == "works" && pool["made_by_fsnap"] == true, &pool.to_string())?;
+    ensure(pool["data"]["total"] == 1_u64 << 30 && pool["data"]["used"] == 0, &pool.to_string())?;
+    let again = site.fails(&["pool", "create", &site.path("other"), "--name", &site.pool, "--size", "1G"])?;
+    ensure(again.contains("exists already"), &again)?;
+
+    site.add_volume("db", "ext4")?;
+    let pool = site.listed()?;
+    ensure(pool["volumes"][0]["name"] == "db" && pool["data"]["used"] != 0, &pool.to_string())?;
+    let doctor = site.fsnap(&["doctor", &site.path("db")])?;
+    ensure(doctor.contains(&format!("ok  pool: {} works; data ", site.pool)), &doctor)?;
+    ensure(doctor.contains("% of 1.00 GiB, metadata "), &doctor)?;
+
+    // What is in use stays.
+    for (arguments, why) in [
+        (&["pool", "remove", &site.pool][..], "the volumes db are in it"),
+        (&["pool", "remove", &site.pool, "--with-volumes"], "it is mounted"),
+        (&["pool", "stop", &site.pool], "it is mounted"),
+        (&["pool", "remove-volume", &site.pool, "db"], "it is mounted"),
+    ] {
+        let said = site.fails(arguments)?;
+        ensure(said.contains(why), &format!("{arguments:?}: {said}"))?;
+    }
+    site.fsnap(&["init", &site.path("db")])?;
+    let said = site.fails(&["pool", "remove", &site.pool, "--with-volumes"])?;
+    ensure(said.contains("fsnap rm --volume db"), &said)?;
+    site.fsnap(&["rm", "--volume", "db"])?;
+    fs::write(site.db().join("file"), "kept")?;
+
+    // As after a start of the machine.
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    ensure(site.listed()?["state"] == "down", "it is not down")?;
+    let started = site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(started.contains(" db /dev/"), &started)?;
+    site.mount("db", "ext4")?;
+    is(&site.db().join("file"), "kept")?;
+    site.unmount("db")?;
+
+    site.fsnap(&["pool", "remove", &site.pool, "--with-volumes"])?;
+    ensure(site.listed().is_err(), "it is still listed")?;
+    ensure(fs::read_dir(site.dir.join("pool"))?.next().is_none(), "its files are still there")?;
+    ensure(!output(Command::new("losetup").arg("--list"))?.contains(&site.path("pool")), "a loop device is left")
+}
+
+fn a_device_that_holds_something_is_refused() -> Done {
+    let site = Site::new("1G")?;
+    let image = site.dir.join("image");
+    File::create(&image)?.set_len(64 << 20)?;
+    let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+    let tried = || -> Done {
+        output(Command::new("mkfs.ext4").args(["-q", &device]))?;
+        let other = format!("{}-device", site.pool);
+        let said = site.fails(&["pool", "create", &device, "--name", &other])?;
+        ensure(said.contains("it holds ext4"), &said)?;
+        output(Command::new("wipefs").args(["--all", &device]))?;
+        site.fsnap(&["pool", "create", &device, "--name", &other])?;
+        site.fsnap(&["pool", "add-volume", &other, "v", "--size", "16M"])?;
+        site.fsnap(&["pool", "remove-volume", &other, "v"])?;
+        site.fsnap(&["pool", "remove", &other])?;
+        Ok(())
+    };
+    let done = tried();
+    output(Command::new("losetup").args(["--detach", &device]))?;
+    done
+}
+
+/// A branch is mounted, written independently, captured itself, branched again, and gone when it is removed.
+fn a_branch_is_a_volume() -> Done {
+    for file_system in ["ext4", "xfs"] {
+        let site = Site::with_volume("2G", file_system)?;
+        site.fsnap(&["checkpoint", "--tag", "one"])?;
+        fs::write(site.db().join("file"), "second")?;
+        let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+        is(&files.join("file"), "first")?;
+        fs::write(files.join("file"), "on the branch")?;
+        is(&site.db().join("file"), "second")?;
+        site.fsnap(&["checkpoint", "--branch", "try", "--tag", "two"])?;
+        let again = PathBuf::from(site.fsnap(&["branch", "two", "again"])?.trim());
+        is(&again.join("file"), "on the branch")?;
+        let (before, _) = site.devices()?;
+        let mut user = Command::new("sleep").arg("1000").current_dir(&files).spawn()?;
+        let refused = site.fails(&["rm", "--branch", "try"]);
+        user.kill()?;
+        user.wait()?;
+        ensure(refused?.contains("in use"), "it was removed under a process that uses it")?;
+        is(&files.join("file"), "on the branch")?;
+        site.fsnap(&["rm", "--branch", "again"])?;
+        site.fsnap(&["rm", "two"])?;
+        site.fsnap(&["rm", "--branch", "try"])?;
+        ensure(!site.dir.join("state/branches/try").exists(), "the branch's directory is still there")?;
+        ensure(site.devices()?.0 < before, "the branches' devices are still there")?;
+        site.fsnap(&["rm", "one"])?;
+        let said = site.fsnap(&["recover"])?;
+        ensure(said.trim() == "nothing is half done", &said)?;
+    }
+    Ok(())
+}
+
+/// After a start of the machine nothing is mounted and no pool is up; what was written is there.
+fn a_branch_survives_a_restart() -> Done {
+    let site = Site::with_volume("2G", "ext4")?;
+    let homes = site.dir.join("homes");
+    let config = site.dir.join("config.toml");
+    fs::write(&config, format!("branches = {homes:?}\n"))?;
+    let fsnap = |arguments: &[&str]| output(site.command(arguments).env("FSNAP_CONFIG", &config));
+    fsnap(&["checkpoint", "--tag", "one"])?;
+    let files = PathBuf::from(fsnap(&["branch", "one", "try"])?.trim());
+    ensure(files.starts_with(&homes), &format!("it is mounted at {}", files.display()))?;
+    fs::write(files.join("file"), "on the branch")?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+
+    let said = fsnap(&["recover"])?;
+    ensure(said.contains("mounted: branch try"), &said)?;
+    is(&files.join("file"), "on the branch")?;
+    fsnap(&["checkpoint", "--branch", "try"])?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    fsnap(&["branches"])?;
+    is(&files.join("file"), "on the branch")?;
+    fsnap(&["rm", "@latest"])?;
+    fsnap(&["rm", "--branch", "try"]).map(drop)
+}
+
+/// Killed at every step, the making and the removal of a branch leave nothing.
+fn kills_leave_nothing() -> Done {
+    let site = Site::with_volume("2G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let (before, _) = site.devices()?;
+    let clean = |point: &str| -> Done {
+        site.fsnap(&["recover"])?;
+        ensure(!site.dir.join("state/branches/try").exists(), &format!("{point}: the directory is still there"))?;
+        ensure(site.devices()?.0 == before, &format!("{point}: a device is left"))
+    };
+    for point in ["branch:recorded", "branch:cloned", "branch:mounted", "branch:grown"] {
+        let status =
+            site.command(&["branch", "one", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        clean(point)?;
+    }
+    for point in ["remove:recorded", "remove:deleted"] {
+        site.fsnap(&["branch", "one", "try"])?;
+        let status =
+            site.command(&["rm", "--branch", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        clean(point)?;
+    }
+    Ok(())
+}
+
+/// A pool with less room than the settings want refuses before anything stands.
+fn a_short_pool_refuses() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    let config = site.dir.join("config.toml");
+    for (what, text) in [("data", "free_data = 100"), ("metadata", "free_metadata = 100")] {
+        fs::write(&config, format!("[dm-thin]\n{text}\n"))?;
+        let said = failure(site.command(&["checkpoint"]).env("FSNAP_CONFIG", &config))?;
+        ensure(said.contains(&format!("of its {what} space is free, less than")), &said)?;
+        ensure(said.contains("`[dm-thin]` in the settings") && said.contains("nothing was left behind"), &said)?;
+        let doctor = output(site.command(&["doctor"]).env("FSNAP_CONFIG", &config))?;
+        ensure(doctor.contains(&format!("no  pool: {}", site.pool)), &doctor)?;
+        let (_, suspended) = site.devices()?;
+        ensure(!suspended, "a device is suspended")?;
+    }
+    fs::write(&config, "[dm-thin]\nfree_data = 1\n")?;
+    output(site.command(&["checkpoint"]).env("FSNAP_CONFIG", &config))?;
+    let log = site.fsnap(&["log"])?;
+    ensure(log.lines().count() == 2, &log)
+}
+
+/// Why nothing of this can run here, if so; in a virtual machine that is made for it, it has to.
+fn why_not() -> Option<&'static str> {
+    let in_vm = std::env::var_os("FSNAP_VM").is_some();
+    let reason = "this kernel has no device-mapper; `cargo run -p vm-tests` runs this in a machine that has";
+    (!in_vm && !Path::new("/dev/mapper/control").exists()).then_some(reason)
+}
+
+fn main() -> ExitCode {
+    let cases: &[Case] = &[
+        ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
+        ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+        ("a_branch_is_a_volume", a_branch_is_a_volume),
+        ("a_branch_survives_a_restart", a_branch_survives_a_restart),
+        ("kills_leave_nothing", kills_leave_nothing),
+        ("a_short_pool_refuses", a_short_pool_refuses),
+    ];
+    let trial = |&(name, run): &Case| {
+        Trial::ignorable_test(name, move || match why_not() {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => run().map(|()| Completion::Completed),
+        })
+    };
+    // One after the other: they look at all devices.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, cases.iter().map(trial).collect()).exit_code()
+}
