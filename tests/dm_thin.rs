@@ -3,9 +3,11 @@
 //! Where the kernel has no device-mapper, every case is reported as ignored, with the reason.
 
 use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::SystemTime;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -319,6 +321,108 @@ fn a_short_pool_refuses() -> Done {
     ensure(log.lines().count() == 2, &log)
 }
 
+/// A file system whose copies the kernel would confuse with it is refused, and its own backend takes it.
+fn btrfs_is_left_to_its_own_backend() -> Done {
+    let site = Site::new("1G")?;
+    site.add_volume("db", "ext4")?;
+    site.unmount("db")?;
+    let device = site.node(&format!("{}-volume-db", site.pool))?;
+    output(Command::new("mkfs.btrfs").args(["-q", "-f"]).arg(&device))?;
+    site.mount("db", "btrfs")?;
+    let said = site.fails(&["init", &site.path("db"), "--backend", "dm-thin"])?;
+    ensure(said.contains("it is btrfs") && said.contains("choose the btrfs backend"), &said)?;
+    let said = site.fsnap(&["init", &site.path("db")])?;
+    ensure(said.contains("btrfs snapshots"), &said)
+}
+
+/// A program of that name that prints `text` and notes that it was called; returns the directory that holds it.
+fn pretend(site: &Site, name: &str, text: &str) -> Result<PathBuf, Failed> {
+    let dir = site.dir.join("programs");
+    fs::create_dir_all(&dir)?;
+    let program = dir.join(name);
+    fs::write(&program, format!("#!/bin/sh\n: >{}.called\n{text}\n", program.display()))?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    Ok(dir)
+}
+
+/// A difference is found whether the pool tells where it can be or not, and what the pool says is equal is not read.
+fn diff_reads_only_what_can_differ() -> Done {
+    for (file_system, options) in [("ext4", ""), ("xfs", ""), ("ext4", "data=journal")] {
+        let site = Site::with_volume("2G", file_system)?;
+        let db = site.db();
+        site.unmount("db")?;
+        let device = site.node(&format!("{}-volume-db", site.pool))?;
+        let options = (!options.is_empty()).then(|| std::ffi::CString::new(options)).transpose()?;
+        rustix::mount::mount(device, &db, file_system, MountFlags::empty(), options.as_deref())?;
+        let bytes = |seed: u32| -> Vec<u8> {
+            (0..24_u32 << 18).flat_map(|at| at.wrapping_mul(2_654_435_761).wrapping_add(seed).to_le_bytes()).collect()
+        };
+        for name in ["changed", "grown", "rewritten", "touched", "punched", "zeros"] {
+            fs::write(db.join(name), bytes(7))?;
+        }
+        let sparse = File::create(db.join("sparse"))?;
+        sparse.set_len(8 << 20)?;
+        site.fsnap(&["checkpoint", "--tag", "one"])?;
+
+        let open = |name: &str| File::options().write(true).open(db.join(name));
+        open("changed")?.write_all_at(b"!", 20 << 20)?;
+        open("grown")?.write_all_at(b"!", 24 << 20)?;
+        fs::write(db.join("rewritten"), bytes(7))?;
+        open("touched")?.set_modified(SystemTime::UNIX_EPOCH)?;
+        let (punch, keep) = (rustix::fs::FallocateFlags::PUNCH_HOLE, rustix::fs::FallocateFlags::KEEP_SIZE);
+        rustix::fs::fallocate(open("punched")?, punch | keep, 1 << 20, 1 << 20)?;
+        let zero = rustix::fs::FallocateFlags::ZERO_RANGE;
+        rustix::fs::fallocate(open("zeros")?, zero, 5 << 20, 4096)?;
+        rustix::fs::fallocate(&sparse, rustix::fs::FallocateFlags::empty(), 0, 1 << 20)?;
+        site.fsnap(&["checkpoint", "--tag", "two"])?;
+        open("touched")?.write_all_at(b"?", 10 << 20)?;
+
+        let expected = "M db/changed\nM db/grown\nM db/punched\nM db/zeros\n";
+        let later = "M db/changed\nM db/grown\nM db/punched\nM db/touched\nM db/zeros\n";
+        let with_path = |path: &str, arguments: &[&str]| output(site.command(arguments).env("PATH", path));
+        let usual = std::env::var("PATH")?;
+        let counting = pretend(&site, "thin_delta", "exec /usr/sbin/thin_delta \"$@\"")?.display().to_string();
+        for path in ["/nowhere", &format!("{counting}:{usual}")] {
+            let found = with_path(path, &["diff", "one", "two"])?;
+            ensure(found == expected, &format!("{file_system} {options:?} by {path}: {found}"))?;
+            let found = with_path(path, &["diff", "one"])?;
+            ensure(found == later, &format!("{file_system} {options:?} now, by {path}: {found}"))?;
+        }
+        ensure(site.dir.join("programs/thin_delta.called").exists(), "thin_delta was not asked")?;
+        // Whoever believes this reads no content.
+        let all = "<superblock uuid=\"\" data_block_size=\"128\">\n<diff>\n</diff>\n</superblock>";
+        let nothing = pretend(&site, "thin_delta", &format!("cat <<END\n{all}\nEND"))?.display().to_string();
+        let found = with_path(&format!("{nothing}:{usual}"), &["diff", "one", "two"])?;
+        ensure(!found.contains("changed") && found.contains("grown"), &format!("the pool was not believed: {found}"))?;
+        // A failing program is as good as none, and the pool can be asked again.
+        let failing = pretend(&site, "thin_delta", "exit 1")?.display().to_string();
+        let found = with_path(&format!("{failing}:{usual}"), &["diff", "one", "two"])?;
+        ensure(found == expected, &found)?;
+        let found = site.fsnap(&["diff", "one", "two"])?;
+        ensure(found == expected, &found)?;
+        let status = output(Command::new("dmsetup").args(["status", &site.pool]))?;
+        ensure(status.split(' ').nth(6) == Some("-"), &format!("a copy of the metadata is left: {status}"))?;
+    }
+    Ok(())
+}
+
+/// Killed while it asks the pool, it leaves nothing that the next command would not give back.
+fn a_killed_diff_leaves_no_copy_of_the_metadata() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    site.fsnap(&["checkpoint", "--tag", "two"])?;
+    let killing = pretend(&site, "thin_delta", "kill -9 $PPID")?.display().to_string();
+    let status = site.command(&["diff", "one", "two"]).env("PATH", format!("{killing}:/bin")).status()?;
+    ensure(!status.success(), "it was not killed")?;
+    let copy = || -> Result<bool, Failed> {
+        let status = output(Command::new("dmsetup").args(["status", &site.pool]))?;
+        Ok(status.split(' ').nth(6) != Some("-"))
+    };
+    ensure(copy()?, "there was no copy")?;
+    site.fsnap(&["checkpoint"])?;
+    ensure(!copy()?, "the copy is left")
+}
+
 /// Why nothing of this can run here, if so; in a virtual machine that is made for it, it has to.
 fn why_not() -> Option<&'static str> {
     let in_vm = std::env::var_os("FSNAP_VM").is_some();
@@ -334,6 +438,9 @@ fn main() -> ExitCode {
         ("a_branch_survives_a_restart", a_branch_survives_a_restart),
         ("kills_leave_nothing", kills_leave_nothing),
         ("a_short_pool_refuses", a_short_pool_refuses),
+        ("btrfs_is_left_to_its_own_backend", btrfs_is_left_to_its_own_backend),
+        ("diff_reads_only_what_can_differ", diff_reads_only_what_can_differ),
+        ("a_killed_diff_leaves_no_copy_of_the_metadata", a_killed_diff_leaves_no_copy_of_the_metadata),
     ];
     let trial = |&(name, run): &Case| {
         Trial::ignorable_test(name, move || match why_not() {

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use crate::{Capabilities, Damage, Identity, Image, Locator, MountSpec, Result, Snapshot, Source, Volume};
@@ -129,6 +132,15 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///   below fsnap is found, and the file it belongs to is named.
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>>;
 
+    /// Tells ahead in which parts of files `new` can differ from `old`, so that a comparison need not read the rest.
+    ///
+    /// `new` is another state of the same line of work: a snapshot, or a volume as it is now. `None`: it is not known, and
+    /// everything has to be read.
+    fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        let _ = (old, new);
+        Ok(None)
+    }
+
     /// Removes the image at `at`, whole or partial.
     ///
     /// * `delete_is_idempotent`: succeeds if nothing is there.
@@ -138,4 +150,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// * `delete_touches_only_its_own`: a locator that this backend could not have made is refused with
     ///   [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) and nothing is removed, whatever the locator says.
     fn delete(&self, at: &Locator) -> Result<()>;
+}
+
+/// Where two states of a volume can differ: what [`Backend::differences`] found out.
+pub trait Differences: fmt::Debug + Send + Sync {
+    /// The parts in which the content of a file can differ, in order; `None`: anywhere.
+    ///
+    /// `old` and `new` are the file in the two states, mounted by the kernel. Outside of the parts both have the same bytes.
+    fn ranges(&self, old: &File, new: &File) -> io::Result<Option<Vec<Range<u64>>>>;
 }

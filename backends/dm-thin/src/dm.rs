@@ -39,6 +39,15 @@ impl Number {
         format!("/dev/dm-{}", self.minor).into()
     }
 
+    /// The node of any block device.
+    pub(crate) fn node_of_any(self) -> Result<PathBuf> {
+        let path = format!("/sys/dev/block/{self}/uevent");
+        let text = fs::read_to_string(&path).context("read", &path)?;
+        let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+        let name = name.ok_or_else(|| Error::NotFound { what: format!("the node of the block device {self}") })?;
+        Ok(PathBuf::from("/dev").join(name))
+    }
+
     /// The node by which users know the device of that name, if udev has made one: it leads to the same device after a
     /// restart.
     pub(crate) fn named_node(self, name: &str) -> PathBuf {

@@ -33,6 +33,7 @@
 //! * ext4 and xfs have no checksums of contents: `verify` finds what cannot be read, not what was changed.
 
 mod bring_up;
+mod delta;
 mod dm;
 mod images;
 mod mounts;
@@ -50,8 +51,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use fsnap_backend::{
-    Backend, Damage, Error, ErrorKind, Identity, Image, ImageKind, ImageState, IoContext, Locator, MountSpec, Result,
-    Snapshot, Source, StoreInfo, Volume,
+    Backend, Damage, Differences, Error, ErrorKind, Identity, Image, ImageKind, ImageState, IoContext, Locator,
+    MountSpec, Result, Snapshot, Source, StoreInfo, Volume,
 };
 use rustix::io::Errno;
 
@@ -221,6 +222,10 @@ impl Backend for Store {
         damage.map_err(|error| error.and_undo(stopped))
     }
 
+    fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        Ok(self.delta(old, new)?.map(|delta| Box::new(delta) as Box<dyn Differences>))
+    }
+
     fn delete(&self, at: &Locator) -> Result<()> {
         Form::of(at).ok_or_else(|| no_image(at))?;
         self.remove(at)
@@ -238,7 +243,7 @@ struct Begun {
 
 impl Store {
     /// The image's form, if it is one of that kind.
-    fn form(&self, at: &Locator, kind: ImageKind) -> Result<Form> {
+    pub(crate) fn form(&self, at: &Locator, kind: ImageKind) -> Result<Form> {
         Form::of(at).filter(|form| form.kind == kind).ok_or_else(|| no_image(at))
     }
 
@@ -270,7 +275,7 @@ impl Store {
     }
 
     /// Checks that the volume's path still leads to the volume.
-    fn check(&self, volume: &Volume) -> Result<Live> {
+    pub(crate) fn check(&self, volume: &Volume) -> Result<Live> {
         let what = || format!("the directory {}", volume.dir().display());
         let replaced = |found| Error::WrongIdentity { what: what(), expected: volume.identity().clone(), found };
         match self.open_volume(volume.dir()) {

@@ -6,6 +6,7 @@
 //!   begun/ images/ leaving/      one record per image
 //!   suspended/                   a note for each device that is suspended just now
 //!   volumes/                     a record for each volume that fsnap made in its pool
+//!   metadata-copy                a note, while the pool's metadata are read
 //! ```
 //!
 //! The store lies beside the pool and not in it: a thin pool has room for blocks, and for no word about them.
@@ -154,7 +155,9 @@ impl Store {
             },
         };
         let records = Records::open(&root, &place)?;
-        Ok(Self { info, place, root, settings, mapper, pool, records, notes })
+        let store = Self { info, place, root, settings, mapper, pool, records, notes };
+        store.release_left_behind()?;
+        Ok(store)
     }
 
     /// How full its pool is.

@@ -20,6 +20,8 @@ pub(crate) struct Live {
     pub(crate) pool: Pool,
     pub(crate) file_system: FileSystem,
     pub(crate) uuid: String,
+    /// The options of the mounted file system.
+    pub(crate) options: String,
 }
 
 impl Live {
@@ -43,8 +45,8 @@ impl Live {
         };
         if file_system == FileSystem::Btrfs {
             return Err(refused(
-                "it is btrfs, two copies of which cannot be mounted side by side; its own snapshots do better: choose \
-                 the btrfs backend",
+                "it is btrfs, which confuses two devices of one UUID, as every copy would be; its own snapshots do better: choose the \
+                 btrfs backend",
             ));
         }
         if mount.read_only {
@@ -74,7 +76,7 @@ impl Live {
         let node = number.node();
         let uuid = file_system.uuid_on(&node).context("read the superblock of", &node)?;
         let uuid = uuid.ok_or_else(|| refused("its device does not hold the file system that is mounted"))?;
-        Ok(Self { root, thin, pool, file_system, uuid })
+        Ok(Self { root, thin, pool, file_system, uuid, options: mount.options })
     }
 
     /// Names the volume in the store of that UUID.
