@@ -102,6 +102,12 @@ fn open_in_pool(place: &Path, options: &Options) -> Opened {
     Ok(Arc::new(store))
 }
 
+/// Sets going whatever this process has stopped for a snapshot: for a signal handler, right before the process ends.
+pub fn release_at_once() {
+    #[cfg(feature = "dm-thin")]
+    fsnap_dm_thin::resume_at_once();
+}
+
 /// Opens a recorded store, and makes sure that it is the recorded one.
 pub fn open(record: &StoreRecord, options: &Options) -> Result<Arc<dyn Backend>> {
     let backend = (Kind::named(&record.backend)?.open)(record.place.as_path(), options)?;

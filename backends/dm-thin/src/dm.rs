@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -237,6 +238,11 @@ impl Mapper {
     pub(crate) fn suspend(&self, name: &str) -> io::Result<()> {
         let options = DmOptions::default().set_flags(DmFlags::DM_SUSPEND);
         self.call(By::Name(name), |dm, id| dm.device_suspend(id, options)).map(drop)
+    }
+
+    /// Has the device resumed if the process has to end at once, until the value is dropped.
+    pub(crate) fn remember(&self, name: &str) -> sys::Remembered<'_> {
+        sys::Remembered::new(self.dm.0.file().as_fd(), name)
     }
 
     /// Resumes a device, and waits for nobody.

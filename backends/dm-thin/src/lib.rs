@@ -64,6 +64,7 @@ pub use crate::store::{STORES, Store, resume_left_behind};
 pub use crate::superblock::FileSystem;
 pub use crate::survey::{PoolState, survey};
 use crate::suspend::Suspended;
+pub use crate::sys::resume_at_once;
 use crate::volume::Live;
 
 /// The backend's name, as users write it.

@@ -6,8 +6,10 @@
 
 use std::ffi::c_char;
 use std::io;
+use std::marker::PhantomData;
 use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicUsize, Ordering};
 
 use devicemapper_sys as raw;
 
@@ -21,6 +23,14 @@ mod call {
 ///
 /// Succeeds if the device was not suspended.
 pub(crate) fn resume(control: impl AsFd, name: &str) -> io::Result<()> {
+    if name.is_empty() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    resume_by(control.as_fd().as_raw_fd(), name.bytes())
+}
+
+/// Does nothing but arithmetic and one system call, so that a signal handler may call it.
+fn resume_by(control: RawFd, name: impl ExactSizeIterator<Item = u8>) -> io::Result<()> {
     let mut header = raw::dm_ioctl {
         // The first version that has this call as it is today.
         version: [4, 0, 0],
@@ -30,15 +40,85 @@ pub(crate) fn resume(control: impl AsFd, name: &str) -> io::Result<()> {
     };
     // The last byte stays the zero that ends the name.
     let room = header.name.len() - 1;
-    if name.is_empty() || name.len() > room {
+    if name.len() > room {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    for (to, from) in header.name.iter_mut().zip(name.bytes()) {
+    for (to, from) in header.name.iter_mut().zip(name) {
         *to = from as c_char;
     }
     // SAFETY: the structure is the one that this call reads and writes, it says its own size, and it lives throughout.
-    unsafe { call::dev_suspend(control.as_fd().as_raw_fd(), &mut header) }?;
+    unsafe { call::dev_suspend(control, &mut header) }?;
     Ok(())
+}
+
+/// What a process that has to end at once must not leave suspended: plain memory, for a signal handler can take no lock.
+static STANDING: [Standing; 16] = [const { Standing::free() }; 16];
+
+/// One device that this process suspends.
+#[derive(Debug)]
+struct Standing {
+    /// `FREE`, `TAKEN`, or how long the name is.
+    state: AtomicUsize,
+    control: AtomicI32,
+    name: [AtomicU8; 128],
+}
+
+/// Nobody uses the place.
+const FREE: usize = 0;
+/// It is being filled.
+const TAKEN: usize = usize::MAX;
+
+impl Standing {
+    const fn free() -> Self {
+        Self { state: AtomicUsize::new(FREE), control: AtomicI32::new(-1), name: [const { AtomicU8::new(0) }; 128] }
+    }
+}
+
+/// A device that [`resume_at_once`] resumes; no more once this is dropped.
+#[derive(Debug)]
+pub(crate) struct Remembered<'a> {
+    place: Option<&'static Standing>,
+    _control: PhantomData<BorrowedFd<'a>>,
+}
+
+impl<'a> Remembered<'a> {
+    /// Remembers the device before it is suspended; with sixteen at once, further ones are not.
+    pub(crate) fn new(control: BorrowedFd<'a>, name: &str) -> Self {
+        let take = |place: &&Standing| {
+            name.len() < place.name.len()
+                && place.state.compare_exchange(FREE, TAKEN, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        let place = STANDING.iter().find(take);
+        if let Some(place) = place {
+            place.control.store(control.as_raw_fd(), Ordering::SeqCst);
+            place.name.iter().zip(name.bytes()).for_each(|(to, from)| to.store(from, Ordering::SeqCst));
+            place.state.store(name.len(), Ordering::SeqCst);
+        }
+        Self { place, _control: PhantomData }
+    }
+}
+
+impl Drop for Remembered<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            place.state.store(FREE, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Resumes whatever this process has suspended, or is suspending: for a signal handler, right before the process ends.
+///
+/// Waits for a suspension that another thread is in the middle of, as the kernel lets one call follow the other.
+pub fn resume_at_once() {
+    for place in &STANDING {
+        let length = place.state.load(Ordering::SeqCst);
+        if length == FREE || length > place.name.len() {
+            continue;
+        }
+        let name = place.name[..length].iter().map(|byte| byte.load(Ordering::SeqCst));
+        // There is nobody to tell; the note stays, and the next command tries again.
+        let _ = resume_by(place.control.load(Ordering::SeqCst), name);
+    }
 }
 
 /// A run of bytes of a file, and where they lie on its device.

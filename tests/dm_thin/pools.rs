@@ -1,152 +1,28 @@
-//! Thin pools as users see them: making them, volumes and branches in them, and what happens when they are short.
-//!
-//! Where the kernel has no device-mapper, every case is reported as ignored, with the reason.
+//! Pools, volumes and branches in them, and what differs.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::SystemTime;
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-type Done = Result<(), Failed>;
+use crate::site::{Site, ensure, failure, is, output, pretend};
+use crate::{Case, Done};
 
-/// A name and what it runs.
-type Case = (&'static str, fn() -> Done);
-
-static COUNT: AtomicU32 = AtomicU32::new(0);
-
-/// A pool on sparse files, and an fsnap with a state of its own.
-struct Site {
-    dir: PathBuf,
-    pool: String,
-}
-
-impl Site {
-    fn new(size: &str) -> Result<Self, Failed> {
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let site = Self { dir: tempfile::tempdir()?.keep(), pool: format!("site-{}-{number}", std::process::id()) };
-        site.fsnap(&["pool", "create", &site.path("pool"), "--name", &site.pool, "--size", size])?;
-        Ok(site)
-    }
-
-    /// A site with a registered volume `db`, and one file in it.
-    fn with_volume(size: &str, file_system: &str) -> Result<Self, Failed> {
-        let site = Self::new(size)?;
-        site.add_volume("db", file_system)?;
-        fs::write(site.db().join("file"), "first")?;
-        site.fsnap(&["init", &site.path("db")])?;
-        Ok(site)
-    }
-
-    /// Makes a volume and mounts it on the directory of its name.
-    fn add_volume(&self, name: &str, file_system: &str) -> Done {
-        let arguments = ["pool", "add-volume", &self.pool, name, "--size", "400M", "--file-system", file_system];
-        self.fsnap(&arguments)?;
-        fs::create_dir(self.dir.join(name))?;
-        self.mount(name, file_system)
-    }
-
-    fn mount(&self, name: &str, file_system: &str) -> Done {
-        let device = self.node(&format!("{}-volume-{name}", self.pool))?;
-        Ok(rustix::mount::mount(device, self.dir.join(name), file_system, MountFlags::empty(), None)?)
-    }
-
-    fn node(&self, device: &str) -> Result<PathBuf, Failed> {
-        let minor = output(Command::new("dmsetup").args(["info", "-c", "--noheadings", "-o", "minor", device]))?;
-        Ok(format!("/dev/dm-{}", minor.trim()).into())
-    }
-
-    fn unmount(&self, name: &str) -> Done {
-        Ok(rustix::mount::unmount(self.dir.join(name), UnmountFlags::empty())?)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.dir.join(name).to_string_lossy().into_owned()
-    }
-
-    fn db(&self) -> PathBuf {
-        self.dir.join("db")
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
-        command.args(arguments).env("FSNAP_STATE", self.dir.join("state")).env_remove("FSNAP_FAILPOINT");
-        command
-    }
-
-    fn fsnap(&self, arguments: &[&str]) -> Result<String, Failed> {
-        output(&mut self.command(arguments))
-    }
-
-    fn fails(&self, arguments: &[&str]) -> Result<String, Failed> {
-        failure(&mut self.command(arguments))
-    }
-
-    /// What `fsnap pool list --json` says of the site's pool.
-    fn listed(&self) -> Result<serde_json::Value, Failed> {
-        let list: serde_json::Value = serde_json::from_str(&self.fsnap(&["pool", "list", "--json"])?)?;
-        let found = list.as_array().into_iter().flatten().find(|pool| pool["name"] == self.pool.as_str());
-        found.cloned().ok_or_else(|| format!("the pool is not listed: {list}").into())
-    }
-
-    /// How many thin devices the pool has in use, and whether one of them is suspended.
-    fn devices(&self) -> Result<(usize, bool), Failed> {
-        let columns = ["info", "-c", "--noheadings", "-o", "name,suspended"];
-        let all = output(Command::new("dmsetup").args(columns))?;
-        let of_site = |line: &&str| line.starts_with("fsnap-") || line.starts_with(&format!("{}-volume-", self.pool));
-        let found: Vec<_> = all.lines().filter(of_site).collect();
-        Ok((found.len(), found.iter().any(|line| line.ends_with("Suspended"))))
-    }
-}
-
-impl Drop for Site {
-    fn drop(&mut self) {
-        // Also when a case fails: nothing of it stays mounted or set up.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
-            if Path::new(point).starts_with(&self.dir) {
-                let _ = rustix::mount::unmount(point, UnmountFlags::DETACH);
-            }
-        }
-        let list = Command::new("dmsetup").args(["ls"]).output();
-        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        let thin = names.iter().filter(|name| name.starts_with("fsnap-") || name.contains("-volume-"));
-        for name in thin.chain([&self.pool.as_str()]) {
-            let _ = Command::new("dmsetup").args(["resume", name]).output();
-            let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output();
-        }
-        let _ = fs::remove_dir_all(Path::new("/var/lib/fsnap/dm-thin").join(&self.pool));
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-fn output(command: &mut Command) -> Result<String, Failed> {
-    let Output { status, stdout, stderr } = command.output()?;
-    let stderr = String::from_utf8_lossy(&stderr);
-    ensure(status.success(), &format!("{command:?} ended with {status}: {stderr}"))?;
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
-
-fn failure(command: &mut Command) -> Result<String, Failed> {
-    let Output { status, stderr, .. } = command.output()?;
-    let stderr = String::from_utf8_lossy(&stderr).into_owned();
-    ensure(status.code() == Some(1), &format!("{command:?} ended with {status}: {stderr}"))?;
-    Ok(stderr)
-}
-
-fn ensure(holds: bool, what: &str) -> Done {
-    if holds { Ok(()) } else { Err(what.to_owned().into()) }
-}
-
-fn is(path: &Path, expected: &str) -> Done {
-    let found = fs::read_to_string(path)?;
-    ensure(found == expected, &format!("{} holds {found:?} instead of {expected:?}", path.display()))
-}
+pub(crate) const CASES: &[Case] = &[
+    ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
+    ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_branch_is_a_volume", a_branch_is_a_volume),
+    ("a_branch_survives_a_restart", a_branch_survives_a_restart),
+    ("kills_leave_nothing", kills_leave_nothing),
+    ("a_short_pool_refuses", a_short_pool_refuses),
+    ("btrfs_is_left_to_its_own_backend", btrfs_is_left_to_its_own_backend),
+    ("diff_reads_only_what_can_differ", diff_reads_only_what_can_differ),
+    ("a_killed_diff_leaves_no_copy_of_the_metadata", a_killed_diff_leaves_no_copy_of_the_metadata),
+];
 
 fn a_pool_is_made_shown_and_removed() -> Done {
     let site = Site::new("1G")?;
@@ -335,16 +211,6 @@ fn btrfs_is_left_to_its_own_backend() -> Done {
     ensure(said.contains("btrfs snapshots"), &said)
 }
 
-/// A program of that name that prints `text` and notes that it was called; returns the directory that holds it.
-fn pretend(site: &Site, name: &str, text: &str) -> Result<PathBuf, Failed> {
-    let dir = site.dir.join("programs");
-    fs::create_dir_all(&dir)?;
-    let program = dir.join(name);
-    fs::write(&program, format!("#!/bin/sh\n: >{}.called\n{text}\n", program.display()))?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    Ok(dir)
-}
-
 /// A difference is found whether the pool tells where it can be or not, and what the pool says is equal is not read.
 fn diff_reads_only_what_can_differ() -> Done {
     for (file_system, options) in [("ext4", ""), ("xfs", ""), ("ext4", "data=journal")] {
@@ -421,34 +287,4 @@ fn a_killed_diff_leaves_no_copy_of_the_metadata() -> Done {
     ensure(copy()?, "there was no copy")?;
     site.fsnap(&["checkpoint"])?;
     ensure(!copy()?, "the copy is left")
-}
-
-/// Why nothing of this can run here, if so; in a virtual machine that is made for it, it has to.
-fn why_not() -> Option<&'static str> {
-    let in_vm = std::env::var_os("FSNAP_VM").is_some();
-    let reason = "this kernel has no device-mapper; `cargo run -p vm-tests` runs this in a machine that has";
-    (!in_vm && !Path::new("/dev/mapper/control").exists()).then_some(reason)
-}
-
-fn main() -> ExitCode {
-    let cases: &[Case] = &[
-        ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
-        ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
-        ("a_branch_is_a_volume", a_branch_is_a_volume),
-        ("a_branch_survives_a_restart", a_branch_survives_a_restart),
-        ("kills_leave_nothing", kills_leave_nothing),
-        ("a_short_pool_refuses", a_short_pool_refuses),
-        ("btrfs_is_left_to_its_own_backend", btrfs_is_left_to_its_own_backend),
-        ("diff_reads_only_what_can_differ", diff_reads_only_what_can_differ),
-        ("a_killed_diff_leaves_no_copy_of_the_metadata", a_killed_diff_leaves_no_copy_of_the_metadata),
-    ];
-    let trial = |&(name, run): &Case| {
-        Trial::ignorable_test(name, move || match why_not() {
-            Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => run().map(|()| Completion::Completed),
-        })
-    };
-    // One after the other: they look at all devices.
-    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    libtest_mimic::run(&arguments, cases.iter().map(trial).collect()).exit_code()
 }
