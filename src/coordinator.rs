@@ -10,6 +10,7 @@
 mod branch;
 mod checkpoint;
 mod diff;
+mod history;
 mod overlay;
 mod recover;
 mod register;
@@ -35,6 +36,7 @@ use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
+pub use history::{Pinned, time_of};
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place};
 pub use restore::RestoreRequest;

@@ -105,6 +105,9 @@ pub struct PendingCheckpoint {
     pub freeze: Option<FreezeRecord>,
     /// Where each member's snapshot will be.
     pub members: Vec<PlannedMember>,
+    /// The snapshot is of a past state.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
 }
 
 /// One volume's part in a checkpoint that was begun.

@@ -158,9 +158,12 @@ impl Catalog {
         self.one(&format!("checkpoint {id}"), query, [id.to_string()])
     }
 
-    /// The newest checkpoint.
+    /// The newest checkpoint of a state that was present when it was taken.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
-        self.one("the latest checkpoint", "SELECT body, digest FROM checkpoint ORDER BY seq DESC LIMIT 1", [])
+        // In a body, nothing but the field itself reads so: within a text, its quotes would be escaped.
+        let query = "SELECT body, digest FROM checkpoint \
+                     WHERE body NOT LIKE '%\"pinned\":true%' ORDER BY seq DESC LIMIT 1";
+        self.one("the latest checkpoint", query, [])
     }
 
     /// The ids that begin with `prefix` (lower-case hexadecimal digits), at most `limit`.
@@ -369,8 +372,10 @@ impl Catalog {
             .map_err(|e| self.failed(e))?;
             let line = checkpoint.branch.as_ref().map_or("", Name::as_str);
             for member in &checkpoint.members {
-                tx.execute("INSERT OR REPLACE INTO tip VALUES (?1, ?2, ?3)", [line, member.volume.as_str(), &key])
-                    .map_err(|e| self.failed(e))?;
+                if !checkpoint.pinned {
+                    tx.execute("INSERT OR REPLACE INTO tip VALUES (?1, ?2, ?3)", [line, member.volume.as_str(), &key])
+                        .map_err(|e| self.failed(e))?;
+                }
                 let image = ImageRef { store: member.store.clone(), at: member.snapshot.at.clone() };
                 self.hold(tx, &[image], &Holder::Checkpoint(&checkpoint.id))?;
             }

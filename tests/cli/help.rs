@@ -173,10 +173,23 @@ fn log() {
     Usage: fsnap log [OPTIONS]
 
     Options:
-          --graph          Draw how checkpoints and branches grew from each other
-      -n, --limit <COUNT>  Show at most so many
-          --json           Print an array of JSON objects
-      -h, --help           Print help
+          --graph
+              Draw how checkpoints and branches grew from each other
+
+      -n, --limit <COUNT>
+              Show at most so many
+
+          --all <VOLUME>
+              List every past state of this volume that its file system still has, asked for or not
+
+              `fsnap branch VOLUME@cp:N` grows a branch from one. NILFS2 keeps such states; what nobody
+              needs, its cleaner takes.
+
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 
@@ -227,13 +240,16 @@ fn branch() {
     Make a writable branch from a checkpoint, and print where its files are
 
     The branch starts equal to the checkpoint and is written independently of it, of the volume, and of
-    other branches. It prints one directory per volume of the checkpoint.
+    other branches. It prints one directory per volume of the checkpoint. On a file system that keeps
+    past states by itself, such as NILFS2, `VOLUME@TIME` and `VOLUME@cp:N` make a checkpoint of one that
+    nobody asked for, and grow from that.
 
     Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
 
     Arguments:
       <CKPT>
-              The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N
+              The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N; or
+              VOLUME@TIME, or VOLUME@cp:N
 
       [NAME]
               The branch's name; one is made up, if not given

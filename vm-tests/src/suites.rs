@@ -20,6 +20,7 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 const USUAL: &[&str] = &[
     "fsnap-dm-thin::conformance",
     "fsnap-nilfs2::conformance",
+    "fsnap-nilfs2::history",
     "fsnap-btrfs::conformance",
     "fsnap::dm_thin",
     "fsnap::nilfs2",

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use fsnap_backend::{Error, Identity, IoContext, Result, beneath};
-use rustix::io::Errno;
 
 use crate::KIND;
 use crate::dm::{Mapper, Number};
@@ -28,7 +27,7 @@ impl Live {
     /// Opens `dir` and finds what it lies on; reads nothing from a device that is suspended.
     pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<Self> {
         let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-        let root = open_dir(dir)?;
+        let root = beneath::open_volume(dir, KIND)?;
         let mount = match mounts::place(&root).context("find the mount of", dir)? {
             Place::Root(mount) if mount.root == "/" => mount,
             Place::Root(_) => return Err(refused("only a part of its file system is mounted there")),
@@ -86,20 +85,6 @@ impl Live {
         let given = self.thin.device.uuid.strip_prefix("FSNAP-").map(|rest| format!("-{rest}")).unwrap_or_default();
         Identity::new(format!("{KIND}:{store}/{}-{}{given}", self.thin.id, self.uuid))
     }
-}
-
-fn open_dir(dir: &Path) -> Result<OwnedFd> {
-    let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-    if !dir.is_absolute() {
-        return Err(refused("its path is not absolute"));
-    }
-    beneath::open_root(dir).or_else(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::NOENT) => Err(Error::NotFound { what: dir.display().to_string() }),
-        Some(Errno::LOOP | Errno::NOTDIR) => {
-            Err(refused("it is a symbolic link or no directory; name the directory itself"))
-        }
-        _ => Err(error).context("open", dir),
-    })
 }
 
 /// The number of the block device; btrfs shows a number of its own.

@@ -1,6 +1,8 @@
 //! A small NILFS2 of its own for each volume.
 #![allow(dead_code, reason = "every test file uses another part of it")]
 
+pub(crate) mod sys;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
