@@ -19,6 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 /// of the machine itself. The longest come first.
 const USUAL: &[&str] = &[
     "fsnap-dm-thin::conformance",
+    "fsnap-dm-thin::faults",
     "fsnap-nilfs2::conformance",
     "fsnap-nilfs2::history",
     "fsnap-btrfs::conformance",

@@ -316,9 +316,18 @@ impl Store {
                 None => {
                     self.records.begin(at, &record)?;
                     fresh = true;
+                    // A later call takes a device of that number for its own.
+                    if self.whole(at)?.is_some() {
+                        return Err(self.taken(at).and_undo(self.records.forget(at, Stage::Begun)));
+                    }
                 }
             }
         }
+    }
+
+    /// The number of the image is somebody else's.
+    fn taken(&self, at: &Locator) -> Error {
+        Error::Exists { what: format!("a thin device with the number of {}", self.shown(at)) }
     }
 
     /// Understands the answer to the message that makes the image's device.
@@ -327,9 +336,10 @@ impl Store {
             // An earlier call, for this very record, got as far as that.
             Err(error) if error.raw_os_error() == Some(Errno::EXIST.raw_os_error()) => {
                 if fresh {
-                    return Err(Error::Exists { what: format!("a thin device with the number of {}", self.shown(at)) });
+                    Err(self.taken(at))
+                } else {
+                    Ok(())
                 }
-                Ok(())
             }
             Err(error) if error.raw_os_error() == Some(Errno::NODATA.raw_os_error()) => {
                 Err(Error::NotFound { what: format!("what {} is to be made of", self.shown(at)) })
