@@ -162,7 +162,7 @@ fn metadata_full() -> Done {
         let round = taken.len();
         // Scattered, so that much has to be remembered.
         for part in 0..24_u64 {
-            file.write_all_at(format!("{round:04}").as_bytes(), (part * 83 + round as u64 * 37) % 2000 << 16)?;
+            file.write_all_at(format!("{round:04}").as_bytes(), ((part * 83 + round as u64 * 37) % 2000) << 16)?;
         }
         ensure(round < 1000, "the metadata never get full")?;
         let made = store.reserve(Source::Volume(&volume), &Default::default()).and_then(|at| {
