@@ -48,6 +48,11 @@ impl Uuid {
         plain.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(|number| Self(number.to_be_bytes()))
     }
 
+    /// That of the file system whose root the volume is.
+    pub(crate) fn of(volume: &Identity) -> Option<Self> {
+        Self::parse(volume.as_str().strip_prefix(KIND)?.strip_prefix(':')?)
+    }
+
     /// What the volume is that this file system's root is.
     pub(crate) fn identity(self) -> Identity {
         Identity::new(format!("{KIND}:{self}"))

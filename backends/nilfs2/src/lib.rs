@@ -327,6 +327,13 @@ impl Store {
 
 /// Makes sure that a volume's path still leads to the file system that was adopted.
 fn check(volume: &Volume) -> Result<Uuid> {
+    // What the descriptor stands for stays mounted, and its device keeps its number: no device has to be looked at.
+    if let Some(uuid) = Uuid::of(volume.identity())
+        && let Ok(root) = beneath::open_volume(volume.dir(), KIND)
+        && same_directory(&root, volume).context("examine", volume.dir())?
+    {
+        return Ok(uuid);
+    }
     let (expected, what) = (volume.identity(), format!("the directory {}", volume.dir().display()));
     let found = match open_volume(volume.dir()) {
         Ok((_, uuid)) if uuid.identity() == *expected => return Ok(uuid),
@@ -335,6 +342,11 @@ fn check(volume: &Volume) -> Result<Uuid> {
         Err(error) => return Err(error),
     };
     Err(Error::WrongIdentity { what, expected: expected.clone(), found })
+}
+
+fn same_directory(one: impl AsFd, other: impl AsFd) -> io::Result<bool> {
+    let (one, other) = (beneath::look_fd(one)?, beneath::look_fd(other)?);
+    Ok((one.device, one.meta.ino) == (other.device, other.meta.ino))
 }
 
 /// Whether the recorded snapshot is there.
