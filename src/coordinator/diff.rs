@@ -2,13 +2,14 @@
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fsnap_backend::{Content, Dir, DirTree, Entry, FileKind};
+use fsnap_backend::{Content, Differences, Dir, DirTree, Entry, FileKind, Source};
 
 use super::Coordinator;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Member};
 use crate::name::Name;
 use crate::progress::{Underway, Work};
 use crate::{Error, Result};
@@ -55,6 +56,7 @@ impl Coordinator {
         // How many files there are is known only when all were compared.
         let work = self.begin_work(Work::Comparing, None);
         for member in &old.members {
+            let differences = self.differences(old, member, new)?;
             let before = self.read(self.store(&member.store)?.as_ref(), &member.snapshot)?;
             let after: Arc<dyn Dir> = match new {
                 Side::Now => match self.live_path(old, &member.volume)? {
@@ -74,13 +76,29 @@ impl Coordinator {
             };
             let roots = [before.as_ref(), after.as_ref()];
             let volume = &member.volume;
-            Comparison { volume, roots, levels: Vec::new(), work: &work, report: &mut *report }.run()?;
+            Comparison { volume, roots, levels: Vec::new(), differences, work: &work, report: &mut *report }.run()?;
         }
         if let Side::Checkpoint(other) = new {
             let missing = |name: &&Name| !old.members.iter().any(|member| member.volume == **name);
             skipped.extend(other.members.iter().map(|member| &member.volume).filter(missing).cloned());
         }
         Ok(skipped)
+    }
+
+    /// What the member's store knows ahead of what differs. It only saves time: what it cannot tell is read.
+    fn differences(&self, old: &Checkpoint, member: &Member, new: Side<'_>) -> Result<Option<Box<dyn Differences>>> {
+        let store = self.store(&member.store)?;
+        Ok(match new {
+            Side::Checkpoint(other) => {
+                let found = other.members.iter().find(|m| m.volume == member.volume && m.store == member.store);
+                found.and_then(|found| store.differences(&member.snapshot, Source::Snapshot(&found.snapshot)).ok())
+            }
+            Side::Now => {
+                let volume = self.live_path(old, &member.volume)?.and_then(|path| store.adopt(&path).ok());
+                volume.and_then(|volume| store.differences(&member.snapshot, Source::Volume(&volume)).ok())
+            }
+        }
+        .flatten())
     }
 
     /// Where the files of a checkpoint's line of work are now; `None` if the volume was forgotten.
@@ -106,6 +124,7 @@ struct Comparison<'a> {
     roots: [&'a dyn Dir; 2],
     /// The directories from the root down to the one that is compared.
     levels: Vec<Level>,
+    differences: Option<Box<dyn Differences>>,
     work: &'a Underway<'a>,
     report: &'a mut dyn FnMut(Change),
 }
@@ -234,7 +253,7 @@ impl Comparison<'_> {
             FileKind::File if a.meta.size != b.meta.size => true,
             FileKind::File => {
                 let (old, new) = (self.dir(OLD)?.open_file(name)?, self.dir(NEW)?.open_file(name)?);
-                contents_differ(old.as_ref(), new.as_ref()).map_err(|source| Error::Io {
+                self.contents_differ(old.as_ref(), new.as_ref()).map_err(|source| Error::Io {
                     action: "compare",
                     object: crate::printable(self.path(name).as_os_str()),
                     source,
@@ -253,16 +272,41 @@ impl Comparison<'_> {
     }
 }
 
-/// Compares two contents of equal length; what is a hole in both is not read.
-fn contents_differ(a: &dyn Content, b: &dyn Content) -> std::io::Result<bool> {
-    const BLOCK: usize = 1 << 17;
-    let (mut left, mut right) = (vec![0; BLOCK], vec![0; BLOCK]);
-    let mut offset = 0;
+impl Comparison<'_> {
+    /// Compares two contents of equal length where they can differ.
+    fn contents_differ(&self, a: &dyn Content, b: &dyn Content) -> std::io::Result<bool> {
+        let parts = match (&self.differences, a.as_file(), b.as_file()) {
+            (Some(differences), Some(a), Some(b)) => differences.ranges(a, b)?,
+            _ => None,
+        };
+        let Some(parts) = parts else { return part_differs(a, b, 0..a.len()) };
+        for part in parts {
+            if part_differs(a, b, part)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Compares a part of two contents of equal length; what is a hole in both is not read.
+fn part_differs(a: &dyn Content, b: &dyn Content, part: Range<u64>) -> std::io::Result<bool> {
+    const BLOCK: u64 = 1 << 17;
+    let (mut left, mut right) = (vec![0; BLOCK as usize], vec![0; BLOCK as usize]);
+    let mut offset = part.start;
     loop {
+        if offset >= part.end {
+            return Ok(false);
+        }
         let next = [a.data_after(offset)?, b.data_after(offset)?].into_iter().flatten().map(|range| range.start).min();
         let Some(next) = next else { return Ok(false) };
         offset = next.max(offset);
-        let (got, other) = (read_full(a, &mut left, offset)?, read_full(b, &mut right, offset)?);
+        if offset >= part.end {
+            return Ok(false);
+        }
+        let length = BLOCK.min(part.end - offset) as usize;
+        let (left, right) = (&mut left[..length], &mut right[..length]);
+        let (got, other) = (read_full(a, left, offset)?, read_full(b, right, offset)?);
         if left[..got] != right[..other] {
             return Ok(true);
         }

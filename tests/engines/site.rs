@@ -227,7 +227,7 @@ impl Site {
         let files = fs::read_dir(self.path("state/intents")).into_iter().flatten();
         assert_eq!(files.map(|file| file.unwrap().file_name()).collect::<Vec<_>>(), [""; 0], "files of intents");
         for store in catalog.stores().unwrap() {
-            let images = stores::open(&store).unwrap().list().unwrap();
+            let images = stores::open(&store, &Default::default()).unwrap().list().unwrap();
             let found: BTreeSet<_> = images.into_iter().map(|image| image.at).collect();
             assert_eq!(found, catalog.held(&store.identity).unwrap(), "images of the store at {}", store.place);
         }

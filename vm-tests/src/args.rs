@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::machine::{Kind, Machine};
-use crate::{Result, guest, run, suites};
+use crate::{Result, bench, guest, run, suites};
 
 /// Runs the tests of fsnap on real kernels, in virtual machines
 #[derive(Debug, Parser)]
@@ -29,6 +29,8 @@ struct Cli {
 enum Command {
     /// Run one program in user-mode Linux; the exit code is the program's
     Uml(Program),
+    /// Measure the backends that most hosts' kernels lack against bare calls; build with --release
+    Bench,
     /// Be the first process of a machine
     #[command(hide = true)]
     Guest {
@@ -74,6 +76,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     }
     match cli.command {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
+        Some(Command::Bench) => bench::run(),
         Some(Command::Guest { .. }) | None => suites::run(&cli.only),
     }
 }

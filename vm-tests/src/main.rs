@@ -14,6 +14,7 @@
 //! complains ([`kernel_log`]) fails.
 
 mod args;
+mod bench;
 mod error;
 mod guest;
 mod job;

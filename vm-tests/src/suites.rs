@@ -17,8 +17,15 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 
 /// What is run if nothing else is asked for: what the kernels of most hosts cannot run, and the contract on btrfs as a check
 /// of the machine itself. The longest come first.
-const USUAL: &[&str] =
-    &["fsnap-dm-thin::conformance", "fsnap-nilfs2::conformance", "fsnap-btrfs::conformance", "fsnap::nilfs2"];
+const USUAL: &[&str] = &[
+    "fsnap-dm-thin::conformance",
+    "fsnap-dm-thin::faults",
+    "fsnap-nilfs2::conformance",
+    "fsnap-nilfs2::history",
+    "fsnap-btrfs::conformance",
+    "fsnap::dm_thin",
+    "fsnap::nilfs2",
+];
 
 /// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
 const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
@@ -204,7 +211,7 @@ fn suite(message: &str, top: &Path) -> Option<Suite> {
         // These two need no kernel.
         Ok(backend) if ["api", "conformance"].iter().any(|name| backend == Path::new(name)) => return None,
         Ok(backend) => format!("fsnap-{}::{target}", backend.to_str()?),
-        Err(_) if dir == top && target == "nilfs2" => format!("fsnap::{target}"),
+        Err(_) if dir == top && ["dm_thin", "nilfs2"].contains(&target) => format!("fsnap::{target}"),
         Err(_) => return None,
     };
     Some(Suite { name, program, part: None, dir })
