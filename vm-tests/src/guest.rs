@@ -23,7 +23,7 @@ use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 use crate::error::Context;
 use crate::job::{Job, Report};
-use crate::machine::Kind;
+use crate::machine::{Kind, qemu, run_quietly};
 use crate::modules::Modules;
 use crate::{Error, Result};
 
@@ -49,10 +49,24 @@ pub(crate) fn main(kind: Kind, exchange: &Path) -> ! {
     std::process::exit(1)
 }
 
+/// Goes on as [`main`] on the host's root; returns only to end the machine, with what went wrong in its log.
+pub(crate) fn initramfs(exchange: &Path, guest: &Path) -> std::process::ExitCode {
+    let early = fs::create_dir_all("/dev")
+        .during("make", "/dev")
+        .and_then(|()| mount_at("devtmpfs", "dev", "/dev", ""))
+        .and_then(|()| qemu::initramfs(exchange, guest));
+    if let Err(error) = early {
+        complain(&error.to_string());
+    }
+    // The first process ends: the kernel panics, and the machine with it.
+    std::process::ExitCode::FAILURE
+}
+
 /// Says something in the kernel's log, which the host shows when a machine fails.
 fn complain(text: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        let _ = writeln!(log, "<3>vm-tests: {text}");
+        // In one piece, for each is a line of its own.
+        let _ = log.write_all(format!("<3>vm-tests: {text}\n").as_bytes());
     }
 }
 
@@ -76,6 +90,8 @@ fn prepare(kind: Kind, exchange: &Path) -> Result<Job> {
             symlink(&job.module_dir, &link).during("make", &link)?;
         }
     }
+    // CRIU looks at what the kernel can do by connecting to itself.
+    run_quietly(Command::new("/sbin/ip").args(["link", "set", "lo", "up"]))?;
     nix::unistd::sethostname("machine").during("name", "/proc/sys/kernel/hostname")?;
     Ok(job)
 }

@@ -59,7 +59,11 @@ pub(crate) fn environment() -> BTreeMap<String, String> {
 pub(crate) fn job(machine: &Machine, command: Vec<String>) -> Result<Job> {
     let (module_dir, modules) = machine.kind.modules()?;
     let dir = std::env::current_dir().during("find", ".")?;
-    Ok(Job { command, dir, environment: environment(), interactive: false, module_dir, modules })
+    let mut environment = environment();
+    for (name, value) in machine.kind.environment()? {
+        environment.insert(name.to_owned(), value);
+    }
+    Ok(Job { command, dir, environment, interactive: false, module_dir, modules })
 }
 
 /// Runs one program in a machine; its exit code is the program's, if the machine had nothing to complain about.
