@@ -9,6 +9,7 @@
 
 mod branch;
 mod checkpoint;
+mod clones;
 mod diff;
 mod overlay;
 mod recover;
@@ -82,7 +83,7 @@ impl Coordinator {
         Ok(backend)
     }
 
-    /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
+    /// Unmounts and deletes; goes on after a failure, and returns all failures as one.
     fn delete(&self, doomed: &Doomed) -> Result<()> {
         let delete = |image: &ImageRef| -> Result<()> {
             let store = self.store(&image.store)?;
@@ -91,7 +92,8 @@ impl Coordinator {
         };
         // First what lies over the images.
         let overlays = doomed.overlays.iter().filter_map(|dir| overlay::remove(dir.as_path()).err());
-        let mut errors: Vec<_> = overlays.collect();
+        let mounts = doomed.mounts.iter().filter_map(|dir| clones::hide(dir.as_path()).err());
+        let mut errors: Vec<_> = overlays.chain(mounts).collect();
         errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)
     }
