@@ -27,8 +27,11 @@ pub(crate) const CASES: &[Case] = &[
     ("both_in_one_checkpoint_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Rsync])),
 ];
 
+/// A case's name, the volumes that it needs, and what it does with them.
+type CaseOn = (&'static str, &'static [Volume], fn(&[Volume]));
+
 /// Cases on kinds of volumes that the kernels of most hosts do not have.
-pub(crate) const ON_OTHER_KERNELS: &[(&str, &[Volume], fn(&[Volume]))] = &[
+pub(crate) const ON_OTHER_KERNELS: &[CaseOn] = &[
     ("dm_thin_at_any_moment", &[Volume::DmThin, Volume::DmThin], at_any_moment),
     ("nilfs2_at_any_moment", &[Volume::Nilfs2, Volume::Nilfs2], at_any_moment),
     ("all_in_one_checkpoint_at_any_moment", ALL, at_any_moment),

@@ -95,7 +95,10 @@ pub(crate) fn is_fast() -> bool {
 pub(super) fn environment() -> Result<Vec<(&'static str, String)>> {
     // The CRIU that works on the host knows newer kernels only.
     let mut environment = vec![("FSNAP_CRIU", criu()?.to_string_lossy().into_owned())];
-    if !is_fast() {
+    if is_fast() {
+        environment.push(("FSNAP_ORACLE_CHECKPOINTS", "10".into()));
+    } else {
+        environment.push(("FSNAP_ORACLE_CHECKPOINTS", "2".into()));
         // Dozens of writers without a pause would leave nothing of the processor to those whose work is tested.
         environment.push(("FSNAP_ORACLE_PACE", "100000".into()));
     }
