@@ -36,9 +36,6 @@ pub struct BranchMember {
     pub identity: Identity,
     /// Where the volume's files were when the checkpoint was taken: a restored process finds the branch there.
     pub origin: PathText,
-    /// Whether the kernel has to mount it at `path`, where it is not after a start of the machine.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub mounted: bool,
     /// How it is made where the store cannot clone; `at` is then the snapshot below it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
@@ -67,10 +64,5 @@ impl Branch {
     /// The directories of its overlays.
     pub fn overlays(&self) -> Vec<PathText> {
         self.members.iter().filter_map(|member| Some(member.overlay.as_ref()?.dir.clone())).collect()
-    }
-
-    /// Where its clones are mounted, if they have to be.
-    pub fn mounts(&self) -> Vec<PathText> {
-        self.members.iter().filter(|member| member.mounted).map(|member| member.path.clone()).collect()
     }
 }

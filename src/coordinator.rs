@@ -9,7 +9,6 @@
 
 mod branch;
 mod checkpoint;
-mod clones;
 mod diff;
 mod overlay;
 mod recover;
@@ -83,7 +82,7 @@ impl Coordinator {
         Ok(backend)
     }
 
-    /// Unmounts and deletes; goes on after a failure, and returns all failures as one.
+    /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
     fn delete(&self, doomed: &Doomed) -> Result<()> {
         let delete = |image: &ImageRef| -> Result<()> {
             let store = self.store(&image.store)?;
@@ -92,8 +91,7 @@ impl Coordinator {
         };
         // First what lies over the images.
         let overlays = doomed.overlays.iter().filter_map(|dir| overlay::remove(dir.as_path()).err());
-        let mounts = doomed.mounts.iter().filter_map(|dir| clones::hide(dir.as_path()).err());
-        let mut errors: Vec<_> = overlays.chain(mounts).collect();
+        let mut errors: Vec<_> = overlays.collect();
         errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)
     }

@@ -34,9 +34,6 @@ pub enum Intent {
         /// The directories of overlays.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
-        /// Where the clones that the kernel has to mount will be mounted.
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        mounts: Vec<PathText>,
     },
     /// Images that nothing needs are being deleted; always finished.
     Remove {
@@ -45,9 +42,6 @@ pub enum Intent {
         /// The directories of overlays that may still be there, or mounted.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
-        /// Where images may still be mounted.
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        mounts: Vec<PathText>,
     },
 }
 
@@ -67,14 +61,6 @@ impl Intent {
             Self::Branch { overlays, .. } | Self::Remove { overlays, .. } => overlays.clone(),
         }
     }
-
-    /// Where images are mounted that the change makes or removes.
-    pub fn mounts(&self) -> Vec<PathText> {
-        match self {
-            Self::Checkpoint(_) => Vec::new(),
-            Self::Branch { mounts, .. } | Self::Remove { mounts, .. } => mounts.clone(),
-        }
-    }
 }
 
 /// What nothing needs any more.
@@ -84,14 +70,6 @@ pub struct Doomed {
     pub images: Vec<ImageRef>,
     /// Directories of overlays.
     pub overlays: Vec<PathText>,
-    /// Where images are mounted.
-    pub mounts: Vec<PathText>,
-}
-
-impl From<Doomed> for Intent {
-    fn from(Doomed { images, overlays, mounts }: Doomed) -> Self {
-        Self::Remove { images, overlays, mounts }
-    }
 }
 
 /// An image of some store.

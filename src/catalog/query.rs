@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result};
 use crate::branch::Branch;
-use crate::checkpoint::{Checkpoint, CheckpointId};
+use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::name::Name;
 use crate::volume::{RegisteredVolume, StoreRecord};
 
@@ -226,11 +226,10 @@ impl Catalog {
         self.all("a branch", "SELECT body, digest FROM branch ORDER BY seq", [])
     }
 
-    /// The branches that are not there unless fsnap mounts something: overlays, or clones; oldest first.
-    pub fn branches_with_mounts(&self) -> Result<Vec<Branch>> {
+    /// The branches that have overlays, oldest first.
+    pub fn branches_with_overlays(&self) -> Result<Vec<Branch>> {
         // Only a hint, so that the others need not be read: names in a body may look like it.
-        let hint = r#"body LIKE '%"overlay"%' OR body LIKE '%"mounted"%'"#;
-        self.all("a branch", &format!("SELECT body, digest FROM branch WHERE {hint} ORDER BY seq"), [])
+        self.all("a branch", "SELECT body, digest FROM branch WHERE body LIKE '%\"overlay\"%' ORDER BY seq", [])
     }
 
     /// Replaces the record of a branch; `false` if it is gone.
@@ -433,44 +432,41 @@ impl Catalog {
             }
             .map_err(|e| self.failed(e))?;
             tx.execute("DELETE FROM checkpoint WHERE id = ?1", [&key]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Checkpoint(id), Doomed::default())
+            self.begin_removal(tx, &Holder::Checkpoint(id), Vec::new())
         })
     }
 
     /// Takes a branch out of the record. Checkpoints that were taken on it stay.
     pub fn remove_branch(&self, name: &Name) -> Result<Removal> {
         self.transact(|tx| {
-            let branch = self.branch(name)?;
-            let (overlays, mounts) = branch.map(|branch| (branch.overlays(), branch.mounts())).unwrap_or_default();
+            let overlays = self.branch(name)?.map(|branch| branch.overlays()).unwrap_or_default();
             let gone = tx.execute("DELETE FROM branch WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
             if gone == 0 {
                 return Ok(Removal::Missing);
             }
             tx.execute("DELETE FROM tip WHERE line = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Branch(name), Doomed { overlays, mounts, ..Doomed::default() })
+            self.begin_removal(tx, &Holder::Branch(name), overlays)
         })
     }
 
-    /// Adds to `doomed` the images that only `holder` needed.
-    fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>, doomed: Doomed) -> Result<Removal> {
-        let doomed = Doomed { images: self.release_in(tx, holder)?, ..doomed };
-        let (id, lock) = self.begin_in(tx, &Intent::from(doomed.clone()))?;
-        Ok(Removal::Begun(id, lock, doomed))
+    fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>, overlays: Vec<PathText>) -> Result<Removal> {
+        let images = self.release_in(tx, holder)?;
+        let intent = Intent::Remove { images: images.clone(), overlays: overlays.clone() };
+        let (id, lock) = self.begin_in(tx, &intent)?;
+        Ok(Removal::Begun(id, lock, Doomed { images, overlays }))
     }
 
     /// Turns an intent that was given up into the removal of its images; `None` if it is gone.
     pub fn abandon(&self, id: IntentId) -> Result<Option<Doomed>> {
         self.transact(|tx| {
             let images = self.release_in(tx, &Holder::Intent(id))?;
-            let intent = self.intent(id)?;
-            let (overlays, mounts) = intent.map(|intent| (intent.overlays(), intent.mounts())).unwrap_or_default();
-            let doomed = Doomed { images, overlays, mounts };
-            let (body, digest) = encode(&Intent::from(doomed.clone()));
+            let overlays = self.intent(id)?.map(|intent| intent.overlays()).unwrap_or_default();
+            let (body, digest) = encode(&Intent::Remove { images: images.clone(), overlays: overlays.clone() });
             let changed = tx
                 .execute("UPDATE intent SET body = ?2, digest = ?3 WHERE seq = ?1", params![id.0, body, digest])
                 .map_err(|e| self.failed(e))?;
-            self.hold(tx, &doomed.images, &Holder::Intent(id))?;
-            Ok((changed == 1).then_some(doomed))
+            self.hold(tx, &images, &Holder::Intent(id))?;
+            Ok((changed == 1).then_some(Doomed { images, overlays }))
         })
     }
 

@@ -41,10 +41,7 @@ impl Coordinator {
         }
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
         let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
-        let clones = planned.iter().filter(|plan| plan.overlay.is_none());
-        let mounts = clones.map(|plan| PathText(self.mount_point(name, &plan.member.volume))).collect();
-        let images = planned.iter().map(image).collect();
-        let intent = Intent::Branch { name: name.clone(), images, overlays, mounts };
+        let intent = Intent::Branch { name: name.clone(), images: planned.iter().map(image).collect(), overlays };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {
@@ -76,17 +73,16 @@ impl Coordinator {
         })?;
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
-            let (path, mounted, identity) = match &plan.overlay {
+            let (path, identity) = match &plan.overlay {
                 Some(overlay) => {
                     let path = self.make_overlay(plan.store.as_ref(), &plan.member.snapshot, overlay)?;
                     failpoint::hit("branch:mounted");
-                    (path, false, self.overlay_identity(overlay)?)
+                    (path, self.overlay_identity(overlay)?)
                 }
                 None => {
-                    let (path, mounted) = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
-                    failpoint::hit("branch:mounted");
+                    let path = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
                     let identity = plan.store.adopt(&path)?.identity().clone();
-                    (path, mounted, identity)
+                    (path, identity)
                 }
             };
             members.push(BranchMember {
@@ -97,11 +93,27 @@ impl Coordinator {
                 path: PathText(path),
                 identity,
                 origin: plan.member.path.clone(),
-                mounted,
                 overlay: plan.overlay.clone(),
             });
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
+    }
+
+    /// Makes a clone's files visible, and tells where.
+    fn show(&self, store: &dyn Backend, at: &Locator, branch: &Name, volume: &Name) -> Result<PathBuf> {
+        match store.activate(at)? {
+            MountSpec::Bind { dir, .. } => Ok(dir),
+            spec => {
+                let dir = self.catalog.state().join("branches").join(branch.as_str()).join(volume.as_str());
+                std::fs::create_dir_all(&dir).map_err(|source| Error::Io {
+                    action: "make",
+                    object: crate::printable(dir.as_os_str()),
+                    source,
+                })?;
+                crate::mount::mount(&spec, &dir, crate::mount::Restrictions::default())?.keep();
+                Ok(dir)
+            }
+        }
     }
 
     /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.

@@ -10,7 +10,7 @@
 //! `<dir>` must lie on a file system that overlayfs can write to. The snapshot below is held by the branch, like a clone's image
 //! is. The backend of the snapshot cannot capture an overlay; the rsync backend, which takes any directory, does.
 //!
-//! A mount does not survive a start of the machine; what differs does. [`Coordinator::mount_branches`], a part of every
+//! A mount does not survive a start of the machine; what differs does. [`Coordinator::mount_overlays`], a part of every
 //! recovery, mounts again what is not mounted.
 //!
 //! A character device 0:0 in a snapshot is overlayfs's own mark for "nothing here": it hides itself.
@@ -94,15 +94,13 @@ impl Coordinator {
         }
     }
 
-    /// Mounts what belongs to branches and is not mounted.
-    pub(super) fn mount_branches(&self) -> Result<Vec<Recovered>> {
+    /// Mounts the overlays of branches that are not mounted.
+    pub(super) fn mount_overlays(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
-        for branch in self.catalog.branches_with_mounts()? {
+        for branch in self.catalog.branches_with_overlays()? {
             let mut changed = branch.clone();
             let mounted = changed.members.iter_mut().try_fold(0, |count, member| {
-                let mounted =
-                    self.mount_member(&branch.checkpoint, member)? || self.show_again(&branch.name, member)?;
-                Ok::<usize, Error>(count + usize::from(mounted))
+                Ok::<usize, Error>(count + usize::from(self.mount_member(&branch.checkpoint, member)?))
             });
             match mounted {
                 Ok(0) => {}

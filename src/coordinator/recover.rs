@@ -76,7 +76,7 @@ impl Coordinator {
             done.push(self.recover_one(id, lock, intent).unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
         self.catalog.sweep_intent_files()?;
-        done.extend(self.mount_branches()?);
+        done.extend(self.mount_overlays()?);
         Ok(done)
     }
 
@@ -115,8 +115,8 @@ impl Coordinator {
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
         match intent {
-            Intent::Remove { images, overlays, mounts } => {
-                self.delete(&Doomed { images, overlays, mounts })?;
+            Intent::Remove { images, overlays } => {
+                self.delete(&Doomed { images, overlays })?;
                 self.catalog.drop_intent(id)?;
                 lock.finish();
                 Ok(Recovered::Removed)
@@ -188,6 +188,6 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images, overlays, .. } => format!("the removal of {} images", images.len() + overlays.len()),
+        Intent::Remove { images, overlays } => format!("the removal of {} images", images.len() + overlays.len()),
     }
 }
