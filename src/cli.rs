@@ -20,6 +20,8 @@ mod man;
 mod output;
 #[cfg(feature = "fuse")]
 mod overlay;
+#[cfg(feature = "dm-thin")]
+mod pool;
 mod recover;
 mod restore;
 mod rm;
@@ -78,6 +80,8 @@ enum Command {
     #[cfg(feature = "fuse")]
     Umount(umount::Args),
     Verify(verify::Args),
+    #[cfg(feature = "dm-thin")]
+    Pool(pool::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
     Hook(hook::Args),
@@ -143,6 +147,8 @@ fn run(command: Command) -> Outcome {
         #[cfg(feature = "fuse")]
         Command::Umount(args) => umount::run(args),
         Command::Verify(args) => verify::run(args),
+        #[cfg(feature = "dm-thin")]
+        Command::Pool(args) => pool::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Hook(args) => hook::run(args),

@@ -10,6 +10,7 @@
 mod branch;
 mod checkpoint;
 mod diff;
+mod history;
 mod overlay;
 mod recover;
 mod register;
@@ -35,6 +36,7 @@ use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
+pub use history::{Pinned, time_of};
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place};
 pub use restore::RestoreRequest;
@@ -47,7 +49,9 @@ pub use window::Window;
 pub struct Coordinator {
     catalog: Catalog,
     stores: RefCell<BTreeMap<Identity, Arc<dyn Backend>>>,
-    overlays: PathBuf,
+    /// Where branches are that have to be mounted.
+    homes: PathBuf,
+    options: stores::Options,
 }
 
 impl Coordinator {
@@ -55,13 +59,20 @@ impl Coordinator {
     ///
     /// `patience` bounds every wait for another fsnap.
     pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
-        let overlays = state.join("branches");
-        Ok(Self { catalog: Catalog::open(state, access, patience)?, stores: RefCell::default(), overlays })
+        let catalog = Catalog::open(state, access, patience)?;
+        let (homes, options) = (state.join("branches"), stores::Options::default());
+        Ok(Self { catalog, stores: RefCell::default(), homes, options })
     }
 
-    /// Makes new overlays in `dir` instead of the directory `branches` beside the catalog.
-    pub fn keep_overlays_in(&mut self, dir: &Path) {
-        dir.clone_into(&mut self.overlays);
+    /// Mounts new branches below `dir` instead of the directory `branches` beside the catalog, and keeps there what differs
+    /// in overlays.
+    pub fn keep_branches_in(&mut self, dir: &Path) {
+        dir.clone_into(&mut self.homes);
+    }
+
+    /// Opens stores with these options.
+    pub fn open_stores_with(&mut self, options: stores::Options) {
+        self.options = options;
     }
 
     /// The catalog.
@@ -77,12 +88,12 @@ impl Coordinator {
         let record = self.catalog.store(identity)?.ok_or_else(|| {
             Error::Backend(fsnap_backend::Error::NotFound { what: format!("the store {identity}, in the catalog,") })
         })?;
-        let backend = stores::open(&record)?;
+        let backend = stores::open(&record, &self.options)?;
         self.stores.borrow_mut().insert(identity.clone(), Arc::clone(&backend));
         Ok(backend)
     }
 
-    /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
+    /// Unmounts and deletes overlays and images; goes on after a failure, and returns all failures as one.
     fn delete(&self, doomed: &Doomed) -> Result<()> {
         let delete = |image: &ImageRef| -> Result<()> {
             let store = self.store(&image.store)?;

@@ -16,6 +16,7 @@ page!(which_volumes, "which-volumes.md");
 page!(consistency, "consistency.md");
 page!(freezing, "freezing.md");
 page!(catalog, "catalog.md");
+page!(thin_pools, "thin-pools.md");
 page!(nilfs2_locators, "nilfs2-locators.md");
 page!(overlay_branches, "overlay-branches.md");
 page!(identity, "identity.md");

@@ -6,6 +6,10 @@ use fsnap::coordinator::proposed_place;
 use fsnap::engine::criu::Diagnosis;
 use fsnap::processes::Cgroup;
 use fsnap::stores::KINDS;
+#[cfg(feature = "dm-thin")]
+use fsnap::stores::Room;
+#[cfg(feature = "dm-thin")]
+use fsnap::stores::pools::{Limits, PoolState, STORES, survey};
 use rustix::fs::{Access, access};
 use serde_json::json;
 
@@ -43,6 +47,14 @@ pub(crate) fn run(args: Args) -> Outcome {
             }
             Err(error) => found(kind.name, false, error.to_string()),
         }
+    }
+    #[cfg(feature = "dm-thin")]
+    // Without device-mapper there are none, which was said already.
+    for pool in survey(Path::new(STORES)).unwrap_or_default() {
+        let works = pool.not_for_us.is_none()
+            && pool.trouble.is_none()
+            && pool.fill.is_none_or(|fill| fill.refusal(&limits(&pool, &context.config.dm_thin)).is_none());
+        found("pool", works, told(&pool, &context.config.dm_thin));
     }
     match environment::find_criu(&context.config) {
         Err(super::Failure::Error(error)) => found("criu", false, error.to_string()),
@@ -85,6 +97,29 @@ pub(crate) fn run(args: Args) -> Outcome {
     findings.iter().try_for_each(|Finding { what, works, why }| {
         out.line(format_args!("{:3} {what}: {why}", if *works { "ok" } else { "no" }))
     })
+}
+
+/// How much of the pool must be free.
+#[cfg(feature = "dm-thin")]
+fn limits(pool: &PoolState, set: &Room) -> Limits {
+    let said = pool.limits.unwrap_or_default();
+    Limits {
+        free_data: set.free_data.unwrap_or(said.free_data),
+        free_metadata: set.free_metadata.unwrap_or(said.free_metadata),
+    }
+}
+
+/// How full the pool is, and why it takes no snapshots, if so.
+#[cfg(feature = "dm-thin")]
+fn told(pool: &PoolState, set: &Room) -> String {
+    let Some(fill) = pool.fill else { return format!("{} is {}", pool.name, super::pool::state(pool)) };
+    let (data, metadata) = super::pool::room(&fill, pool.block);
+    let why = match (pool.not_for_us, fill.refusal(&limits(pool, set))) {
+        (Some(why), _) => format!("; {why}"),
+        (None, Some(refusal)) => format!("; it takes no snapshots: {refusal}"),
+        (None, None) => String::new(),
+    };
+    format!("{} {}; data {data}, metadata {metadata}{why}", pool.name, super::pool::state(pool))
 }
 
 /// Whether control groups can be frozen by this user, and why not.

@@ -66,17 +66,14 @@ impl Context {
     }
 
     fn recovered(&self, access: Access) -> Result<Coordinator, Failure> {
-        let mut coordinator = self.open(access)?;
-        if let Some(dir) = &self.config.branches {
-            coordinator.keep_overlays_in(dir);
-        }
+        let coordinator = self.open(access)?;
         tell(&coordinator.recover()?);
         Ok(coordinator)
     }
 
     /// Opens the catalog, and recovers nothing.
     pub(crate) fn open(&self, access: Access) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, access, PATIENCE)?)
+        self.set_up(Coordinator::open(&self.state, access, PATIENCE)?)
     }
 
     /// Opens the catalog to read it; recovers if the user may write it.
@@ -90,7 +87,15 @@ impl Context {
 
     /// Opens the catalog to read it, and leaves everything as it is.
     pub(crate) fn look(&self) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, Access::Read, self.config.hook.deadline())?)
+        self.set_up(Coordinator::open(&self.state, Access::Read, self.config.hook.deadline())?)
+    }
+
+    fn set_up(&self, mut coordinator: Coordinator) -> Result<Coordinator, Failure> {
+        coordinator.open_stores_with(self.config.stores());
+        if let Some(dir) = &self.config.branches {
+            coordinator.keep_branches_in(dir);
+        }
+        Ok(coordinator)
     }
 }
 

@@ -14,7 +14,7 @@ pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
 /// A file that is removed then.
 pub(super) static NOTE: OnceLock<CString> = OnceLock::new();
 
-/// Says the last words, removes the note, and ends the process with exit code 1.
+/// Says the last words, removes the note, sets going what stands, and ends the process with exit code 1.
 pub(super) extern "C" fn end(_: libc::c_int) {
     let words = LAST_WORDS.get().map_or("", String::as_str);
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)), and the texts live for ever.
@@ -22,6 +22,7 @@ pub(super) extern "C" fn end(_: libc::c_int) {
         if let Some(note) = NOTE.get() {
             libc::unlink(note.as_ptr());
         }
+        fsnap::stores::release_at_once();
         libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len());
         libc::_exit(1);
     }
@@ -38,6 +39,7 @@ const NO_PAGE: &str = "fsnap: error: a file of the catalog can be neither read n
 pub(super) extern "C" fn end_without_page(_: libc::c_int) {
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)).
     unsafe {
+        fsnap::stores::release_at_once();
         libc::write(libc::STDERR_FILENO, NO_PAGE.as_ptr().cast(), NO_PAGE.len());
         libc::_exit(1);
     }

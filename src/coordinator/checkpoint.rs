@@ -93,6 +93,7 @@ impl Coordinator {
             boot: boot_id()?,
             freeze: None,
             members,
+            pinned: false,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
@@ -189,6 +190,7 @@ impl Coordinator {
             message: begun.pending.message.clone(),
             engine: begun.pending.engine.clone(),
             members,
+            pinned: begun.pending.pinned,
         };
         failpoint::hit("seal:before");
         self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags)?;
@@ -223,6 +225,9 @@ impl Coordinator {
     /// checkpoint that the branch grew from.
     fn parent(&self, pending: &PendingCheckpoint) -> Result<Option<CheckpointId>> {
         let volumes: Vec<&Name> = pending.members.iter().map(|member| &member.volume).collect();
+        if pending.pinned {
+            return Ok(None);
+        }
         if let Some(tip) = self.catalog.tip(pending.branch.as_ref(), &volumes)? {
             return Ok(Some(tip));
         }

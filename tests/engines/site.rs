@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use fsnap::catalog::{Access, Catalog};
 use fsnap::stores;
-use fsnap_backend::ImageState;
 use fsnap_oracle::Kind;
 use fsnap_oracle::criu::{Criu, CriuError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -200,9 +199,7 @@ impl Site {
         let files = fs::read_dir(self.path("state/intents")).into_iter().flatten();
         assert_eq!(files.map(|file| file.unwrap().file_name()).collect::<Vec<_>>(), [""; 0], "files of intents");
         for store in catalog.stores().unwrap() {
-            let mut images = stores::open(&store).unwrap().list().unwrap();
-            // A pool has its volumes too, which nobody recorded as an image.
-            images.retain(|image| store.backend != "dm-thin" || image.state != ImageState::Foreign);
+            let images = stores::open(&store, &Default::default()).unwrap().list().unwrap();
             let found: BTreeSet<_> = images.into_iter().map(|image| image.at).collect();
             assert_eq!(found, catalog.held(&store.identity).unwrap(), "images of the store at {}", store.place);
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::machine::{Kind, Machine};
-use crate::{Result, guest, run, suites};
+use crate::{Result, bench, guest, run, suites};
 
 /// Runs the tests of fsnap on real kernels, in virtual machines
 #[derive(Debug, Parser)]
@@ -42,6 +42,8 @@ enum Command {
         /// This program, on the host's root
         guest: PathBuf,
     },
+    /// Measure the backends that most hosts' kernels lack against bare calls; build with --release
+    Bench,
     /// Be the first process of a machine
     #[command(hide = true)]
     Guest {
@@ -91,6 +93,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
         Some(Command::Qemu(program)) => in_machine(Kind::Qemu, program),
+        Some(Command::Bench) => bench::run(),
         Some(Command::Guest { .. } | Command::Initramfs { .. }) | None => suites::run(&cli.only, cli.machine),
     }
 }

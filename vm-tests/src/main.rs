@@ -15,6 +15,7 @@
 //! complains ([`kernel_log`]) fails.
 
 mod args;
+mod bench;
 mod error;
 mod guest;
 mod job;

@@ -21,8 +21,11 @@ const USUAL: &[&str] = &[
     "fsnap::engines",
     "fsnap::power_loss",
     "fsnap-dm-thin::conformance",
+    "fsnap-dm-thin::faults",
     "fsnap-nilfs2::conformance",
+    "fsnap-nilfs2::history",
     "fsnap-btrfs::conformance",
+    "fsnap::dm_thin",
     "fsnap::nilfs2",
 ];
 

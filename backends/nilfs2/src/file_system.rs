@@ -134,19 +134,7 @@ fn mount(device: &Path, options: &str, read_only: bool) -> io::Result<OwnedFd> {
 /// Opens `dir` as a volume: the root of a NILFS2 that is mounted for writing.
 pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, Uuid)> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-    if !dir.is_absolute() {
-        return Err(refused("its path is not absolute"));
-    }
-    let root = match beneath::open_root(dir) {
-        Ok(root) => root,
-        Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT) => return Err(Error::NotFound { what: dir.display().to_string() }),
-            Some(Errno::LOOP | Errno::NOTDIR) => {
-                return Err(refused("it is a symbolic link or no directory; name the directory itself"));
-            }
-            _ => return Err(error).context("open", dir),
-        },
-    };
+    let root = beneath::open_volume(dir, KIND)?;
     let no_nilfs = "it does not lie on NILFS2; the rsync backend takes any directory";
     if rustix::fs::fstatfs(&root).context("find the file system of", dir)?.f_type as u64 != u64::from(MAGIC) {
         return Err(refused(no_nilfs));
