@@ -81,7 +81,8 @@ fn prepare(kind: Kind, exchange: &Path) -> Result<Job> {
     for name in &job.modules {
         modules.load(name, &mut loaded)?;
     }
-    change_root(kind, exchange)?;
+    let program = Path::new(&job.command[0]);
+    change_root(kind, exchange, &[exchange, &job.module_dir, &job.dir, program])?;
     let modules = Path::new("/lib/modules");
     fs::create_dir_all(modules).during("make", modules)?;
     if let Some(release) = job.module_dir.file_name() {
@@ -97,7 +98,7 @@ fn prepare(kind: Kind, exchange: &Path) -> Result<Job> {
 }
 
 /// Makes the layered root the root of everything.
-fn change_root(kind: Kind, exchange: &Path) -> Result<()> {
+fn change_root(kind: Kind, exchange: &Path, needed: &[&Path]) -> Result<()> {
     mount_at("ext4", kind.scratch_device(), SCRATCH, "")?;
     let (upper, work, tmp) = ("/tmp/upper", "/tmp/work", "/tmp/tmp");
     for dir in [upper, work, tmp, ROOT] {
@@ -123,6 +124,15 @@ fn change_root(kind: Kind, exchange: &Path) -> Result<()> {
         mount_at(kind, kind, &at, options)?;
     }
     fs::create_dir_all(inside("/run/lock")).during("make", "/run/lock")?;
+    // What the job needs may lie in the host's /tmp: so much of that is seen in the new one.
+    for name in needed.iter().filter_map(|path| path.strip_prefix(SCRATCH).ok()?.iter().next()) {
+        let at = Path::new(tmp).join(name);
+        let from = Path::new(ROOT).join("tmp").join(name);
+        if !at.exists() && from.is_dir() {
+            fs::create_dir(&at).during("make", &at)?;
+            bind(&from.to_string_lossy(), &at.to_string_lossy())?;
+        }
+    }
     bind(tmp, &inside("/tmp"))?;
     let (kind, source, options) = kind.exchange_mount(exchange);
     mount_at(kind, source, &inside(&exchange.to_string_lossy()), &options)?;
@@ -140,7 +150,8 @@ fn mount_at(kind: &str, source: &str, at: &str, options: &str) -> Result<()> {
 }
 
 fn bind(from: &str, at: &str) -> Result<()> {
-    mount(Some(from), at, None::<&str>, MsFlags::MS_BIND, None::<&str>).during("bind something to", at)
+    mount(Some(from), at, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .during("bind something to", at)
 }
 
 fn set_sticky(dir: &str) -> Result<()> {
