@@ -162,11 +162,11 @@ pub(crate) fn initramfs(exchange: &Path, guest: &Path) -> Result<()> {
     for name in TO_START {
         modules.load(name, &mut loaded)?;
     }
-    let root = Path::new("/root");
+    let root = Path::new("/host");
     fs::create_dir_all(root).during("make", root)?;
     let options = "trans=virtio,version=9p2000.L,cache=loose,msize=512000";
     mount(Some(ROOT_TAG), root, Some("9p"), MsFlags::MS_RDONLY, Some(options)).during("mount", root)?;
-    mount(Some("dev"), "/root/dev", Some("devtmpfs"), MsFlags::empty(), None::<&str>).during("mount", "/root/dev")?;
+    mount(Some("dev"), "/host/dev", Some("devtmpfs"), MsFlags::empty(), None::<&str>).during("mount", "/host/dev")?;
     std::env::set_current_dir(root).during("enter", root)?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).during("move the root to", "/")?;
     nix::unistd::chroot(".").during("change the root to", root)?;
