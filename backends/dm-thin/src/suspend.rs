@@ -4,7 +4,8 @@
 //! [`Suspended`] resumes it when it is dropped. Against being killed there is a note in the store's directory
 //! `suspended`, named by the number of the thin device and locked as long as its author lives: whoever finds a note
 //! that nobody has locked resumes the device. A process that ends itself in a hurry, in a signal handler, resumes what it has suspended by
-//! [`resume_at_once`](crate::resume_at_once). A note need not outlive a power cut; neither does a suspension.
+//! [`resume_at_once`](crate::resume_at_once). A note need not outlive a power cut; neither does a suspension. Its name may, without
+//! its content, which is not synced: such a note says nothing, and is removed.
 //!
 //! The note is also what makes two calls for one volume follow each other: the kernel takes a second suspension for
 //! granted, and the first resume would end both.
@@ -89,6 +90,11 @@ impl Notes {
             }
             let mut text = Vec::new();
             (&lock.file).take(4096).read_to_end(&mut text).context("read", &path)?;
+            if text.iter().all(|byte| *byte == 0) {
+                // It was written before it got its name, so that the power was cut since: the device has lost its suspension.
+                self.remove(name)?;
+                return Ok(None);
+            }
             let note: Note = serde_json::from_slice(&text).map_err(|error| Error::Damaged {
                 what: format!("the note {}", path.display()),
                 reason: format!("it names no device that could be resumed: {error}"),
