@@ -92,6 +92,14 @@ pub(super) fn detach(kept: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()>
     Ok(())
 }
 
+/// Lets others run first: this process preempts nobody when it wakes up (`SCHED_BATCH`, sched(7)), and takes a smaller share.
+pub(super) fn give_way() {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameter is valid for the call. If it is refused, the process merely does not give way.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
+    let _ = rustix::process::nice(10);
+}
+
 /// Sets what is done when `signal` comes.
 pub(super) fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> nix::Result<()> {
     let action = SigAction::new(handler, flags, SigSet::empty());
