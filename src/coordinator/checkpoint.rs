@@ -69,22 +69,11 @@ impl Coordinator {
             let store = self.store(&target.store)?;
             let volume = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
             let at = self.reserve(store.as_ref(), Source::Volume(&volume))?;
-            members.push(PlannedMember {
-                volume: target.volume,
-                path: target.path,
-                identity: target.identity,
-                backend: target.backend,
-                store: target.store,
-                at,
-            });
+            members.push(target.planned(at));
         }
         members.sort_by(|a, b| a.volume.cmp(&b.volume));
         let pending = PendingCheckpoint {
-            id: CheckpointId::random().map_err(|source| Error::Io {
-                action: "make",
-                object: "an id".into(),
-                source,
-            })?,
+            id: new_id()?,
             branch,
             message,
             tags,
@@ -241,6 +230,11 @@ impl Coordinator {
         let Some(name) = &pending.branch else { return Ok(None) };
         Ok(self.catalog.branch(name)?.map(|branch| branch.checkpoint))
     }
+}
+
+/// An id that no other checkpoint has.
+pub(super) fn new_id() -> Result<CheckpointId> {
+    CheckpointId::random().map_err(|source| Error::Io { action: "make", object: "an id".into(), source })
 }
 
 /// The one branch that the targets are on, if any: a checkpoint belongs to one line of work.

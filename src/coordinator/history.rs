@@ -2,10 +2,10 @@
 
 use fsnap_backend::{Kept, Moment, Source, Volume};
 
-use super::checkpoint::boot_id;
+use super::checkpoint::{boot_id, new_id};
 use super::{Begun, Coordinator, Target, adopt};
 use crate::catalog::{Intent, PendingCheckpoint, PlannedMember, Taken};
-use crate::checkpoint::{Checkpoint, CheckpointId, Member};
+use crate::checkpoint::{Checkpoint, Member};
 use crate::reference::Past;
 use crate::{Error, Result, failpoint};
 
@@ -45,22 +45,11 @@ impl Coordinator {
                 }
             }
         }
-        let at = store.reserve(Source::Volume(&opened), &self.catalog.held(&target.store)?)?;
+        let at = self.reserve(store.as_ref(), Source::Volume(&opened))?;
         let time = time_of(&moment)?;
-        let planned = PlannedMember {
-            volume: target.volume.clone(),
-            path: target.path.clone(),
-            identity: target.identity.clone(),
-            backend: target.backend.clone(),
-            store: target.store.clone(),
-            at,
-        };
+        let planned = target.clone().planned(at);
         let pending = PendingCheckpoint {
-            id: CheckpointId::random().map_err(|source| Error::Io {
-                action: "make",
-                object: "an id".into(),
-                source,
-            })?,
+            id: new_id()?,
             branch: None,
             message: format!("{}@cp:{}", target.volume, moment.number),
             tags: Vec::new(),

@@ -19,10 +19,11 @@ mod sys;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dm::{By, Mapper, Target};
 use fsnap_backend::{Backend, Locator, MountSpec, Source, Volume};
+use fsnap_conformance::measure::{median, ratio, tell, timed};
 use fsnap_dm_thin::{FileSystem, Limits, Store};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use support::{TestPool, device_of, dmsetup};
@@ -93,8 +94,8 @@ impl Bench {
                 times[3].push(self.backend(mib, true));
             }
             let [bare, fsnap, synced, primed] = times.map(median);
-            tell(&format!("snapshot, {mib} MiB dirty"), bare, fsnap);
-            tell(&format!("snapshot, {mib} MiB dirty, written out ahead"), synced, primed);
+            tell(&format!("snapshot, {mib} MiB dirty"), bare, fsnap, GOAL);
+            tell(&format!("snapshot, {mib} MiB dirty, written out ahead"), synced, primed, GOAL);
             println!("{:<50}{:>9.2} of what it is without", "  frozen window with prime", ratio(primed, fsnap));
         }
         let mut times = [(); 2].map(|()| Vec::new());
@@ -110,7 +111,7 @@ impl Bench {
         self.message(&format!("delete {BARE}"));
         self.store.delete(&at).expect("delete");
         let [bare, fsnap] = times.map(median);
-        tell("activate and mount", bare, fsnap);
+        tell("activate and mount", bare, fsnap, GOAL);
     }
 
     fn message(&self, message: &str) {
@@ -195,26 +196,4 @@ impl Bench {
         let name = Some(self.file_system.name());
         mount(Some(source), &self.place, name, MsFlags::MS_RDONLY, Some(options)).expect("mount");
     }
-}
-
-fn timed(work: impl FnOnce()) -> Duration {
-    let start = Instant::now();
-    work();
-    start.elapsed()
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
-}
-
-fn ratio(time: Duration, to: Duration) -> f64 {
-    time.as_secs_f64() / to.as_secs_f64()
-}
-
-fn tell(what: &str, bare: Duration, fsnap: Duration) {
-    let ratio = ratio(fsnap, bare);
-    let verdict = if ratio <= GOAL { "met" } else { "missed" };
-    let ms = |time: Duration| time.as_secs_f64() * 1e3;
-    println!("{what:<50}{:>9.2}{:>9.2}  ×{ratio:.2}  {verdict}", ms(bare), ms(fsnap));
 }

@@ -15,9 +15,10 @@ mod sys;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap_backend::{Backend, Locator, MountSpec, Source, Volume};
+use fsnap_conformance::measure::{median, ratio, tell, timed};
 use fsnap_nilfs2::Store;
 use rustix::mount::MountFlags;
 use support::Disk;
@@ -67,8 +68,8 @@ impl Bench {
                 }
             }
             let [bare, fsnap, synced, primed] = times.map(median);
-            tell(&format!("snapshot, {mib} MiB dirty"), bare, fsnap);
-            tell(&format!("snapshot, {mib} MiB dirty, written out ahead"), synced, primed);
+            tell(&format!("snapshot, {mib} MiB dirty"), bare, fsnap, GOAL);
+            tell(&format!("snapshot, {mib} MiB dirty, written out ahead"), synced, primed, GOAL);
             println!("{:<50}{:>9.2} of what it is without", "  frozen window with prime", ratio(primed, fsnap));
         }
         let at = self.reserve();
@@ -89,7 +90,7 @@ impl Bench {
         }
         self.store.delete(&at).expect("delete");
         let [bare, fsnap] = times.map(median);
-        tell("activate and mount", bare, fsnap);
+        tell("activate and mount", bare, fsnap, GOAL);
     }
 
     fn dirty(&self, mib: u64) {
@@ -147,26 +148,4 @@ impl Bench {
         support::unmount(&place).expect("unmount");
         time
     }
-}
-
-fn timed(work: impl FnOnce()) -> Duration {
-    let start = Instant::now();
-    work();
-    start.elapsed()
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
-}
-
-fn ratio(time: Duration, to: Duration) -> f64 {
-    time.as_secs_f64() / to.as_secs_f64()
-}
-
-fn tell(what: &str, bare: Duration, fsnap: Duration) {
-    let ratio = ratio(fsnap, bare);
-    let verdict = if ratio <= GOAL { "met" } else { "missed" };
-    let ms = |time: Duration| time.as_secs_f64() * 1e3;
-    println!("{what:<50}{:>9.2}{:>9.2}  ×{ratio:.2}  {verdict}", ms(bare), ms(fsnap));
 }
