@@ -59,7 +59,10 @@ impl Coordinator {
         }
         for tag in &tags {
             if let Some(id) = self.catalog.tagged(tag)? {
-                let by = Some(format!("it names checkpoint {}", id.short()));
+                let by = Some(format!(
+                    "it names checkpoint {}; choose another, or free it: `fsnap tag --delete`",
+                    id.short()
+                ));
                 return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
             }
         }

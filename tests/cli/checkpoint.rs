@@ -437,7 +437,7 @@ fn a_tag_that_is_taken_leaves_no_checkpoint() {
     $ fsnap checkpoint -t base
     ID1
     $ fsnap checkpoint -t other -t base
-    ! fsnap: error: the tag base exists already: it names checkpoint ID1
+    ! fsnap: error: the tag base exists already: it names checkpoint ID1; choose another, or free it: `fsnap tag --delete`
     [exit 1]
     $ fsnap log
     ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
