@@ -208,6 +208,11 @@ impl Catalog {
         })
     }
 
+    /// Whether writers are searched for, or were, for the checkpoint that the intent is for.
+    pub(super) fn has_search(&self, id: IntentId) -> bool {
+        IntentFiles::of(&self.state, id).search().symlink_metadata().is_ok()
+    }
+
     /// Whether everything was taken, or may have been, of the checkpoint that the intent is for.
     pub fn may_be_taken(&self, id: IntentId) -> bool {
         IntentFiles::of(&self.state, id).taken().symlink_metadata().is_ok()

@@ -11,10 +11,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::lock::{from_bytes, io_error, options, read, to_bytes};
-use super::{Error, IntentLock, Result};
+use super::{Catalog, Error, IntentId, IntentLock, Result};
 
 /// The writers found, in words: one list for each member of the checkpoint.
 pub type WriterLists = Vec<Vec<String>>;
+
+/// Between two looks whether a search has ended.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// A search that goes on as long as a process has this open.
 #[derive(Debug)]
@@ -36,6 +39,23 @@ impl AsFd for SearchFile {
     }
 }
 
+impl Catalog {
+    /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a search that has just begun.
+    ///
+    /// The process that searches begins as a copy of the hook, and shares its lock until it has closed what it does not need.
+    pub fn lock_intent_beside_search(&self, id: IntentId) -> Result<Option<IntentLock>> {
+        const MOMENT: Duration = Duration::from_secs(1);
+        let start = Instant::now();
+        loop {
+            let lock = self.lock_intent(id)?;
+            if lock.is_some() || start.elapsed() > MOMENT || !self.has_search(id) {
+                return Ok(lock);
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
 impl IntentLock {
     /// Says that a search begins.
     pub fn begin_search(&self) -> Result<SearchFile> {
@@ -53,7 +73,6 @@ impl IntentLock {
     ///
     /// [`Error::Searching`] if it goes on for longer than `patience`.
     pub fn end_of_search(&self, patience: Duration) -> Result<Option<WriterLists>> {
-        const PAUSE: Duration = Duration::from_millis(1);
         let path = self.search();
         let file = match options().read(true).open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

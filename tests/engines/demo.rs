@@ -23,7 +23,9 @@ fn start(temp: &Path, path: &str) -> Child {
         let program = top.join("target/debug").join(program);
         assert!(program.exists(), "{program:?} does not exist: `cargo build --workspace` makes it");
     }
-    let mut command = Command::new(top.join("tests/demo/demo.sh"));
+    // A shell cannot handle signals that it finds ignored, as they are for what runs in the background of another shell.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=HUP,INT,TERM").arg(top.join("tests/demo/demo.sh"));
     command.env("TMPDIR", temp).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().unwrap()
 }

@@ -73,6 +73,7 @@ pub(crate) fn run(command: &Command, fault: Fault) -> End {
         changes: 0,
         skipped: BTreeSet::new(),
         inside: BTreeMap::new(),
+        copies: BTreeSet::new(),
     };
     let code = tracee.run(fault);
     let changes = tracee.changes;
@@ -91,6 +92,8 @@ struct Tracee {
     skipped: BTreeSet<Pid>,
     /// Threads inside a call.
     inside: BTreeMap<Pid, ()>,
+    /// Forked children that have not begun.
+    copies: BTreeSet<Pid>,
 }
 
 impl Tracee {
@@ -128,7 +131,9 @@ impl Tracee {
                     (thread, None)
                 }
                 WaitStatus::PtraceEvent(thread, _, event) => {
-                    if event == libc::PTRACE_EVENT_EXEC && !started {
+                    if event == libc::PTRACE_EVENT_FORK {
+                        self.copies.extend(ptrace::getevent(thread).map(|child| Pid::from_raw(child as i32)));
+                    } else if event == libc::PTRACE_EVENT_EXEC && !started {
                         started = true;
                         // The exit from execve(2) follows.
                         self.inside.insert(thread, ());
@@ -139,6 +144,11 @@ impl Tracee {
                         continue;
                     }
                     (thread, None)
+                }
+                // A copy of it that goes on when fsnap has ended: the search for writers.
+                WaitStatus::Stopped(thread, Signal::SIGSTOP) if self.copies.remove(&thread) => {
+                    ptrace::detach(thread, None).expect("let a child go");
+                    continue;
                 }
                 // A new thread begins with a stop of its own; a signal is passed on.
                 WaitStatus::Stopped(thread, Signal::SIGSTOP) => (thread, None),
