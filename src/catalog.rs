@@ -16,6 +16,7 @@ mod intent;
 mod lock;
 mod query;
 mod search;
+mod wal;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -127,8 +128,8 @@ impl Catalog {
         if access == Access::Create {
             format::create_if_missing(state)?;
         }
-        format::check_file(&path)?;
         format::check_log(&path)?;
+        format::check_file(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
             Access::Write | Access::Create => OpenFlags::SQLITE_OPEN_READ_WRITE,

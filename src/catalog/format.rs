@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::Connection;
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 
-use super::{Error, Result, translate};
+use super::{Error, Result, translate, wal};
 
 /// The version that this release writes.
 pub const VERSION: i64 = 1;
@@ -150,9 +150,21 @@ pub(super) fn check_file(path: &Path) -> Result<()> {
         1 => 65_536,
         size => u64::from(size),
     };
-    let pages = u64::from(u32::from_be_bytes([header[28], header[29], header[30], header[31]]));
-    if meta.len() < page * pages {
-        return Err(damaged("it was truncated"));
+    let pages = u32::from_be_bytes([header[28], header[29], header[30], header[31]]);
+    let there = meta.len().checked_div(page).ok_or_else(|| damaged("it is not a database"))?;
+    let there = u32::try_from(there).unwrap_or(u32::MAX);
+    if there < pages {
+        // Who was cut off while the log was written back may have written the header and not yet the last pages: the log still
+        // has those.
+        let logged = wal::pages_in(&log(path), page).map_err(io)?;
+        if !(there + 1..=pages).all(|page| logged.contains(&page)) {
+            // Unless somebody wrote it back at this very moment, and began the log anew.
+            return if file.metadata().map_err(io)?.len() == meta.len() {
+                Err(damaged("it was truncated"))
+            } else {
+                check_file(path)
+            };
+        }
     }
     Ok(())
 }
@@ -211,5 +223,34 @@ pub(super) fn check_version(db: &Connection, path: &Path) -> Result<()> {
         VERSION => Ok(()),
         found if found > VERSION => Err(Error::NewerVersion { path: path.to_owned(), found }),
         found => Err(Error::Damaged { path: path.to_owned(), reason: format!("its version is {found}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_only_the_log_has_are_no_truncation() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, copy) = (dir.path().join("state"), dir.path().join("copy"));
+        create_if_missing(&state).unwrap();
+        std::fs::create_dir(&copy).unwrap();
+        let db = Connection::open(state.join(FILE)).unwrap();
+        db.execute_batch("CREATE TABLE filler (content); INSERT INTO filler VALUES (zeroblob(200000))").unwrap();
+        // What is there once the first page was written back, and no other.
+        for name in [FILE.to_owned(), format!("{FILE}-wal")] {
+            std::fs::copy(state.join(&name), copy.join(&name)).unwrap();
+        }
+        let pages: u32 = db.query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
+        let path = copy.join(FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[28..32].copy_from_slice(&pages.to_be_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        check_file(&path).unwrap();
+        let log = log(&path);
+        let len = log.metadata().unwrap().len();
+        File::options().write(true).open(&log).unwrap().set_len(len / 2).unwrap();
+        assert!(matches!(check_file(&path), Err(Error::Damaged { .. })));
     }
 }

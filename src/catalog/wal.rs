@@ -1,0 +1,79 @@
+//! What lies in the catalog's log of changes, as far as fsnap looks into it ([the WAL format]).
+//!
+//! [the WAL format]: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom};
+use std::path::Path;
+
+const HEADER: usize = 32;
+const FRAME_HEADER: usize = 24;
+
+/// The numbers of the pages that have a frame in the log; none if there is no log.
+///
+/// Whether a frame's content is whole is left to SQLite, which has a checksum for it.
+pub(super) fn pages_in(log: &Path, page: u64) -> io::Result<BTreeSet<u32>> {
+    let mut pages = BTreeSet::new();
+    let mut log = match File::open(log) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(pages),
+        log => BufReader::new(log?),
+    };
+    let mut header = [0; HEADER];
+    if !filled(&mut log, &mut header)? {
+        return Ok(pages);
+    }
+    let salts = &header[16..24];
+    let mut frame = [0; FRAME_HEADER];
+    while filled(&mut log, &mut frame)? {
+        // Frames with other salts are left from before the log was begun anew.
+        if &frame[8..16] != salts {
+            break;
+        }
+        pages.insert(u32::from_be_bytes([frame[0], frame[1], frame[2], frame[3]]));
+        log.seek(SeekFrom::Current(page.cast_signed()))?;
+    }
+    Ok(pages)
+}
+
+/// Fills the buffer; `false` if the file ends before.
+fn filled(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
+    match file.read_exact(buffer) {
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(frames: &[(u32, u8)]) -> Vec<u8> {
+        let mut bytes = vec![0; HEADER];
+        bytes[16..24].fill(7);
+        for (page, salt) in frames {
+            bytes.extend(page.to_be_bytes());
+            bytes.extend([0; 4]);
+            bytes.extend([*salt; 8]);
+            bytes.extend([0; 8 + 512]);
+        }
+        bytes
+    }
+
+    #[test]
+    fn frames_of_this_log_count_up_to_the_first_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, log(&[(3, 7), (9, 7), (4, 6), (5, 7)])).unwrap();
+        assert_eq!(pages_in(&path, 512).unwrap(), BTreeSet::from([3, 9]));
+    }
+
+    #[test]
+    fn a_log_that_is_missing_or_cut_has_no_pages() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        assert!(pages_in(&path, 512).unwrap().is_empty());
+        std::fs::write(&path, &log(&[(3, 7)])[..HEADER + 20]).unwrap();
+        assert!(pages_in(&path, 512).unwrap().is_empty());
+    }
+}
