@@ -10,6 +10,7 @@
 mod branch;
 mod checkpoint;
 mod diff;
+mod open;
 mod overlay;
 mod recover;
 mod register;
@@ -36,6 +37,7 @@ use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
+pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
 pub use restore::RestoreRequest;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
+use fsnap_backend::{Backend, Locator, MountSpec, Source};
 
 use super::checkpoint::boot_id;
 use super::{Coordinator, side_by_side};
@@ -118,19 +118,6 @@ impl Coordinator {
                 })?;
                 crate::mount::mount(&spec, &dir, crate::mount::Restrictions::default())?.keep();
                 Ok(dir)
-            }
-        }
-    }
-
-    /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.
-    pub(super) fn read(&self, store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn fsnap_backend::Dir>> {
-        match store.activate(&snapshot.at)? {
-            MountSpec::Tree(tree) => Ok(tree),
-            MountSpec::Bind { dir, .. } => Ok(Arc::new(fsnap_backend::DirTree::open(&dir)?)),
-            spec @ MountSpec::Mount { .. } => {
-                let shown = PathBuf::from(snapshot.at.as_str());
-                let root = crate::mount::Prepared::new(&spec, crate::mount::Restrictions::default())?.open()?;
-                Ok(Arc::new(fsnap_backend::DirTree::from_descriptor(root, shown)))
             }
         }
     }
