@@ -239,7 +239,11 @@ impl Browse {
 
     /// The open directory that a node of a volume is.
     fn dir(&self, node: &Arc<Node>) -> Result<Arc<tree::OpenDir>> {
-        let (What::Volume(tree) | What::Entry(tree, _)) = &node.what else { return Err(Errno::NOTDIR) };
+        let tree = match &node.what {
+            What::Volume(tree) => tree,
+            What::Entry(tree, meta) if meta.kind == FileKind::Dir => tree,
+            _ => return Err(Errno::NOTDIR),
+        };
         let opened = tree.dir(node).map_err(|error| self.failed_in(tree, error))?;
         self.trees.bound(tree);
         Ok(opened)

@@ -25,6 +25,16 @@ pub(super) struct Node {
     pub(super) what: What,
 }
 
+impl Drop for Node {
+    /// Takes its parents along one by one: a tree may be deeper than the stack is.
+    fn drop(&mut self) {
+        let mut parent = self.parent.take();
+        while let Some(mut node) = parent.and_then(Arc::into_inner) {
+            parent = node.parent.take();
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(super) enum What {
     /// Something of the upper part.
