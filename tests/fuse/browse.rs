@@ -3,8 +3,10 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use fsnap::catalog::{Access, Catalog, Intent, PendingCheckpoint};
@@ -12,8 +14,9 @@ use fsnap::checkpoint::{Checkpoint, CheckpointId};
 use fsnap::fuse::browse::{Browse, ROOT, Records};
 use fsnap_backend::{Capabilities, Consistency};
 use fsnap_conformance::{Listing, Model, samples};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Case;
 use crate::past::{Past, names, until};
@@ -32,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_removed_checkpoint_is_gone_in_rsync", || a_removed_checkpoint_is_gone("rsync")),
     ("ten_thousand_checkpoints_activate_nothing", ten_thousand_checkpoints_activate_nothing),
     ("a_killed_server_is_cleared", a_killed_server_is_cleared),
+    ("without_privileges_through_fusermount", without_privileges_through_fusermount),
 ];
 
 fn read(path: impl AsRef<Path>) -> String {
@@ -160,8 +164,7 @@ fn files_of_nested_subvolumes_are_told_apart() {
     let db = past.volume("db", "btrfs");
     for nested in ["", "a", "a/b"] {
         if !nested.is_empty() {
-            let made =
-                std::process::Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(db.join(nested)).status();
+            let made = Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(db.join(nested)).status();
             assert!(made.unwrap().success());
         }
         // The first file of each subvolume has the same number, and so has each root.
@@ -255,7 +258,7 @@ fn a_removed_checkpoint_is_gone(backend: &str) {
     until("its directory is gone", || {
         fs::symlink_metadata(&root).is_err_and(|error| error.kind() == ErrorKind::NotFound)
     });
-    assert_eq!(names(past.at("ids")), [other.clone()]);
+    assert_eq!(names(past.at("ids")), [&*other]);
     assert_eq!(read(past.at(&format!("ids/{other}/db/d/in"))), content);
     // What is open can be read to its end.
     let mut text = String::new();
@@ -401,4 +404,75 @@ fn a_killed_server_is_cleared() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("is in use"), "{refused:?}");
     drop(inside);
     past.unmount();
+}
+
+/// The user without privileges.
+const NOBODY: u32 = 65_534;
+
+fn without_privileges_through_fusermount() {
+    // Where that user can come.
+    let base = tempfile::tempdir().unwrap();
+    let path = |name: &str| base.path().join(name);
+    fs::copy(env!("CARGO_BIN_EXE_fsnap"), path("fsnap")).unwrap();
+    chown(base.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    // The device is for everybody on most machines, and only for root on some. Nobody but this program sees the change.
+    let device = Covered::fuse(path("device"));
+    let shell = |script: &str| {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-euc", script]).current_dir(base.path()).uid(NOBODY).gid(NOBODY).env_clear();
+        command.env("PATH", "/usr/bin:/bin").env("FSNAP_STATE", "state").stdin(Stdio::null());
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{script}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    shell(
+        "mkdir db mnt
+         echo one >db/file; chmod 640 db/file; ln -s /etc/shadow db/link
+         ./fsnap init db --backend rsync; ./fsnap checkpoint -t first",
+    );
+    let look = "cat mnt/latest/db/file; readlink mnt/tags/first/db/link; stat -c %a mnt/latest/db/file";
+    let seen = "one\n/etc/shadow\n640\n";
+    assert_eq!(shell(&format!("./fsnap mount mnt; {look}")), seen);
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = table.lines().find(|line| line.contains(path("mnt").to_str().unwrap())).unwrap();
+    assert!(line.contains(" ro,nosuid,nodev,") && !line.contains("allow_other"), "{line}");
+    assert_eq!(fs::read_dir(path("mnt")).unwrap_err().kind(), ErrorKind::PermissionDenied, "it is not for others");
+    shell("./fsnap umount mnt");
+    assert!(!is_mounted(&path("mnt")));
+    // A server that is killed.
+    let killed = format!(
+        "./fsnap mount --foreground mnt & server=$!
+         until [ -e mnt/README ]; do kill -0 $server; sleep 0.01; done
+         kill -9 $server; wait $server || :
+         ! ls mnt 2>/dev/null
+         ./fsnap mount mnt; {look}; ./fsnap umount mnt"
+    );
+    assert_eq!(shell(&killed), seen);
+    assert!(!is_mounted(&path("mnt")));
+    drop(device);
+}
+
+/// The FUSE device, with rights for everybody, over itself.
+struct Covered(PathBuf);
+
+impl Covered {
+    fn fuse(dir: PathBuf) -> Self {
+        fs::create_dir(&dir).unwrap();
+        rustix::mount::mount("device", &dir, "tmpfs", MountFlags::empty(), None).unwrap();
+        let number = fs::metadata("/dev/fuse").unwrap().rdev();
+        let open = Mode::from_raw_mode(0o666);
+        rustix::fs::mknodat(CWD, dir.join("fuse"), FileType::CharacterDevice, open, number).unwrap();
+        // Whatever this process's own mask is.
+        rustix::fs::chmod(dir.join("fuse"), open).unwrap();
+        rustix::mount::mount_bind(dir.join("fuse"), "/dev/fuse").unwrap();
+        Self(dir)
+    }
+}
+
+impl Drop for Covered {
+    fn drop(&mut self) {
+        for dir in [Path::new("/dev/fuse"), &self.0] {
+            let _ = rustix::mount::unmount(dir, UnmountFlags::DETACH);
+        }
+    }
 }
