@@ -278,11 +278,12 @@ impl Browse {
         errno::of(error)
     }
 
-    /// What failed in a snapshot that was removed failed because it was.
+    /// What failed in a snapshot that was removed failed because it was. Of one that is recorded nothing may be missing.
     fn failed_in(&self, tree: &Tree, error: impl Into<crate::Error>) -> Errno {
         let errno = self.failed(&error.into());
         match self.layout.is_recorded(&tree.checkpoint) {
             Ok(false) => Errno::STALE,
+            Ok(true) if errno == Errno::NOENT => Errno::IO,
             _ => errno,
         }
     }

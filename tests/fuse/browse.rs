@@ -33,6 +33,8 @@ pub(crate) const CASES: &[Case] = &[
     ("a_link_is_shown_and_not_followed", a_link_is_shown_and_not_followed),
     ("a_removed_checkpoint_is_gone_in_btrfs", || a_removed_checkpoint_is_gone("btrfs")),
     ("a_removed_checkpoint_is_gone_in_rsync", || a_removed_checkpoint_is_gone("rsync")),
+    ("a_removed_checkpoint_is_let_go", a_removed_checkpoint_is_let_go),
+    ("a_store_that_is_missing_takes_nothing_along", a_store_that_is_missing_takes_nothing_along),
     ("ten_thousand_checkpoints_activate_nothing", ten_thousand_checkpoints_activate_nothing),
     ("a_killed_server_is_cleared", a_killed_server_is_cleared),
     ("without_privileges_through_fusermount", without_privileges_through_fusermount),
@@ -276,6 +278,51 @@ fn a_removed_checkpoint_is_gone(backend: &str) {
     drop(dir);
     drop(open);
     past.unmount();
+}
+
+fn a_removed_checkpoint_is_let_go() {
+    let past = Past::new();
+    for backend in ["btrfs", "rsync"] {
+        fs::write(past.volume(backend, backend).join("file"), backend).unwrap();
+    }
+    let (id, other) = (past.checkpoint(), past.checkpoint());
+    let browse = browse(&past);
+    let checkpoint = find(&browse, &["ids", &id]);
+    let files = ["btrfs", "rsync"].map(|backend| find(&browse, &["ids", &id, backend, "file"]));
+    let stays = find(&browse, &["ids", &other, "rsync", "file"]);
+    assert_eq!(browse.active(), 3);
+    browse.let_go_of_removed();
+    assert_eq!(browse.active(), 3);
+    past.fsnap(["rm", &id]);
+    browse.let_go_of_removed();
+    assert_eq!(browse.active(), 1);
+    assert_eq!(browse.attr(checkpoint).unwrap_err(), Errno::STALE);
+    for file in files {
+        assert_eq!(browse.open(file).unwrap_err(), Errno::STALE);
+    }
+    assert_eq!(browse.look_up(find(&browse, &["ids"]), OsStr::new(&id)).unwrap_err(), Errno::NOENT);
+    assert_eq!(browse.active(), 1);
+    browse.open(stays).unwrap();
+}
+
+fn a_store_that_is_missing_takes_nothing_along() {
+    let past = Past::new();
+    for backend in ["btrfs", "rsync"] {
+        fs::write(past.volume(backend, backend).join("file"), backend).unwrap();
+    }
+    past.checkpoint();
+    let (place, away) = (past.path("disk/rsync-store"), past.path("disk/away"));
+    fs::rename(&place, &away).unwrap();
+    past.mount();
+    assert_eq!(names(past.at("latest")), ["btrfs", "rsync"]);
+    assert_eq!(read(past.at("latest/btrfs/file")), "btrfs");
+    // The name is there: what it stands for is not, and that is no wrong name.
+    let error = fs::read(past.at("latest/rsync/file")).unwrap_err();
+    assert_eq!(Errno::from_io_error(&error), Some(Errno::IO));
+    fs::rename(&away, &place).unwrap();
+    assert_eq!(read(past.at("latest/rsync/file")), "rsync", "it is looked for again");
+    let said = past.unmount();
+    assert!(said.contains("rsync-store") && said.starts_with("fsnap: error: "), "{said}");
 }
 
 fn browse(past: &Past) -> Browse {

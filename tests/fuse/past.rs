@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -78,7 +79,7 @@ impl Past {
     pub(crate) fn mount(&self) {
         let mut command = self.command();
         command.args(["mount", "--foreground"]).arg(self.path("mnt"));
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
         until("it is mounted", || {
             assert_eq!(self.ended(), None, "the server ended before it had mounted");
@@ -86,7 +87,8 @@ impl Past {
         });
     }
 
-    pub(crate) fn unmount(&self) {
+    /// Returns what the server has said.
+    pub(crate) fn unmount(&self) -> String {
         // A program that another case starts has our descriptors for a moment, between its fork and its exec.
         until("it is unmounted", || {
             self.command().arg("umount").arg(self.path("mnt")).output().unwrap().status.success()
@@ -94,6 +96,10 @@ impl Past {
         until("the server ends", || self.ended().is_some());
         assert_eq!(self.ended(), Some(true), "the server failed");
         assert!(!is_mounted(&self.path("mnt")));
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut said = String::new();
+        server.and_then(|server| server.stderr).unwrap().read_to_string(&mut said).unwrap();
+        said
     }
 
     /// SIGKILL; what is mounted stays, and answers nothing any more.
