@@ -39,6 +39,9 @@ pub struct BranchMember {
     /// How it is made where the store cannot clone; `at` is then the snapshot below it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+    /// The directory that holds its mount point, where the store's clones have to be mounted to be seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<PathText>,
 }
 
 /// A writable volume over a snapshot that cannot be written: what differs is kept beside it.
@@ -61,8 +64,15 @@ pub struct Keeper {
 }
 
 impl Branch {
-    /// The directories of its overlays.
-    pub fn overlays(&self) -> Vec<PathText> {
-        self.members.iter().filter_map(|member| Some(member.overlay.as_ref()?.dir.clone())).collect()
+    /// The directories of what is mounted for it: of its overlays, and of the mount points of its clones.
+    pub fn homes(&self) -> Vec<PathText> {
+        self.members.iter().filter_map(|member| member.home().cloned()).collect()
+    }
+}
+
+impl BranchMember {
+    /// The directory of its overlay or of its mount point, if it has either.
+    pub fn home(&self) -> Option<&PathText> {
+        self.overlay.as_ref().map(|overlay| &overlay.dir).or(self.home.as_ref())
     }
 }

@@ -84,6 +84,10 @@ pub struct Checkpoint {
     pub engine: Option<EngineImages>,
     /// One snapshot per volume, sorted by the volume's name.
     pub members: Vec<Member>,
+    /// It is of a state that was past already when it was recorded: no next checkpoint comes after it, and it is not the
+    /// latest.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
 }
 
 /// Where an engine keeps the process image of a checkpoint.

@@ -22,6 +22,8 @@ mod mount;
 mod output;
 #[cfg(feature = "fuse")]
 mod overlay;
+#[cfg(feature = "dm-thin")]
+mod pool;
 mod progress;
 mod recover;
 mod restore;
@@ -86,6 +88,8 @@ enum Command {
     #[cfg(feature = "fuse")]
     Umount(umount::Args),
     Verify(verify::Args),
+    #[cfg(feature = "dm-thin")]
+    Pool(pool::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
     Hook(hook::Args),
@@ -153,6 +157,8 @@ fn run(command: Command) -> Outcome {
         #[cfg(feature = "fuse")]
         Command::Umount(args) => umount::run(args),
         Command::Verify(args) => verify::run(args),
+        #[cfg(feature = "dm-thin")]
+        Command::Pool(args) => pool::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Hook(args) => hook::run(args),

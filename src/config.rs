@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::name::Name;
+use crate::stores::{Options, Room};
 use crate::{Error, Result};
 
 /// Everything that can be set.
@@ -20,6 +21,9 @@ pub struct Config {
     pub hook: Hook,
     /// The engine CRIU.
     pub criu: Criu,
+    /// Stores in thin pools.
+    #[serde(rename = "dm-thin")]
+    pub dm_thin: Room,
 }
 
 /// What engines' hooks do.
@@ -55,6 +59,11 @@ pub struct Criu {
 }
 
 impl Config {
+    /// What it says of stores.
+    pub fn stores(&self) -> Options {
+        Options { dm_thin: self.dm_thin }
+    }
+
     /// Reads the files that exist, later ones over earlier ones, table by table.
     ///
     /// A file that another user can write is refused: fsnap would do as they say.
@@ -123,11 +132,12 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let (a, b) = (temp.path().join("a.toml"), temp.path().join("b.toml"));
         std::fs::write(&a, "state = '/a'\n[hook]\ndeadline_seconds = 3\nvolumes = ['x']\n").unwrap();
-        std::fs::write(&b, "[hook]\ndeadline_seconds = 4\n").unwrap();
+        std::fs::write(&b, "[hook]\ndeadline_seconds = 4\n[dm-thin]\nfree_data = 20\n").unwrap();
         let config = Config::load(&[a, b, temp.path().join("absent.toml")]).unwrap();
         assert_eq!(config.state.as_deref(), Some(Path::new("/a")));
         assert_eq!(config.hook.deadline(), Duration::from_secs(4));
         assert_eq!(config.hook.volumes, ["x".parse().unwrap()]);
+        assert_eq!(config.stores().dm_thin, Room { free_data: Some(20), free_metadata: None });
     }
 
     #[test]

@@ -10,6 +10,7 @@
 mod branch;
 mod checkpoint;
 mod diff;
+mod history;
 mod open;
 mod overlay;
 mod recover;
@@ -37,6 +38,7 @@ use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
+pub use history::{Pinned, time_of};
 pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
@@ -50,7 +52,9 @@ pub use window::Window;
 pub struct Coordinator {
     catalog: Catalog,
     stores: RefCell<BTreeMap<Identity, Arc<dyn Backend>>>,
-    overlays: PathBuf,
+    /// Where branches are that have to be mounted.
+    homes: PathBuf,
+    options: stores::Options,
     progress: Arc<dyn Progress>,
 }
 
@@ -59,14 +63,20 @@ impl Coordinator {
     ///
     /// `patience` bounds every wait for another fsnap.
     pub fn open(state: &Path, access: Access, patience: Duration) -> Result<Self> {
-        let overlays = state.join("branches");
         let catalog = Catalog::open(state, access, patience)?;
-        Ok(Self { catalog, stores: RefCell::default(), overlays, progress: Arc::new(Silent) })
+        let (homes, options) = (state.join("branches"), stores::Options::default());
+        Ok(Self { catalog, stores: RefCell::default(), homes, options, progress: Arc::new(Silent) })
     }
 
-    /// Makes new overlays in `dir` instead of the directory `branches` beside the catalog.
-    pub fn keep_overlays_in(&mut self, dir: &Path) {
-        dir.clone_into(&mut self.overlays);
+    /// Mounts new branches below `dir` instead of the directory `branches` beside the catalog, and keeps there what differs
+    /// in overlays.
+    pub fn keep_branches_in(&mut self, dir: &Path) {
+        dir.clone_into(&mut self.homes);
+    }
+
+    /// Opens stores with these options.
+    pub fn open_stores_with(&mut self, options: stores::Options) {
+        self.options = options;
     }
 
     /// Tells `progress` of long work from now on.
@@ -105,12 +115,12 @@ impl Coordinator {
         let record = self.catalog.store(identity)?.ok_or_else(|| {
             Error::Backend(fsnap_backend::Error::NotFound { what: format!("the store {identity}, in the catalog,") })
         })?;
-        let backend = stores::open(&record)?;
+        let backend = stores::open(&record, &self.options)?;
         self.stores.borrow_mut().insert(identity.clone(), Arc::clone(&backend));
         Ok(backend)
     }
 
-    /// Deletes overlays and images; goes on after a failure, and returns all failures as one.
+    /// Unmounts and deletes overlays and images; goes on after a failure, and returns all failures as one.
     fn delete(&self, doomed: &Doomed) -> Result<()> {
         let work = self.begin_work(Work::Deleting, doomed.overlays.len() + doomed.images.len());
         let delete = |image: &ImageRef| -> Result<()> {

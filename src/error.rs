@@ -89,6 +89,16 @@ pub enum Error {
         /// The volumes that there are.
         near: Vec<String>,
     },
+    /// The file system does not have the past state of a volume any more, or never had.
+    #[error("{volume} has no state {past}: {span}")]
+    NoSuchState {
+        /// The volume.
+        volume: Name,
+        /// What the user wrote.
+        past: String,
+        /// What there is.
+        span: String,
+    },
     /// No branch of that name.
     #[error("no branch {name:?}{}", candidates(.near))]
     NoSuchBranch {

@@ -1,4 +1,11 @@
-//! What users write for a checkpoint: an id, a prefix of one, a tag, `@latest`, or `X~N`.
+//! What users write for a checkpoint: an id, a prefix of one, a tag, `@latest`, or `X~N`; and for a past state that none is of,
+//! `VOLUME@TIME` or `VOLUME@cp:N`.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use jiff::civil::DateTime;
+use jiff::tz::TimeZone;
 
 use crate::catalog::Catalog;
 use crate::checkpoint::{Checkpoint, CheckpointId};
@@ -23,6 +30,44 @@ pub fn resolve(catalog: &Catalog, reference: &str) -> Result<Checkpoint> {
         at = catalog.checkpoint(&parent)?.ok_or_else(|| unknown(&parent.to_string(), Vec::new()))?;
     }
     Ok(at)
+}
+
+/// A past state of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Past {
+    /// As of that time.
+    Time(Timestamp),
+    /// By the number that its file system gave it.
+    Number(u64),
+}
+
+impl fmt::Display for Past {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Time(time) => write!(f, "at or before {time}"),
+            Self::Number(number) => write!(f, "cp:{number}"),
+        }
+    }
+}
+
+/// Takes `VOLUME@TIME` or `VOLUME@cp:N` apart; `None` if it is neither.
+///
+/// A time is RFC 3339, or a date and a time of day, to be understood in `zone`.
+pub fn past<'a>(reference: &'a str, zone: &TimeZone) -> Result<Option<(&'a str, Past)>> {
+    let Some((volume, past)) = reference.rsplit_once('@').filter(|(volume, _)| !volume.is_empty()) else {
+        return Ok(None);
+    };
+    let bad = |reason| Error::BadReference { reference: reference.to_owned(), reason };
+    if let Some(number) = past.strip_prefix("cp:") {
+        let number = number.parse().map_err(|_| bad("a number belongs after cp:"))?;
+        return Ok(Some((volume, Past::Number(number))));
+    }
+    if let Ok(time) = past.parse::<Timestamp>() {
+        return Ok(Some((volume, Past::Time(time))));
+    }
+    let local = past.parse::<DateTime>().ok().and_then(|local| zone.to_timestamp(local).ok());
+    let time = local.ok_or_else(|| bad("a time such as 2026-03-01 12:30, or cp: and a number, belongs after the @"))?;
+    Ok(Some((volume, Past::Time(time))))
 }
 
 /// Splits `X~N` (or `X~`, which is `X~1`); `None` if there is no `~`.
@@ -94,4 +139,31 @@ fn near(catalog: &Catalog) -> Result<Vec<String>> {
     near.truncate(8);
     near.extend(catalog.latest()?.map(|latest| format!("{} (@latest)", latest.id.short())));
     Ok(near)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_understood_where_they_are_written() {
+        let zone = TimeZone::fixed(jiff::tz::offset(2));
+        let time = |text: &str| match past(text, &zone).unwrap() {
+            Some(("db", Past::Time(time))) => time.to_string(),
+            other => panic!("{text:?} is {other:?}"),
+        };
+        assert_eq!(time("db@2026-03-01T12:30:00Z"), "2026-03-01T12:30:00Z");
+        assert_eq!(time("db@2026-03-01T12:30:00+01:00"), "2026-03-01T11:30:00Z");
+        assert_eq!(time("db@2026-03-01 12:30"), "2026-03-01T10:30:00Z");
+        assert_eq!(time("db@2026-03-01 12:30:15"), "2026-03-01T10:30:15Z");
+        assert_eq!(time("db@1969-12-31 12:30"), "1969-12-31T10:30:00Z");
+        assert_eq!(past("db@cp:7", &zone).unwrap(), Some(("db", Past::Number(7))));
+        assert_eq!(past("/srv/a@b@cp:7", &zone).unwrap(), Some(("/srv/a@b", Past::Number(7))));
+        for other in ["@latest", "0123abcd", "tag~2", "@"] {
+            assert_eq!(past(other, &zone).unwrap(), None, "{other:?} was taken for a past state");
+        }
+        for bad in ["db@", "db@cp:", "db@cp:-1", "db@cp:x", "db@noon", "db@2026-02-30 12:00", "db@12:30"] {
+            assert!(past(bad, &zone).is_err(), "{bad:?} was taken");
+        }
+    }
 }

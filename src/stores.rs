@@ -4,11 +4,35 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Error as BackendError};
+use serde::Deserialize;
 
 use crate::volume::StoreRecord;
 use crate::{Error, Result};
 
 type Opened = fsnap_backend::Result<Arc<dyn Backend>>;
+
+/// What users set for all stores of a kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Stores in thin pools.
+    pub dm_thin: Room,
+}
+
+/// How much of a thin pool must be free before an image is made in it, in percent; what is not set, the store says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Room {
+    /// Of its data space.
+    pub free_data: Option<u8>,
+    /// Of its metadata space.
+    pub free_metadata: Option<u8>,
+}
+
+/// Thin pools: making, finding and removing them.
+#[cfg(feature = "dm-thin")]
+pub mod pools {
+    pub use fsnap_dm_thin::{FileSystem, Fill, Limits, Mode, Plan, PoolState, PoolVolume, STORES, Store, survey};
+}
 
 /// One storage technology that was compiled in.
 #[derive(Debug, Clone, Copy)]
@@ -18,16 +42,19 @@ pub struct Kind {
     /// Tells whether a directory can be a volume, and where its store lies by default.
     pub probe: fn(&Path) -> fsnap_backend::Result<PathBuf>,
     create: fn(&Path) -> Opened,
-    open: fn(&Path) -> Opened,
+    open: fn(&Path, &Options) -> Opened,
 }
 
 macro_rules! kind {
     ($name:literal, $store:ty) => {
+        kind!($name, $store, |place, _| Ok(Arc::new(<$store>::open(place)?)))
+    };
+    ($name:literal, $store:ty, $open:expr) => {
         Kind {
             name: $name,
             probe: |dir| <$store>::probe(dir),
             create: |place| Ok(Arc::new(<$store>::create(place)?)),
-            open: |place| Ok(Arc::new(<$store>::open(place)?)),
+            open: $open,
         }
     };
 }
@@ -37,7 +64,7 @@ pub const KINDS: &[Kind] = &[
     #[cfg(feature = "btrfs")]
     kind!("btrfs", fsnap_btrfs::Store),
     #[cfg(feature = "dm-thin")]
-    kind!("dm-thin", fsnap_dm_thin::Store),
+    kind!("dm-thin", fsnap_dm_thin::Store, open_in_pool),
     #[cfg(feature = "nilfs2")]
     kind!("nilfs2", fsnap_nilfs2::Store),
     #[cfg(feature = "rsync")]
@@ -60,13 +87,30 @@ impl Kind {
 
     /// Opens the store at `place`; changes nothing.
     pub fn open(&self, place: &Path) -> Result<Arc<dyn Backend>> {
-        Ok((self.open)(place)?)
+        Ok((self.open)(place, &Options::default())?)
     }
 }
 
+#[cfg(feature = "dm-thin")]
+fn open_in_pool(place: &Path, options: &Options) -> Opened {
+    let mut store = fsnap_dm_thin::Store::open(place)?;
+    let (said, set) = (store.limits(), options.dm_thin);
+    store.keep_free(fsnap_dm_thin::Limits {
+        free_data: set.free_data.unwrap_or(said.free_data),
+        free_metadata: set.free_metadata.unwrap_or(said.free_metadata),
+    });
+    Ok(Arc::new(store))
+}
+
+/// Sets going whatever this process has stopped for a snapshot: for a signal handler, right before the process ends.
+pub fn release_at_once() {
+    #[cfg(feature = "dm-thin")]
+    fsnap_dm_thin::resume_at_once();
+}
+
 /// Opens a recorded store, and makes sure that it is the recorded one.
-pub fn open(record: &StoreRecord) -> Result<Arc<dyn Backend>> {
-    let backend = Kind::named(&record.backend)?.open(record.place.as_path())?;
+pub fn open(record: &StoreRecord, options: &Options) -> Result<Arc<dyn Backend>> {
+    let backend = (Kind::named(&record.backend)?.open)(record.place.as_path(), options)?;
     let found = &backend.store().identity;
     if *found != record.identity {
         return Err(Error::Backend(BackendError::WrongIdentity {

@@ -186,6 +186,73 @@ fn kills_leave_nothing() -> Done {
     Ok(())
 }
 
+/// Every state that the file system keeps by itself is listed, and a branch grows from any of them.
+fn the_history_is_listed_and_branched() -> Done {
+    let site = Site::with_volume()?;
+    let history = || -> Result<Vec<serde_json::Value>, Failed> {
+        Ok(serde_json::from_str(&site.fsnap(&["log", "--all", "db", "--json"])?)?)
+    };
+    let write = |content: &str| -> Result<u64, Failed> {
+        fs::write(site.volume.join("file"), content)?;
+        rustix::fs::syncfs(File::open(&site.volume)?)?;
+        history()?[0]["number"].as_u64().ok_or_else(|| "the newest state has no number".into())
+    };
+    let first = write("first")?;
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    let between = jiff::Timestamp::now();
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    write("second")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let others = write("of others")?;
+    output(Command::new("chcp").arg("ss").arg(&site.device).arg(others.to_string()))?;
+    write("last")?;
+
+    let shown = site.fsnap(&["log", "--all", "db"])?;
+    let line = |number: u64| shown.lines().find(|line| line.starts_with(&format!("cp:{number} "))).unwrap_or_default();
+    ensure(line(others).contains("others") && !line(first).contains("fsnap"), &shown)?;
+    ensure(shown.lines().any(|line| line.contains(" fsnap ")), &shown)?;
+    ensure(site.fsnap(&["log", "--all", "db", "-n", "2"])?.lines().count() == 3, "the limit does not hold")?;
+
+    // By its number, by a time in UTC, and by a time of this place.
+    let by_number = format!("db@cp:{first}");
+    let zoned = between.to_zoned_datetime(jiff::tz::TimeZone::system());
+    let local = format!("db@{}", zoned.datetime().strftime("%Y-%m-%d %H:%M:%S"));
+    for (name, state) in [("a", by_number.clone()), ("b", format!("db@{between}")), ("c", local)] {
+        let files = PathBuf::from(site.fsnap(&["branch", &state, name])?.trim());
+        is(&files.join("file"), "first")?;
+        fs::write(files.join("file"), name)?;
+    }
+    let log = site.fsnap(&["log"])?;
+    ensure(log.matches("db@cp:").count() == 1, &format!("one state has several checkpoints: {log}"))?;
+    ensure(site.snapshots()? == 3, "it is not pinned once")?;
+    let latest = site.fsnap(&["show", "@latest"])?;
+    ensure(!latest.contains("db@cp:"), &latest)?;
+
+    let gone = site.fails(&["branch", "db@cp:1000000", "x"])?;
+    ensure(gone.contains("db has no state cp:1000000") && gone.contains("fsnap log --all db"), &gone)?;
+    let gone = site.fails(&["branch", "db@1990-01-01 00:00", "x"])?;
+    ensure(gone.contains("the states that are left are cp:"), &gone)?;
+    // What was pinned for a branch that cannot be made goes again.
+    let taken = site.fails(&["branch", &format!("db@cp:{}", first - 1), "a"])?;
+    ensure(taken.contains("exists already") && site.snapshots()? == 3, &taken)?;
+
+    for name in ["a", "b", "c"] {
+        site.fsnap(&["rm", "--branch", name])?;
+    }
+    for line in log.lines().skip(1) {
+        site.fsnap(&["rm", line.split(' ').next().unwrap_or_default()])?;
+    }
+    ensure(site.snapshots()? == 1, "what others keep is gone, or what fsnap kept is left")?;
+    for point in ["pin:recorded", "pin:pinned"] {
+        let mut command = site.command(&["branch", &by_number, "killed"]);
+        let status = command.env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        site.fsnap(&["recover"])?;
+        ensure(site.snapshots()? == 1, &format!("{point}: a snapshot is left"))?;
+    }
+    Ok(())
+}
+
 fn an_unfit_place_is_refused() -> Done {
     let site = Site::with_volume()?;
     site.fsnap(&["checkpoint", "--tag", "one"])?;
@@ -215,6 +282,7 @@ fn main() -> ExitCode {
         ("a_removed_branch_leaves_nothing", a_removed_branch_leaves_nothing),
         ("a_branch_survives_a_restart", a_branch_survives_a_restart),
         ("kills_leave_nothing", kills_leave_nothing),
+        ("the_history_is_listed_and_branched", the_history_is_listed_and_branched),
         ("an_unfit_place_is_refused", an_unfit_place_is_refused),
     ];
     let trial = |&(name, run): &Case| {

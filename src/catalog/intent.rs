@@ -35,7 +35,7 @@ pub enum Intent {
         boot: String,
         /// Where the clones will be, and the snapshots below overlays.
         images: Vec<ImageRef>,
-        /// The directories of overlays.
+        /// The directories of what is mounted for it.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
     },
@@ -46,7 +46,7 @@ pub enum Intent {
         boot: String,
         /// The images that may still be there.
         images: Vec<ImageRef>,
-        /// The directories of overlays that may still be there, or mounted.
+        /// The directories of what may still be mounted, or lie there.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
     },
@@ -74,7 +74,7 @@ impl Intent {
         Self::Remove { boot: crate::boot_id().unwrap_or_default(), images, overlays }
     }
 
-    /// The overlays that the change makes or removes.
+    /// The directories of what the change mounts or unmounts.
     pub fn overlays(&self) -> Vec<PathText> {
         match self {
             Self::Checkpoint(_) => Vec::new(),
@@ -88,7 +88,7 @@ impl Intent {
 pub struct Doomed {
     /// Images of stores.
     pub images: Vec<ImageRef>,
-    /// Directories of overlays.
+    /// Directories of overlays and of mount points.
     pub overlays: Vec<PathText>,
 }
 
@@ -125,6 +125,9 @@ pub struct PendingCheckpoint {
     pub freeze: Option<FreezeRecord>,
     /// Where each member's snapshot will be.
     pub members: Vec<PlannedMember>,
+    /// The snapshot is of a past state.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pinned: bool,
 }
 
 /// One volume's part in a checkpoint that was begun.

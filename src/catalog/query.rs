@@ -174,9 +174,12 @@ impl Catalog {
         self.one(&format!("checkpoint {id}"), query, [id.to_string()])
     }
 
-    /// The newest checkpoint.
+    /// The newest checkpoint of a state that was present when it was taken.
     pub fn latest(&self) -> Result<Option<Checkpoint>> {
-        self.one("the latest checkpoint", "SELECT body, digest FROM checkpoint ORDER BY seq DESC LIMIT 1", [])
+        // In a body, nothing but the field itself reads so: within a text, its quotes would be escaped.
+        let query = "SELECT body, digest FROM checkpoint \
+                     WHERE body NOT LIKE '%\"pinned\":true%' ORDER BY seq DESC LIMIT 1";
+        self.one("the latest checkpoint", query, [])
     }
 
     /// The ids that begin with `prefix` (lower-case hexadecimal digits), at most `limit`.
@@ -242,10 +245,12 @@ impl Catalog {
         self.all("a branch", "SELECT body, digest FROM branch ORDER BY seq", [])
     }
 
-    /// The branches that have overlays, oldest first.
-    pub fn branches_with_overlays(&self) -> Result<Vec<Branch>> {
+    /// The branches of which something has to be mounted, oldest first.
+    pub fn branches_to_mount(&self) -> Result<Vec<Branch>> {
         // Only a hint, so that the others need not be read: names in a body may look like it.
-        self.all("a branch", "SELECT body, digest FROM branch WHERE body LIKE '%\"overlay\"%' ORDER BY seq", [])
+        let query = "SELECT body, digest FROM branch \
+                     WHERE body LIKE '%\"overlay\"%' OR body LIKE '%\"home\"%' ORDER BY seq";
+        self.all("a branch", query, [])
     }
 
     /// Replaces the record of a branch; `false` if it is gone.
@@ -383,8 +388,10 @@ impl Catalog {
             .map_err(|e| self.failed(e))?;
             let line = checkpoint.branch.as_ref().map_or("", Name::as_str);
             for member in &checkpoint.members {
-                tx.execute("INSERT OR REPLACE INTO tip VALUES (?1, ?2, ?3)", [line, member.volume.as_str(), &key])
-                    .map_err(|e| self.failed(e))?;
+                if !checkpoint.pinned {
+                    tx.execute("INSERT OR REPLACE INTO tip VALUES (?1, ?2, ?3)", [line, member.volume.as_str(), &key])
+                        .map_err(|e| self.failed(e))?;
+                }
                 let image = ImageRef { store: member.store.clone(), at: member.snapshot.at.clone() };
                 self.hold(tx, &[image], &Holder::Checkpoint(&checkpoint.id))?;
             }
@@ -455,7 +462,7 @@ impl Catalog {
     /// Takes a branch out of the record. Checkpoints that were taken on it stay.
     pub fn remove_branch(&self, name: &Name) -> Result<Removal> {
         self.transact(|tx| {
-            let overlays = self.branch(name)?.map(|branch| branch.overlays()).unwrap_or_default();
+            let overlays = self.branch(name)?.map(|branch| branch.homes()).unwrap_or_default();
             let gone = tx.execute("DELETE FROM branch WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
             if gone == 0 {
                 return Ok(Removal::Missing);

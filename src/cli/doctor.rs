@@ -7,6 +7,10 @@ use fsnap::coordinator::{Coordinator, proposed_place, volume_dir};
 use fsnap::engine::criu::Diagnosis;
 use fsnap::processes::Cgroup;
 use fsnap::stores::KINDS;
+#[cfg(feature = "dm-thin")]
+use fsnap::stores::Room;
+#[cfg(feature = "dm-thin")]
+use fsnap::stores::pools::{Limits, PoolState, STORES, survey};
 use rustix::fs::{Access, access};
 use serde_json::json;
 
@@ -45,6 +49,11 @@ pub(crate) fn run(args: Args) -> Outcome {
         findings.push((kind.name, verdict));
     }
     let held = findings.iter().any(|(_, verdict)| verdict.is_ok());
+    #[cfg(feature = "dm-thin")]
+    // Without device-mapper there are none, which was said already.
+    findings.extend(
+        survey(Path::new(STORES)).unwrap_or_default().iter().map(|pool| ("pool", told(pool, &context.config.dm_thin))),
+    );
     findings.push(("directory", directory(&dir, held, &context, coordinator.as_ref().ok())));
     findings.push(("criu", criu(&context)?));
     findings.push(("freezer", freezer()));
@@ -63,6 +72,33 @@ pub(crate) fn run(args: Args) -> Outcome {
         Ok(how) => out.line(format_args!("ok  {what}: {how}")),
         Err(why) => out.line(format_args!("no  {what}: {why}")),
     })
+}
+
+/// How much of the pool must be free.
+#[cfg(feature = "dm-thin")]
+fn limits(pool: &PoolState, set: &Room) -> Limits {
+    let said = pool.limits.unwrap_or_default();
+    Limits {
+        free_data: set.free_data.unwrap_or(said.free_data),
+        free_metadata: set.free_metadata.unwrap_or(said.free_metadata),
+    }
+}
+
+/// How full the pool is, and why it takes no snapshots, if so.
+#[cfg(feature = "dm-thin")]
+fn told(pool: &PoolState, set: &Room) -> Verdict {
+    let Some(fill) = pool.fill else {
+        let there = format!("{} is {}", pool.name, super::pool::state(pool));
+        return if pool.not_for_us.is_none() && pool.trouble.is_none() { Ok(there) } else { Err(there) };
+    };
+    let (data, metadata) = super::pool::room(&fill, pool.block);
+    let there = format!("{} {}; data {data}, metadata {metadata}", pool.name, super::pool::state(pool));
+    match (&pool.not_for_us, fill.refusal(&limits(pool, set))) {
+        (Some(why), _) => Err(format!("{there}; {why}")),
+        (None, Some(refusal)) => Err(format!("{there}; it takes no snapshots: {refusal}")),
+        (None, None) if pool.trouble.is_some() => Err(there),
+        (None, None) => Ok(there),
+    }
 }
 
 fn shown(path: &Path) -> String {

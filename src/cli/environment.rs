@@ -75,17 +75,14 @@ impl Context {
     }
 
     fn recovered(&self, access: Access) -> Result<Coordinator, Failure> {
-        let mut coordinator = self.open(access)?;
-        if let Some(dir) = &self.config.branches {
-            coordinator.keep_overlays_in(dir);
-        }
+        let coordinator = self.open(access)?;
         tell(&coordinator.recover()?);
         Ok(coordinator)
     }
 
     /// Opens the catalog, and recovers nothing.
     pub(crate) fn open(&self, access: Access) -> Result<Coordinator, Failure> {
-        let mut coordinator = Coordinator::open(&self.state, access, PATIENCE)?;
+        let mut coordinator = self.set_up(Coordinator::open(&self.state, access, PATIENCE)?)?;
         if let Some(bar) = TerminalProgress::new().filter(|_| self.progress) {
             coordinator.report_to(Arc::new(bar));
         }
@@ -103,7 +100,15 @@ impl Context {
 
     /// Opens the catalog to read it, and leaves everything as it is.
     pub(crate) fn look(&self) -> Result<Coordinator, Failure> {
-        Ok(Coordinator::open(&self.state, Access::Read, self.config.hook.deadline())?)
+        self.set_up(Coordinator::open(&self.state, Access::Read, self.config.hook.deadline())?)
+    }
+
+    fn set_up(&self, mut coordinator: Coordinator) -> Result<Coordinator, Failure> {
+        coordinator.open_stores_with(self.config.stores());
+        if let Some(dir) = &self.config.branches {
+            coordinator.keep_branches_in(dir);
+        }
+        Ok(coordinator)
     }
 }
 

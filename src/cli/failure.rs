@@ -66,6 +66,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::NoSuchCheckpoint { .. } => "`fsnap log` lists the checkpoints",
         Error::Ambiguous { .. } => "write more digits of the one you mean",
         Error::NoSuchVolume { .. } => "`fsnap volumes` lists the volumes; `fsnap init DIR` registers one",
+        Error::NoSuchState { volume, .. } => {
+            return Some(format!("`fsnap log --all {volume}` lists the states that are left"));
+        }
         Error::NoSuchBranch { .. } => "`fsnap branches` lists the branches",
         Error::Needed { .. } => "remove the branch first: `fsnap rm --branch NAME`",
         Error::BranchInUse { .. } => "end these processes first",

@@ -103,7 +103,7 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
     let images = images(call);
-    let Some(mut window) = Window::reopen(&context.state, &images)? else {
+    let Some(mut window) = Window::reopen(&context.state, &images, &context.config.stores())? else {
         // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.
         return match targets(context, &context.look()?, pid)? {
             None => Ok(()),

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fsnap::checkpoint::{Checkpoint, CheckpointId};
-use fsnap::coordinator::Coordinator;
+use fsnap::coordinator::{Coordinator, time_of};
 use fsnap::name::Name;
+use fsnap_backend::{Kept, Moment};
 use renderdag::{Ancestor, GraphRowRenderer, Renderer};
+use serde_json::json;
 
+use super::output::rfc3339;
 use super::{Context, Outcome, Output, json};
 
 /// List the checkpoints, newest first
@@ -18,6 +21,11 @@ pub(crate) struct Args {
     /// Show at most so many
     #[arg(short = 'n', long, value_name = "COUNT")]
     limit: Option<usize>,
+    /// List every past state of this volume that its file system still has, asked for or not
+    ///
+    /// `fsnap branch VOLUME@cp:N` grows a branch from one. NILFS2 keeps such states; what nobody needs, its cleaner takes.
+    #[arg(long, value_name = "VOLUME", conflicts_with = "graph")]
+    all: Option<String>,
     /// Print an array of JSON objects
     #[arg(long, conflicts_with = "graph")]
     json: bool,
@@ -25,6 +33,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.read()?;
+    if let Some(volume) = &args.all {
+        return history(&coordinator, volume, &args);
+    }
     let mut checkpoints = coordinator.catalog().checkpoints()?;
     checkpoints.truncate(args.limit.unwrap_or(usize::MAX));
     let tags = coordinator.catalog().tags()?;
@@ -52,6 +63,48 @@ pub(crate) fn run(args: Args) -> Outcome {
         ]
     });
     out.table(&["ID", "TIME", "PARENT", "BRANCH", "VOLUMES", "MESSAGE"], rows.collect())
+}
+
+fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {
+    let mut moments = coordinator.history(volume)?;
+    moments.reverse();
+    moments.truncate(args.limit.unwrap_or(usize::MAX));
+    let recorded = coordinator.catalog().checkpoints()?;
+    let of = |moment: &Moment| -> Vec<CheckpointId> {
+        let Kept::ByStore(snapshots) = &moment.kept else { return Vec::new() };
+        let holds = |one: &&Checkpoint| one.members.iter().any(|member| snapshots.contains(&member.snapshot.at));
+        recorded.iter().filter(holds).map(|one| one.id).collect()
+    };
+    let kept = |moment: &Moment| match moment.kept {
+        Kept::Not => None,
+        Kept::ByStore(_) => Some("fsnap"),
+        Kept::ByOthers => Some("others"),
+    };
+    let out = Output::new();
+    if args.json {
+        let list = moments.iter().map(|moment| {
+            Ok(json!({
+                "number": moment.number,
+                "time": rfc3339(time_of(moment)?),
+                "kept_by": kept(moment),
+                "same_as_before": moment.same,
+                "checkpoints": of(moment),
+            }))
+        });
+        return out.json(&list.collect::<fsnap::Result<Vec<_>>>()?);
+    }
+    let rows = moments.iter().map(|moment| {
+        let ids: Vec<_> = of(moment).iter().map(CheckpointId::short).collect();
+        let note = if moment.same { "same as before" } else { "" };
+        Ok(vec![
+            format!("cp:{}", moment.number),
+            out.time(time_of(moment)?),
+            kept(moment).unwrap_or_default().to_owned(),
+            ids.join(","),
+            note.to_owned(),
+        ])
+    });
+    out.table(&["STATE", "TIME", "KEPT BY", "CHECKPOINTS", "NOTE"], rows.collect::<fsnap::Result<_>>()?)
 }
 
 fn branches_by_checkpoint(coordinator: &Coordinator) -> fsnap::Result<BTreeMap<CheckpointId, Vec<Name>>> {

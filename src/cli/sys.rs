@@ -20,7 +20,7 @@ pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
 /// A file that is removed then.
 pub(super) static NOTE: OnceLock<CString> = OnceLock::new();
 
-/// Says the last words, removes the note, and ends the process with exit code 1.
+/// Says the last words, removes the note, sets going what stands, and ends the process with exit code 1.
 pub(super) extern "C" fn end(_: libc::c_int) {
     let words = LAST_WORDS.get().map_or("", String::as_str);
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)), and the texts live for ever.
@@ -28,6 +28,7 @@ pub(super) extern "C" fn end(_: libc::c_int) {
         if let Some(note) = NOTE.get() {
             libc::unlink(note.as_ptr());
         }
+        fsnap::stores::release_at_once();
         libc::write(libc::STDERR_FILENO, words.as_ptr().cast(), words.len());
         libc::_exit(1);
     }
@@ -44,6 +45,7 @@ const NO_PAGE: &str = "fsnap: error: a file of the catalog can be neither read n
 pub(super) extern "C" fn end_without_page(_: libc::c_int) {
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)).
     unsafe {
+        fsnap::stores::release_at_once();
         libc::write(libc::STDERR_FILENO, NO_PAGE.as_ptr().cast(), NO_PAGE.len());
         libc::_exit(1);
     }
@@ -88,6 +90,14 @@ pub(super) fn detach(kept: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()>
         first = next.saturating_add(1);
     }
     Ok(())
+}
+
+/// Lets others run first: this process preempts nobody when it wakes up (`SCHED_BATCH`, sched(7)), and takes a smaller share.
+pub(super) fn give_way() {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameter is valid for the call. If it is refused, the process merely does not give way.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
+    let _ = rustix::process::nice(10);
 }
 
 /// Sets what is done when `signal` comes.

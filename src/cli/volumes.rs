@@ -15,13 +15,15 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let coordinator = Context::load()?.read()?;
+    let context = Context::load()?;
+    let (coordinator, options) = (context.read()?, context.config.stores());
     let catalog = coordinator.catalog();
     let mut rows = Vec::new();
     for volume in catalog.volumes()? {
         let store = catalog.store(&volume.store)?;
         // A store that is away is said so in the list; the others are listed all the same.
-        let opened = store.as_ref().map(|record| stores::open(record).map(|backend| backend.store().capabilities));
+        let opened =
+            store.as_ref().map(|record| stores::open(record, &options).map(|backend| backend.store().capabilities));
         rows.push((volume, store, opened));
     }
     let out = Output::new();

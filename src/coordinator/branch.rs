@@ -1,14 +1,13 @@
 //! Grows a writable branch from a checkpoint.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Locator, MountSpec, Source};
 
 use super::checkpoint::boot_id;
-use super::{Coordinator, side_by_side};
+use super::{Coordinator, overlay, side_by_side};
 use crate::branch::{Branch, BranchMember, Overlay};
-use crate::catalog::{ImageRef, Intent};
+use crate::catalog::{ImageRef, Intent, IntentId};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
 use crate::name::Name;
@@ -44,10 +43,10 @@ impl Coordinator {
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
         let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
         let images = planned.iter().map(image).collect();
-        let intent = Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays };
+        let mut intent = Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
-        let grown = self.grow(checkpoint, name, &planned).and_then(|branch| {
+        let grown = self.grow(checkpoint, name, &planned, (id, &mut intent)).and_then(|branch| {
             failpoint::hit("branch:grown");
             // Between the look above and this transaction, the name or the checkpoint may have gone.
             if self.catalog.add_branch(id, &branch)? {
@@ -66,7 +65,13 @@ impl Coordinator {
         }
     }
 
-    fn grow(&self, checkpoint: &Checkpoint, name: &Name, planned: &[Planned<'_>]) -> Result<Branch> {
+    fn grow(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &Name,
+        planned: &[Planned<'_>],
+        (id, intent): (IntentId, &mut Intent),
+    ) -> Result<Branch> {
         let work = self.begin_work(Work::Cloning, planned.len());
         side_by_side(planned, |plan| {
             if plan.overlay.is_none() {
@@ -79,6 +84,7 @@ impl Coordinator {
         drop(work);
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
+            let mut home = None;
             let (path, identity) = match &plan.overlay {
                 Some(overlay) => {
                     let path = self.make_overlay(plan.store.as_ref(), &plan.member.snapshot, overlay)?;
@@ -86,7 +92,20 @@ impl Coordinator {
                     (path, self.overlay_identity(overlay)?)
                 }
                 None => {
-                    let path = self.show(plan.store.as_ref(), &plan.at, name, &plan.member.volume)?;
+                    let path = match plan.store.activate(&plan.at)? {
+                        MountSpec::Bind { dir, .. } => dir,
+                        spec => {
+                            let dir = PathText(self.homes.join(name.as_str()).join(plan.member.volume.as_str()));
+                            if let Intent::Branch { overlays, .. } = &mut *intent {
+                                overlays.push(dir.clone());
+                            }
+                            self.catalog.update(id, intent)?;
+                            let path = overlay::mount_clone(&spec, dir.as_path())?;
+                            failpoint::hit("branch:mounted");
+                            home = Some(dir);
+                            path
+                        }
+                    };
                     let identity = plan.store.adopt(&path)?.identity().clone();
                     (path, identity)
                 }
@@ -100,25 +119,9 @@ impl Coordinator {
                 identity,
                 origin: plan.member.path.clone(),
                 overlay: plan.overlay.clone(),
+                home,
             });
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
-    }
-
-    /// Makes a clone's files visible, and tells where.
-    fn show(&self, store: &dyn Backend, at: &Locator, branch: &Name, volume: &Name) -> Result<PathBuf> {
-        match store.activate(at)? {
-            MountSpec::Bind { dir, .. } => Ok(dir),
-            spec => {
-                let dir = self.catalog.state().join("branches").join(branch.as_str()).join(volume.as_str());
-                std::fs::create_dir_all(&dir).map_err(|source| Error::Io {
-                    action: "make",
-                    object: crate::printable(dir.as_os_str()),
-                    source,
-                })?;
-                crate::mount::mount(&spec, &dir, crate::mount::Restrictions::default())?.keep();
-                Ok(dir)
-            }
-        }
     }
 }

@@ -59,7 +59,10 @@ impl Coordinator {
         }
         for tag in &tags {
             if let Some(id) = self.catalog.tagged(tag)? {
-                let by = Some(format!("it names checkpoint {}", id.short()));
+                let by = Some(format!(
+                    "it names checkpoint {}; choose another, or free it: `fsnap tag --delete`",
+                    id.short()
+                ));
                 return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
             }
         }
@@ -69,22 +72,11 @@ impl Coordinator {
             let store = self.store(&target.store)?;
             let volume = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
             let at = self.reserve(store.as_ref(), Source::Volume(&volume))?;
-            members.push(PlannedMember {
-                volume: target.volume,
-                path: target.path,
-                identity: target.identity,
-                backend: target.backend,
-                store: target.store,
-                at,
-            });
+            members.push(target.planned(at));
         }
         members.sort_by(|a, b| a.volume.cmp(&b.volume));
         let pending = PendingCheckpoint {
-            id: CheckpointId::random().map_err(|source| Error::Io {
-                action: "make",
-                object: "an id".into(),
-                source,
-            })?,
+            id: new_id()?,
             branch,
             message,
             tags,
@@ -94,6 +86,7 @@ impl Coordinator {
             boot: boot_id()?,
             freeze: None,
             members,
+            pinned: false,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
@@ -196,6 +189,7 @@ impl Coordinator {
             message: begun.pending.message.clone(),
             engine: begun.pending.engine.clone(),
             members,
+            pinned: begun.pending.pinned,
         };
         failpoint::hit("seal:before");
         self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags)?;
@@ -230,12 +224,20 @@ impl Coordinator {
     /// checkpoint that the branch grew from.
     fn parent(&self, pending: &PendingCheckpoint) -> Result<Option<CheckpointId>> {
         let volumes: Vec<&Name> = pending.members.iter().map(|member| &member.volume).collect();
+        if pending.pinned {
+            return Ok(None);
+        }
         if let Some(tip) = self.catalog.tip(pending.branch.as_ref(), &volumes)? {
             return Ok(Some(tip));
         }
         let Some(name) = &pending.branch else { return Ok(None) };
         Ok(self.catalog.branch(name)?.map(|branch| branch.checkpoint))
     }
+}
+
+/// An id that no other checkpoint has.
+pub(super) fn new_id() -> Result<CheckpointId> {
+    CheckpointId::random().map_err(|source| Error::Io { action: "make", object: "an id".into(), source })
 }
 
 /// The one branch that the targets are on, if any: a checkpoint belongs to one line of work.

@@ -1,13 +1,15 @@
 //! Tells what differs between two trees of files.
 
+use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fsnap_backend::{Content, Dir, DirTree, Entry, FileKind};
+use fsnap_backend::{Content, Differences, Dir, DirTree, Entry, FileKind, Source};
 
 use super::Coordinator;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Member};
 use crate::name::Name;
 use crate::progress::{Underway, Work};
 use crate::{Error, Result};
@@ -54,6 +56,7 @@ impl Coordinator {
         // How many files there are is known only when all were compared.
         let work = self.begin_work(Work::Comparing, None);
         for member in &old.members {
+            let differences = self.differences(old, member, new)?;
             let before = self.read(self.store(&member.store)?.as_ref(), &member.snapshot)?;
             let after: Arc<dyn Dir> = match new {
                 Side::Now => match self.live_path(old, &member.volume)? {
@@ -71,15 +74,31 @@ impl Coordinator {
                     }
                 },
             };
-            let mut comparison =
-                Comparison { volume: &member.volume, path: PathBuf::new(), work: &work, report: &mut *report };
-            comparison.dirs(before.as_ref(), after.as_ref())?;
+            let roots = [before.as_ref(), after.as_ref()];
+            let volume = &member.volume;
+            Comparison { volume, roots, levels: Vec::new(), differences, work: &work, report: &mut *report }.run()?;
         }
         if let Side::Checkpoint(other) = new {
             let missing = |name: &&Name| !old.members.iter().any(|member| member.volume == **name);
             skipped.extend(other.members.iter().map(|member| &member.volume).filter(missing).cloned());
         }
         Ok(skipped)
+    }
+
+    /// What the member's store knows ahead of what differs. It only saves time: what it cannot tell is read.
+    fn differences(&self, old: &Checkpoint, member: &Member, new: Side<'_>) -> Result<Option<Box<dyn Differences>>> {
+        let store = self.store(&member.store)?;
+        Ok(match new {
+            Side::Checkpoint(other) => {
+                let found = other.members.iter().find(|m| m.volume == member.volume && m.store == member.store);
+                found.and_then(|found| store.differences(&member.snapshot, Source::Snapshot(&found.snapshot)).ok())
+            }
+            Side::Now => {
+                let volume = self.live_path(old, &member.volume)?.and_then(|path| store.adopt(&path).ok());
+                volume.and_then(|volume| store.differences(&member.snapshot, Source::Volume(&volume)).ok())
+            }
+        }
+        .flatten())
     }
 
     /// Where the files of a checkpoint's line of work are now; `None` if the volume was forgotten.
@@ -93,78 +112,136 @@ impl Coordinator {
     }
 }
 
-/// One walk down two trees. Recursion is bounded by the trees' depth, each level of which holds two descriptors.
+/// How many directories of each tree are kept open; the usual limit of a process is 1,024 descriptors.
+const OPEN: usize = 128;
+
+/// One walk down two trees.
+///
+/// Nothing recurses, however deep they are, and the directories far above the one that is compared are closed. On the way
+/// back they are opened again from the root, name by name.
 struct Comparison<'a> {
     volume: &'a Name,
-    path: PathBuf,
+    roots: [&'a dyn Dir; 2],
+    /// The directories from the root down to the one that is compared.
+    levels: Vec<Level>,
+    differences: Option<Box<dyn Differences>>,
     work: &'a Underway<'a>,
     report: &'a mut dyn FnMut(Change),
 }
 
-impl Comparison<'_> {
-    fn found(&mut self, name: Option<&OsStr>, kind: ChangeKind) {
-        let path = name.map_or_else(|| self.path.clone(), |name| self.path.join(name));
-        (self.report)(Change { volume: self.volume.clone(), path, kind });
-    }
+/// One directory, in the old tree and in the new one, or in one of them.
+struct Level {
+    /// Its name; that of the root is empty.
+    name: OsString,
+    /// What has not been compared yet; `None` where this tree does not have the directory.
+    entries: [Option<Entries>; 2],
+    /// Closed, or the root's.
+    open: [Option<Box<dyn Dir>>; 2],
+}
 
-    fn dirs(&mut self, old: &dyn Dir, new: &dyn Dir) -> Result<()> {
-        if old.token().is_some_and(|token| new.token() == Some(token)) {
-            return Ok(());
-        }
-        let (a, b) = (old.meta()?, new.meta()?);
-        if (a.mode, a.uid, a.gid) != (b.mode, b.uid, b.gid) || old.own_xattrs()? != new.own_xattrs()? {
-            self.found(None, ChangeKind::Attributes);
-        }
-        let (olds, news) = (old.entries()?, new.entries()?);
-        let (mut olds, mut news) = (olds.into_iter().peekable(), news.into_iter().peekable());
-        loop {
-            let order = match (olds.peek(), news.peek()) {
-                (None, None) => return Ok(()),
-                (Some(_), None) => std::cmp::Ordering::Less,
-                (None, Some(_)) => std::cmp::Ordering::Greater,
+type Entries = std::iter::Peekable<std::vec::IntoIter<Entry>>;
+
+const OLD: usize = 0;
+const NEW: usize = 1;
+
+impl Comparison<'_> {
+    fn run(&mut self) -> Result<()> {
+        let [old, new] = self.roots;
+        self.descend(OsString::new(), [Some(old), Some(new)], [None, None])?;
+        while let Some(level) = self.levels.last_mut() {
+            let [old, new] =
+                level.entries.each_mut().map(|entries| entries.as_mut().and_then(|entries| entries.peek()));
+            let order = match (old, new) {
+                (None, None) => {
+                    self.levels.pop();
+                    continue;
+                }
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                // What became something else was removed and added.
+                (Some(a), Some(b)) if a.name == b.name && a.meta.kind != b.meta.kind => Ordering::Less,
                 (Some(a), Some(b)) => a.name.cmp(&b.name),
             };
+            self.work.step();
             match order {
-                std::cmp::Ordering::Less => self.whole(old, olds.next(), ChangeKind::Removed)?,
-                std::cmp::Ordering::Greater => self.whole(new, news.next(), ChangeKind::Added)?,
-                std::cmp::Ordering::Equal => {
-                    if let (Some(a), Some(b)) = (olds.next(), news.next()) {
-                        self.both(old, new, &a, &b)?;
-                    }
-                }
+                Ordering::Less => self.one(OLD, ChangeKind::Removed)?,
+                Ordering::Greater => self.one(NEW, ChangeKind::Added)?,
+                Ordering::Equal => self.both()?,
             }
-        }
-    }
-
-    /// Reports an entry that only one side has, and everything below it.
-    fn whole(&mut self, dir: &dyn Dir, entry: Option<Entry>, kind: ChangeKind) -> Result<()> {
-        let Some(entry) = entry else { return Ok(()) };
-        self.found(Some(&entry.name), kind);
-        self.work.step();
-        if entry.meta.kind == FileKind::Dir {
-            let below = dir.open_dir(&entry.name)?;
-            self.path.push(&entry.name);
-            for entry in below.entries()? {
-                self.whole(below.as_ref(), Some(entry), kind)?;
-            }
-            self.path.pop();
         }
         Ok(())
     }
 
-    fn both(&mut self, old: &dyn Dir, new: &dyn Dir, a: &Entry, b: &Entry) -> Result<()> {
-        let name: &OsString = &a.name;
-        self.work.step();
-        if a.meta.kind != b.meta.kind {
-            self.whole(old, Some(a.clone()), ChangeKind::Removed)?;
-            return self.whole(new, Some(b.clone()), ChangeKind::Added);
+    /// The path of the directory that is compared, or of `name` in it.
+    fn path(&self, name: &OsStr) -> PathBuf {
+        self.levels.iter().map(|level| &*level.name).chain([name]).filter(|name| !name.is_empty()).collect()
+    }
+
+    fn found(&mut self, name: &OsStr, kind: ChangeKind) {
+        let path = self.path(name);
+        (self.report)(Change { volume: self.volume.clone(), path, kind });
+    }
+
+    fn next(&mut self, side: usize) -> Option<Entry> {
+        self.levels.last_mut()?.entries[side].as_mut()?.next()
+    }
+
+    /// Goes down into a directory, of which the root's are not owned.
+    fn descend(&mut self, name: OsString, dirs: [Option<&dyn Dir>; 2], open: [Option<Box<dyn Dir>>; 2]) -> Result<()> {
+        let dirs = [OLD, NEW].map(|side| open[side].as_deref().or(dirs[side]));
+        if let [Some(old), Some(new)] = dirs {
+            if old.token().is_some_and(|token| new.token() == Some(token)) {
+                return Ok(());
+            }
+            let (a, b) = (old.meta()?, new.meta()?);
+            if (a.mode, a.uid, a.gid) != (b.mode, b.uid, b.gid) || old.own_xattrs()? != new.own_xattrs()? {
+                self.found(&name, ChangeKind::Attributes);
+            }
         }
+        let mut entries = [None, None];
+        for (entries, dir) in entries.iter_mut().zip(dirs) {
+            *entries = dir.map(|dir| Ok::<_, Error>(dir.entries()?.into_iter().peekable())).transpose()?;
+        }
+        self.levels.push(Level { name, entries, open });
+        if let Some(far) = self.levels.len().checked_sub(OPEN) {
+            self.levels[far].open = [None, None];
+        }
+        Ok(())
+    }
+
+    /// The directory of one tree that is compared, opened again if it was closed.
+    fn dir(&mut self, side: usize) -> Result<&dyn Dir> {
+        let last = self.levels.len() - 1;
+        let nearest = (1..=last).rev().find(|&level| self.levels[level].open[side].is_some()).unwrap_or(0);
+        for level in nearest + 1..=last {
+            let above = self.levels[level - 1].open[side].as_deref().unwrap_or(self.roots[side]);
+            let opened = above.open_dir(&self.levels[level].name)?;
+            self.levels[level].open[side] = Some(opened);
+            if let Some(far) = level.checked_sub(OPEN) {
+                self.levels[far].open[side] = None;
+            }
+        }
+        Ok(self.levels[last].open[side].as_deref().unwrap_or(self.roots[side]))
+    }
+
+    /// Reports an entry that only one side has, and goes down into it.
+    fn one(&mut self, side: usize, kind: ChangeKind) -> Result<()> {
+        let Some(entry) = self.next(side) else { return Ok(()) };
+        self.found(&entry.name, kind);
+        if entry.meta.kind == FileKind::Dir {
+            let mut open = [None, None];
+            open[side] = Some(self.dir(side)?.open_dir(&entry.name)?);
+            self.descend(entry.name, [None, None], open)?;
+        }
+        Ok(())
+    }
+
+    fn both(&mut self) -> Result<()> {
+        let (Some(a), Some(b)) = (self.next(OLD), self.next(NEW)) else { return Ok(()) };
+        let name = &a.name;
         if a.meta.kind == FileKind::Dir {
-            let (below_old, below_new) = (old.open_dir(name)?, new.open_dir(name)?);
-            self.path.push(name);
-            self.dirs(below_old.as_ref(), below_new.as_ref())?;
-            self.path.pop();
-            return Ok(());
+            let open = [Some(self.dir(OLD)?.open_dir(name)?), Some(self.dir(NEW)?.open_dir(name)?)];
+            return self.descend(a.name, [None, None], open);
         }
         // The inode's change time moves with every change of the content or the attributes, and cannot be set back.
         let unchanged = (a.meta.ino, a.meta.ctime, a.meta.mtime, a.meta.size)
@@ -173,39 +250,63 @@ impl Comparison<'_> {
             return Ok(());
         }
         let content_differs = match a.meta.kind {
+            FileKind::File if a.meta.size != b.meta.size => true,
             FileKind::File => {
-                a.meta.size != b.meta.size
-                    || contents_differ(old.open_file(name)?.as_ref(), new.open_file(name)?.as_ref()).map_err(
-                        |source| Error::Io {
-                            action: "compare",
-                            object: crate::printable(self.path.join(name).as_os_str()),
-                            source,
-                        },
-                    )?
+                let (old, new) = (self.dir(OLD)?.open_file(name)?, self.dir(NEW)?.open_file(name)?);
+                self.contents_differ(old.as_ref(), new.as_ref()).map_err(|source| Error::Io {
+                    action: "compare",
+                    object: crate::printable(self.path(name).as_os_str()),
+                    source,
+                })?
             }
-            FileKind::Symlink => old.read_link(name)? != new.read_link(name)?,
+            FileKind::Symlink => self.dir(OLD)?.read_link(name)? != self.dir(NEW)?.read_link(name)?,
             _ => a.meta.rdev != b.meta.rdev,
         };
         let attributes = |entry: &Entry| (entry.meta.mode, entry.meta.uid, entry.meta.gid);
         if content_differs {
-            self.found(Some(name), ChangeKind::Modified);
-        } else if attributes(a) != attributes(b) || old.xattrs(name)? != new.xattrs(name)? {
-            self.found(Some(name), ChangeKind::Attributes);
+            self.found(name, ChangeKind::Modified);
+        } else if attributes(&a) != attributes(&b) || self.dir(OLD)?.xattrs(name)? != self.dir(NEW)?.xattrs(name)? {
+            self.found(name, ChangeKind::Attributes);
         }
         Ok(())
     }
 }
 
-/// Compares two contents of equal length; what is a hole in both is not read.
-fn contents_differ(a: &dyn Content, b: &dyn Content) -> std::io::Result<bool> {
-    const BLOCK: usize = 1 << 17;
-    let (mut left, mut right) = (vec![0; BLOCK], vec![0; BLOCK]);
-    let mut offset = 0;
+impl Comparison<'_> {
+    /// Compares two contents of equal length where they can differ.
+    fn contents_differ(&self, a: &dyn Content, b: &dyn Content) -> std::io::Result<bool> {
+        let parts = match (&self.differences, a.as_file(), b.as_file()) {
+            (Some(differences), Some(a), Some(b)) => differences.ranges(a, b)?,
+            _ => None,
+        };
+        let Some(parts) = parts else { return part_differs(a, b, 0..a.len()) };
+        for part in parts {
+            if part_differs(a, b, part)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Compares a part of two contents of equal length; what is a hole in both is not read.
+fn part_differs(a: &dyn Content, b: &dyn Content, part: Range<u64>) -> std::io::Result<bool> {
+    const BLOCK: u64 = 1 << 17;
+    let (mut left, mut right) = (vec![0; BLOCK as usize], vec![0; BLOCK as usize]);
+    let mut offset = part.start;
     loop {
+        if offset >= part.end {
+            return Ok(false);
+        }
         let next = [a.data_after(offset)?, b.data_after(offset)?].into_iter().flatten().map(|range| range.start).min();
         let Some(next) = next else { return Ok(false) };
         offset = next.max(offset);
-        let (got, other) = (read_full(a, &mut left, offset)?, read_full(b, &mut right, offset)?);
+        if offset >= part.end {
+            return Ok(false);
+        }
+        let length = BLOCK.min(part.end - offset) as usize;
+        let (left, right) = (&mut left[..length], &mut right[..length]);
+        let (got, other) = (read_full(a, left, offset)?, read_full(b, right, offset)?);
         if left[..got] != right[..other] {
             return Ok(true);
         }

@@ -1,16 +1,17 @@
-//! Branches over snapshots that cannot be written or cloned: the kernel's overlayfs.
+//! Branches that have to be mounted: clones that are file systems of their own, and overlays over snapshots that cannot
+//! be written or cloned, by the kernel's overlayfs.
 //!
 //! ```text
 //! <dir>/.fsnap/                  a store for snapshots of overlays
-//! <dir>/<branch>/<volume>/upper  what differs from the snapshot
-//!                        /work   the kernel's own
-//!                        /files  where the volume is mounted
+//! <dir>/<branch>/<volume>/files  where the volume is mounted
+//!                        /upper  of an overlay: what differs from the snapshot
+//!                        /work   of an overlay: the kernel's own
 //! ```
 //!
 //! `<dir>` must lie on a file system that overlayfs can write to. The snapshot below is held by the branch, like a clone's image
 //! is. The backend of the snapshot cannot capture an overlay; the rsync backend, which takes any directory, does.
 //!
-//! A mount does not survive a start of the machine; what differs does. [`Coordinator::mount_overlays`], a part of every
+//! A mount does not survive a start of the machine; what differs does. [`Coordinator::mount_branches`], a part of every
 //! recovery, mounts again what is not mounted.
 //!
 //! A character device 0:0 in a snapshot is overlayfs's own mark for "nothing here": it hides itself.
@@ -21,7 +22,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Backend, Dir, Snapshot, beneath};
+use fsnap_backend::{Backend, Dir, MountSpec, Snapshot, beneath};
 use rustix::fs::{Mode, XattrFlags};
 use rustix::io::Errno;
 
@@ -49,16 +50,16 @@ const OVERLAYFS: u64 = 0x794c_7630;
 impl Coordinator {
     /// Where the overlay for a volume of a branch is to be; refused where none can be kept.
     pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Overlay> {
-        make_private(&self.overlays)?;
-        check(&self.overlays)?;
-        let dir = PathText(self.overlays.join(branch.as_str()).join(volume.as_str()));
+        make_private(&self.homes)?;
+        check(&self.homes)?;
+        let dir = PathText(self.homes.join(branch.as_str()).join(volume.as_str()));
         Ok(Overlay { dir, keeper: self.keeper()? })
     }
 
     /// Makes the store for snapshots of overlays, or opens it.
     fn keeper(&self) -> Result<Option<Keeper>> {
         let Ok(kind) = Kind::named(KEEPER) else { return Ok(None) };
-        let place = self.overlays.join(KEEPER_STORE);
+        let place = self.homes.join(KEEPER_STORE);
         let identity = kind.create(&place)?.store().identity.clone();
         let record = StoreRecord { identity, backend: KEEPER.to_owned(), place: PathText(place) };
         if self.catalog.store(&record.identity)?.as_ref() != Some(&record) {
@@ -94,10 +95,10 @@ impl Coordinator {
         }
     }
 
-    /// Mounts the overlays of branches that are not mounted.
-    pub(super) fn mount_overlays(&self) -> Result<Vec<Recovered>> {
+    /// Mounts what of branches has to be mounted and is not.
+    pub(super) fn mount_branches(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
-        for branch in self.catalog.branches_with_overlays()? {
+        for branch in self.catalog.branches_to_mount()? {
             let mut changed = branch.clone();
             let mounted = changed.members.iter_mut().try_fold(0, |count, member| {
                 Ok::<usize, Error>(count + usize::from(self.mount_member(&branch.checkpoint, member)?))
@@ -118,13 +119,17 @@ impl Coordinator {
         Ok(done)
     }
 
-    /// Mounts one again, if it is an overlay that is not mounted; tells whether it was.
+    /// Mounts one again, if it has to be mounted and is not; tells whether it was.
     fn mount_member(&self, checkpoint: &crate::checkpoint::CheckpointId, member: &mut BranchMember) -> Result<bool> {
-        let Some(overlay) = member.overlay.clone() else { return Ok(false) };
-        let dir = overlay.dir.as_path();
+        let Some(dir) = member.home().cloned() else { return Ok(false) };
+        let dir = dir.as_path();
         if is_mounted(dir).context("examine", dir)? {
             return Ok(false);
         }
+        let Some(overlay) = member.overlay.clone() else {
+            mount_clone(&self.store(&member.store)?.activate(&member.at)?, dir)?;
+            return Ok(true);
+        };
         let snapshot = self.catalog.checkpoint(checkpoint)?.and_then(|checkpoint| {
             checkpoint.members.into_iter().map(|member| member.snapshot).find(|snapshot| snapshot.at == member.at)
         });
@@ -136,7 +141,15 @@ impl Coordinator {
     }
 }
 
-/// Unmounts an overlay and removes all of it; succeeds if it is not there.
+/// Mounts a clone in its directory, and tells where its files are.
+pub(super) fn mount_clone(spec: &MountSpec, dir: &Path) -> Result<PathBuf> {
+    let files = dir.join(FILES);
+    make_private(&files)?;
+    Prepared::new(spec, Restrictions::default())?.attach(&files)?.keep();
+    Ok(files)
+}
+
+/// Unmounts an overlay or a clone, and removes the directory; succeeds if it is not there.
 pub(super) fn remove(dir: &Path) -> Result<()> {
     match dir.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -159,7 +172,7 @@ pub(super) fn remove(dir: &Path) -> Result<()> {
     }
 }
 
-/// Whether the overlay in `dir` is mounted.
+/// Whether the overlay or the clone in `dir` is mounted.
 fn is_mounted(dir: &Path) -> io::Result<bool> {
     let dir = match beneath::open_root(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),

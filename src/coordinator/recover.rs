@@ -95,7 +95,7 @@ impl Coordinator {
             done.push(recovered.unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
         self.catalog.sweep_intent_files()?;
-        done.extend(self.mount_overlays()?);
+        done.extend(self.mount_branches()?);
         Ok(done)
     }
 
@@ -234,6 +234,8 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images, overlays, .. } => format!("the removal of {} images", images.len() + overlays.len()),
+        Intent::Remove { images, overlays, .. } => {
+            format!("the removal of {} images", images.len().max(overlays.len()))
+        }
     }
 }

@@ -126,7 +126,7 @@ impl Coordinator {
 
     /// Whether the member's path shows an overlay that grew from the checkpoint: not the member's own backend tells.
     fn shows_overlay(&self, checkpoint: CheckpointId, member: &Member) -> Result<bool> {
-        for branch in self.catalog.branches_with_overlays()? {
+        for branch in self.catalog.branches_to_mount()? {
             let overlays =
                 branch.members.iter().filter(|m| branch.checkpoint == checkpoint && m.volume == member.volume);
             for (found, overlay) in overlays.filter_map(|m| Some((m, m.overlay.as_ref()?))) {

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use fsnap_backend::Identity;
+use fsnap_backend::{Identity, Locator};
 
 use super::Coordinator;
 use crate::branch::{Branch, BranchMember};
-use crate::catalog::{PendingCheckpoint, WriterLists};
+use crate::catalog::{PendingCheckpoint, PlannedMember, WriterLists};
 use crate::checkpoint::PathText;
 use crate::name::Name;
 use crate::processes::{self, Candidate, CandidateKind, Tree, WriterScan};
@@ -29,6 +29,14 @@ pub struct Target {
     pub backend: String,
     /// The store for the snapshot.
     pub store: Identity,
+}
+
+impl Target {
+    /// Its part in a checkpoint, with a snapshot at that place.
+    pub(super) fn planned(self, at: Locator) -> PlannedMember {
+        let Self { volume, path, identity, backend, store, .. } = self;
+        PlannedMember { volume, path, identity, backend, store, at }
+    }
 }
 
 impl Coordinator {

@@ -30,7 +30,7 @@ impl Window {
     /// Finds the checkpoint that another process began for the engine's images in that directory; `None` if none was.
     ///
     /// `state` is the directory of the catalog, which is not opened.
-    pub fn reopen(state: &Path, images: &EngineImages) -> Result<Option<Self>> {
+    pub fn reopen(state: &Path, images: &EngineImages, options: &stores::Options) -> Result<Option<Self>> {
         let wanted = |pending: &PendingCheckpoint| pending.engine.as_ref() == Some(images);
         let Some((id, lock, plan)) = catalog::find_plan(state, wanted)? else { return Ok(None) };
         let taken = match lock.taken()? {
@@ -39,7 +39,7 @@ impl Window {
         };
         let mut opened = BTreeMap::new();
         for record in &plan.stores {
-            opened.insert(&record.identity, stores::open(record)?);
+            opened.insert(&record.identity, stores::open(record, options)?);
         }
         let found = |store| opened.get(store).map(Arc::clone);
         let stores = plan.pending.members.iter().map(|member| {

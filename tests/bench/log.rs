@@ -62,6 +62,7 @@ fn fill(state: &Path) -> Result<(), Failure> {
             boot: String::new(),
             freeze: None,
             members: Vec::new(),
+            pinned: false,
         };
         let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending)))?;
         let mut members = last.members.clone();

@@ -327,6 +327,7 @@ fn wrong_usage_is_told_from_failure() {
     !  overlay  Write to a directory copy-on-write
     !  umount  Unmount what fsnap serves
     !  verify  Read checkpoints again and name what is damaged
+    !  pool  Make, list and remove thin pools of device-mapper, for those who have none
     !  recover  Finish or undo what a killed fsnap or engine left half done
     !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's own
     !  state
@@ -437,7 +438,7 @@ fn a_tag_that_is_taken_leaves_no_checkpoint() {
     $ fsnap checkpoint -t base
     ID1
     $ fsnap checkpoint -t other -t base
-    ! fsnap: error: the tag base exists already: it names checkpoint ID1
+    ! fsnap: error: the tag base exists already: it names checkpoint ID1; choose another, or free it: `fsnap tag --delete`
     [exit 1]
     $ fsnap log
     ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE

@@ -1,5 +1,11 @@
 //! `fsnap diff`.
 
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use fsnap_backend::beneath;
 use insta::{allow_duplicates, assert_snapshot};
 
 use crate::site::Site;
@@ -181,4 +187,48 @@ fn a_volume_that_is_gone_is_said_so() {
     ! For more information, try '--help'.
     [exit 2]
     "#);
+}
+
+/// Makes `levels` directories below one another, with a file in each 250th of them; returns what `fsnap` calls the files,
+/// in the order of their paths.
+fn write_deep(db: &Path, levels: usize, text: &[u8]) -> Vec<String> {
+    let (mut dir, mut path, mut files) = (beneath::open_root(db).unwrap(), String::from("db"), Vec::new());
+    for level in 1..=levels {
+        let name = OsStr::new("d");
+        dir = beneath::make_dir(&dir, name).or_else(|_| beneath::open_dir(&dir, name)).unwrap();
+        path.push_str("/d");
+        if level % 250 == 0 || level == levels {
+            // Behind `d`: what is below comes first, and then the way leads back.
+            let name = OsStr::new("z");
+            let _ = rustix::fs::unlinkat(&dir, name, rustix::fs::AtFlags::empty());
+            beneath::create_file(&dir, name, 0o600).unwrap().write_all_at(text, 0).unwrap();
+            files.push(format!("{path}/z"));
+        }
+    }
+    files.reverse();
+    files
+}
+
+#[test]
+fn a_tree_deeper_than_any_path_is_compared() {
+    let site = Site::empty();
+    let db = site.path("db");
+    fs::create_dir(&db).unwrap();
+    site.run("fsnap init db && fsnap checkpoint -t empty");
+    write_deep(&db, 4096, b"one");
+    site.run("fsnap checkpoint -t old && fsnap branch old one");
+    let files = write_deep(&db, 4096, b"changed");
+    let changed: String = files.iter().map(|path| format!("M {path}\n")).collect();
+    assert!(site.run("fsnap diff old") == changed.trim_end(), "the files as they are now");
+    site.run("fsnap checkpoint -t new");
+    assert!(site.run("fsnap diff old new") == changed.trim_end(), "two checkpoints");
+    for (line, letter) in [("fsnap diff empty new", "A"), ("fsnap diff new empty", "D")] {
+        let all = site.run(line);
+        let found: Vec<_> = all.lines().filter(|line| line.ends_with('z')).collect();
+        assert_eq!(all.lines().filter(|line| line.starts_with(letter)).count(), 4096 + files.len(), "{line}");
+        assert!(found.iter().zip(&files).all(|(found, file)| *found == format!("{letter} {file}")), "{line}");
+    }
+    site.run("fsnap verify && fsnap rm --branch one && fsnap rm old new empty");
+    // Deeper than the directory of the test could be removed.
+    beneath::remove_tree(beneath::open_root(&db).unwrap(), OsStr::new("d")).unwrap();
 }

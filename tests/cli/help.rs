@@ -46,6 +46,7 @@ fn all() {
       overlay      Write to a directory copy-on-write
       umount       Unmount what fsnap serves
       verify       Read checkpoints again and name what is damaged
+      pool         Make, list and remove thin pools of device-mapper, for those who have none
       recover      Finish or undo what a killed fsnap or engine left half done
       doctor       Tell what this machine can do, and why not: every backend, every engine, fsnap's own
                    state
@@ -173,10 +174,23 @@ fn log() {
     Usage: fsnap log [OPTIONS]
 
     Options:
-          --graph          Draw how checkpoints and branches grew from each other
-      -n, --limit <COUNT>  Show at most so many
-          --json           Print an array of JSON objects
-      -h, --help           Print help
+          --graph
+              Draw how checkpoints and branches grew from each other
+
+      -n, --limit <COUNT>
+              Show at most so many
+
+          --all <VOLUME>
+              List every past state of this volume that its file system still has, asked for or not
+
+              `fsnap branch VOLUME@cp:N` grows a branch from one. NILFS2 keeps such states; what nobody
+              needs, its cleaner takes.
+
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 
@@ -227,13 +241,16 @@ fn branch() {
     Make a writable branch from a checkpoint, and print where its files are
 
     The branch starts equal to the checkpoint and is written independently of it, of the volume, and of
-    other branches. It prints one directory per volume of the checkpoint.
+    other branches. It prints one directory per volume of the checkpoint. On a file system that keeps
+    past states by itself, such as NILFS2, `VOLUME@TIME` and `VOLUME@cp:N` make a checkpoint of one that
+    nobody asked for, and grow from that.
 
     Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
 
     Arguments:
       <CKPT>
-              The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N
+              The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N; or
+              VOLUME@TIME, or VOLUME@cp:N
 
       [NAME]
               The branch's name; one is made up, if not given
@@ -382,6 +399,93 @@ fn recover() {
 
       -h, --help
               Print help (see a summary with '-h')
+    ");
+}
+
+#[cfg(feature = "dm-thin")]
+#[test]
+fn pool() {
+    assert_snapshot!(help("pool"), @"
+    Make, list and remove thin pools of device-mapper, for those who have none
+
+    A pool holds volumes, file systems on thin devices, and all snapshots and branches of them, which
+    share every block that does not differ. Pools that LVM or Stratis manage are listed, and never
+    changed.
+
+    Usage: fsnap pool <COMMAND>
+
+    Commands:
+      create         Make a pool on a block device, or in sparse files in a directory
+      list           List the pools of this machine: how full each is, and the volumes that fsnap made
+                     in it
+      add-volume     Make a volume in a pool that fsnap made, with a file system on it, and print its
+                     device, which is to be mounted
+      remove-volume  Remove a volume that fsnap made, and all its files; its snapshots stay
+      start          Bring up the pools that fsnap made, and their volumes, as after a start of the
+                     machine
+      stop           Take a pool down until it is needed again; refused while anything in it is in use
+      remove         Remove a pool that fsnap made, and what it stands on; refused while anything is in
+                     it
+      help           Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[cfg(feature = "dm-thin")]
+#[test]
+fn pool_create() {
+    assert_snapshot!(help("pool create"), @"
+    Make a pool on a block device, or in sparse files in a directory
+
+    Usage: fsnap pool create [OPTIONS] <DIR|DEVICE>
+
+    Arguments:
+      <DIR|DEVICE>  An empty block device, or a directory for the files
+
+    Options:
+          --name <NAME>  What device-mapper is to call it [default: fsnap]
+          --size <SIZE>  The room for data in it, such as 20G; all of a device, if not given
+      -h, --help         Print help
+    ");
+}
+
+#[cfg(feature = "dm-thin")]
+#[test]
+fn pool_start() {
+    assert_snapshot!(help("pool start"), @"
+    Bring up the pools that fsnap made, and their volumes, as after a start of the machine
+
+    Every command that needs a pool does so by itself; this one is for whatever mounts the volumes.
+
+    Usage: fsnap pool start [POOL]...
+
+    Arguments:
+      [POOL]...
+              Only these
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[cfg(feature = "dm-thin")]
+#[test]
+fn pool_remove() {
+    assert_snapshot!(help("pool remove"), @"
+    Remove a pool that fsnap made, and what it stands on; refused while anything is in it
+
+    Usage: fsnap pool remove [OPTIONS] <POOL>
+
+    Arguments:
+      <POOL>  The pool
+
+    Options:
+          --with-volumes  Remove the volumes in it too, and all their files
+      -h, --help          Print help
     ");
 }
 

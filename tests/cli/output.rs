@@ -214,6 +214,14 @@ fn every_command_has_a_manual_page() {
     fsnap-man.1
     fsnap-mount.1
     fsnap-overlay.1
+    fsnap-pool-add-volume.1
+    fsnap-pool-create.1
+    fsnap-pool-list.1
+    fsnap-pool-remove-volume.1
+    fsnap-pool-remove.1
+    fsnap-pool-start.1
+    fsnap-pool-stop.1
+    fsnap-pool.1
     fsnap-recover.1
     fsnap-restore.1
     fsnap-rm.1

@@ -366,9 +366,10 @@ fn a_volume_that_was_replaced_is_refused() {
         let oracle = site.small_oracle();
         let (volume, away, other) =
             (&site.volumes[0], site.volumes[0].with_extension("away"), site.volumes[0].with_extension("other"));
-        match kind {
-            Volume::Btrfs => create_subvolume(&other),
-            Volume::Rsync => fs::create_dir(&other).unwrap(),
+        if kind == Volume::Btrfs {
+            create_subvolume(&other);
+        } else {
+            fs::create_dir(&other).unwrap();
         }
         let [volume, away, other] = [volume, &away, &other].map(|path| path.display().to_string());
         // The process must not run where its files are not.

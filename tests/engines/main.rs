@@ -14,10 +14,11 @@ mod killed;
 mod oracle;
 mod sandbox;
 mod site;
+mod volumes;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 
 /// A case of a suite: its name, and what it does.
 type Case = (&'static str, fn());
@@ -49,6 +50,17 @@ fn main() -> ExitCode {
                 Ok(())
             }));
         }
+    }
+    for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
+        trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {
+            match volumes.iter().find_map(|volume| volume.why_not()) {
+                Some(reason) => Ok(Completion::ignored_with(reason)),
+                None => {
+                    case(volumes);
+                    Ok(Completion::Completed)
+                }
+            }
+        }));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -19,25 +19,18 @@ use serde_json::Value;
 
 use crate::oracle::Oracle;
 use crate::sandbox;
+use crate::volumes::Ground;
+pub(crate) use crate::volumes::Volume;
 
 /// Longer than anything takes that works, on a machine that is busy with other things.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
-
-/// What a volume of a site is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Volume {
-    /// A subvolume.
-    Btrfs,
-    /// A plain directory.
-    Rsync,
-}
 
 /// Volumes, a state directory and a hook; everything is unmounted and removed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Site {
     dir: PathBuf,
     pub(crate) volumes: Vec<PathBuf>,
-    mounts: Vec<PathBuf>,
+    ground: Ground,
     made: AtomicU32,
 }
 
@@ -47,41 +40,20 @@ impl Site {
         static SITES: AtomicU32 = AtomicU32::new(0);
         let dir = sandbox::scratch().join(format!("site-{}", SITES.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&dir).unwrap();
-        let mut site = Self { dir, volumes: Vec::new(), mounts: Vec::new(), made: AtomicU32::new(0) };
+        let ground = Ground::new(&dir);
+        let mut site = Self { dir, volumes: Vec::new(), ground, made: AtomicU32::new(0) };
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.hook()).unwrap();
-        if volumes.contains(&Volume::Btrfs) {
-            site.mount_btrfs();
-        }
         for (index, volume) in volumes.iter().enumerate() {
-            let path = match volume {
-                Volume::Btrfs => site.path("mnt").join(format!("v{index}")),
-                Volume::Rsync => site.path("dir").join(format!("v{index}")),
-            };
-            match volume {
-                Volume::Btrfs => create_subvolume(&path),
-                Volume::Rsync => fs::create_dir_all(&path).unwrap(),
-            }
-            let backend = if *volume == Volume::Btrfs { "btrfs" } else { "rsync" };
-            site.ok([OsStr::new("init"), "--backend".as_ref(), backend.as_ref(), path.as_ref()]);
+            let path = site.ground.make(*volume, &format!("v{index}"));
+            site.ok([OsStr::new("init"), "--backend".as_ref(), volume.backend().as_ref(), path.as_ref()]);
             site.volumes.push(path);
         }
         site
     }
 
-    fn mount_btrfs(&mut self) {
-        let (image, at) = (self.path("disk"), self.path("mnt"));
-        File::create(&image).unwrap().set_len(2 << 30).unwrap();
-        fs::create_dir(&at).unwrap();
-        run(Command::new("mkfs.btrfs").arg("--quiet").arg(&image));
-        run(Command::new("mount").args(["-o", "loop"]).args([&image, &at]));
-        self.mounts.push(at);
-    }
-
     /// Mounts a small file system in memory, of so many KiB.
     pub(crate) fn mount_small(&mut self, at: &Path, kib: u32) {
-        fs::create_dir_all(at).unwrap();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={kib}k"), "small"]).arg(at));
-        self.mounts.push(at.into());
+        self.ground.mount_small(at, kib);
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -227,7 +199,7 @@ impl Site {
         let files = fs::read_dir(self.path("state/intents")).into_iter().flatten();
         assert_eq!(files.map(|file| file.unwrap().file_name()).collect::<Vec<_>>(), [""; 0], "files of intents");
         for store in catalog.stores().unwrap() {
-            let images = stores::open(&store).unwrap().list().unwrap();
+            let images = stores::open(&store, &Default::default()).unwrap().list().unwrap();
             let found: BTreeSet<_> = images.into_iter().map(|image| image.at).collect();
             assert_eq!(found, catalog.held(&store.identity).unwrap(), "images of the store at {}", store.place);
         }
@@ -237,10 +209,7 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        for at in self.mounts.iter().rev() {
-            // What a failed case left running keeps it busy; it ends with the sandbox.
-            let _ = Command::new("umount").arg("--lazy").arg(at).status();
-        }
+        self.ground.clear();
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

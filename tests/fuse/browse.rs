@@ -362,6 +362,7 @@ fn record_many(state: &Path) {
             boot: String::new(),
             freeze: None,
             members: Vec::new(),
+            pinned: false,
         };
         let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending))).unwrap();
         last = Checkpoint { id, parent: Some(last.id), ..last };

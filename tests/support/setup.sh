@@ -16,7 +16,11 @@ to_build=(make gcc libc6-dev pkg-config libclang-dev libbtrfsutil-dev libdevmapp
 to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin faketime fuse3)
 # A kernel to test on, and the tools of what only it has.
 to_test+=(user-mode-linux dmsetup nilfs-tools thin-provisioning-tools kmod util-linux mount)
-to_unpack_criu=(mmdebstrap)
+to_test+=(qemu-system-x86 iproute2)
+to_unpack=(mmdebstrap)
+# The release whose kernel the machine of QEMU has, with the CRIU that knows it.
+machine_release=bookworm
+machine_dir=$top/target/vm/debian
 # The release whose CRIU knows kernels of this age, and the oldest version that does.
 criu_release=trixie
 criu_good=4.0
@@ -108,25 +112,51 @@ mirror() {
         awk -v codename="$codename" '$1 == "Packages" && $2 == "Debian" && $3 == "Debian" && $4 == codename && $5 == "main" { print $6; exit }'
 }
 
-# Unpacks a newer Debian's CRIU, with its libraries, beside the system.
-unpack_criu() {
-    install "${to_unpack_criu[@]}"
+# Unpacks packages of a release of Debian, with all that they need, beside the system: unpack RELEASE PACKAGES DIRECTORY
+unpack() {
+    install "${to_unpack[@]}"
     lists_are_there || update
-    local from tree=$criu_dir/tree loader libraries
+    local from proxies
     from=$(mirror)
     [ -n "$from" ] || { update; from=$(mirror); }
-    [ -n "$from" ] || die "no mirror of Debian's main archive in the apt configuration, from which to take CRIU"
-    say "unpacking CRIU of Debian $criu_release, because this machine's own does not work with kernel $(uname -r)"
-    rm -rf "$tree"
-    local proxies
+    [ -n "$from" ] || die "no mirror of Debian's main archive in the apt configuration, from which to take $2"
+    rm -rf "$3"
     mapfile -t proxies < <(apt-config dump --no-empty --format '%F "%v";%n' | grep -i '^Acquire::http.*::Proxy' | sed 's/^/--aptopt=/')
-    logged mmdebstrap --variant=extract --include=criu "${proxies[@]}" "$criu_release" "$tree" "$from" ||
-        die "cannot unpack CRIU; see $log"
-    loader=$(find "$tree"/usr/lib* -name 'ld-linux*.so.*' | head -n 1)
-    libraries=$(dirname "$(find "$tree/usr/lib" -name 'libprotobuf-c.so.*' | head -n 1)")
-    # The system's libraries are older than this program.
-    printf '#!/bin/sh\nexec %q --library-path %q %q "$@"\n' "$loader" "$libraries" "$tree/usr/sbin/criu" >"$criu_dir/criu"
-    chmod +x "$criu_dir/criu"
+    logged mmdebstrap --variant=extract --include="$2" "${proxies[@]}" "$1" "$3" "$from" ||
+        die "cannot unpack $2 of Debian $1; see $log"
+}
+
+# Leaves a script DIRECTORY/criu that runs the CRIU in DIRECTORY/tree with the libraries in there: the system's may be older.
+wrap_criu() {
+    local tree=$1/tree loader libraries
+    loader=$(find "$tree" -path '*/lib*/ld-linux*.so.*' | head -n 1)
+    libraries=$(find "$tree" \( -path '*/lib/*/libprotobuf-c.so.*' -o -path '*/lib/*/libc.so.6' \) -printf '%h\n' | sort -u | paste -sd:)
+    printf '#!/bin/sh\nexec %q --library-path %q %q "$@"\n' "$loader" "$libraries" "$tree/usr/sbin/criu" >"$1/criu"
+    chmod +x "$1/criu"
+}
+
+# Unpacks a newer Debian's CRIU.
+unpack_criu() {
+    say "unpacking CRIU of Debian $criu_release, because this machine's own does not work with kernel $(uname -r)"
+    unpack "$criu_release" criu "$criu_dir/tree"
+    wrap_criu "$criu_dir"
+}
+
+# Leaves at target/vm/debian what the machine of QEMU is started with: a kernel, its modules and a CRIU.
+prepare_machine() {
+    local done=$machine_dir/done tree=$machine_dir/tree release
+    [ "$(cat "$done" 2>/dev/null)" = "$machine_dir" ] && return
+    [ "$(id -u)" = 0 ] || die "the kernel for the machine of QEMU is not prepared yet: run this as root"
+    say "unpacking the kernel and CRIU of Debian $machine_release for a virtual machine"
+    mkdir -p "$machine_dir"
+    unpack "$machine_release" linux-image-amd64,criu "$tree"
+    for release in "$tree"/lib/modules/*; do
+        logged depmod -b "$tree" "${release##*/}" || die "cannot list the modules of $release; see $log"
+    done
+    wrap_criu "$machine_dir"
+    logged "$machine_dir/criu" --version || die "the CRIU of Debian $machine_release does not start; see $log"
+    rm -rf "$tree"/usr/share/{doc,man,locale,info}
+    echo "$machine_dir" >"$done"
 }
 
 # Leaves a CRIU that works with this kernel at target/criu/criu.
@@ -170,6 +200,7 @@ all)
     install "${to_build[@]}" "${to_test[@]}"
     rust_is_there
     prepare_criu
+    prepare_machine
     ;;
 *) die "usage: setup.sh [build]" ;;
 esac

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::machine::{Kind, Machine};
-use crate::{Result, guest, run, suites};
+use crate::{Result, bench, guest, run, suites};
 
 /// Runs the tests of fsnap on real kernels, in virtual machines
 #[derive(Debug, Parser)]
@@ -21,6 +21,9 @@ struct Cli {
     /// Run only the suites whose name contains this; may be given again
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
+    /// Run the suites in machines of this kind
+    #[arg(long, value_name = "MACHINE", requires = "only")]
+    machine: Option<Kind>,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -29,6 +32,18 @@ struct Cli {
 enum Command {
     /// Run one program in user-mode Linux; the exit code is the program's
     Uml(Program),
+    /// Run one program in QEMU; the exit code is the program's
+    Qemu(Program),
+    /// Be the first process before there is a root
+    #[command(hide = true)]
+    Initramfs {
+        /// The directory that both sides see
+        exchange: PathBuf,
+        /// This program, on the host's root
+        guest: PathBuf,
+    },
+    /// Measure the backends that most hosts' kernels lack against bare calls; build with --release
+    Bench,
     /// Be the first process of a machine
     #[command(hide = true)]
     Guest {
@@ -45,8 +60,8 @@ enum Command {
 #[derive(Debug, Args)]
 struct Program {
     /// The machine's memory, in MiB
-    #[arg(long, default_value_t = 1024)]
-    memory: u32,
+    #[arg(long)]
+    memory: Option<u32>,
     /// When to give up, in seconds
     #[arg(long, default_value_t = 1800)]
     deadline: u64,
@@ -68,18 +83,25 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if let Some(Command::Guest { kind, exchange, .. }) = &cli.command {
         guest::main(*kind, exchange);
     }
+    if let Some(Command::Initramfs { exchange, guest }) = &cli.command {
+        return Ok(guest::initramfs(exchange, guest));
+    }
     run::catch_signals()?;
     if let Some(kind) = cli.shell {
         return run::shell(&Machine::new(kind));
     }
     match cli.command {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
-        Some(Command::Guest { .. }) | None => suites::run(&cli.only),
+        Some(Command::Qemu(program)) => in_machine(Kind::Qemu, program),
+        Some(Command::Bench) => bench::run(),
+        Some(Command::Guest { .. } | Command::Initramfs { .. }) | None => suites::run(&cli.only, cli.machine),
     }
 }
 
 fn in_machine(kind: Kind, program: Program) -> Result<ExitCode> {
     let deadline = Some(Duration::from_secs(program.deadline));
-    let machine = Machine { memory_mib: program.memory, deadline, ..Machine::new(kind) };
+    let usual = Machine::new(kind);
+    let memory_mib = program.memory.unwrap_or(usual.memory_mib);
+    let machine = Machine { memory_mib, deadline, ..usual };
     run::program(&machine, program.command)
 }

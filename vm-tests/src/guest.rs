@@ -23,7 +23,7 @@ use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 use crate::error::Context;
 use crate::job::{Job, Report};
-use crate::machine::Kind;
+use crate::machine::{Kind, qemu, run_quietly};
 use crate::modules::Modules;
 use crate::{Error, Result};
 
@@ -49,10 +49,24 @@ pub(crate) fn main(kind: Kind, exchange: &Path) -> ! {
     std::process::exit(1)
 }
 
+/// Goes on as [`main`] on the host's root; returns only to end the machine, with what went wrong in its log.
+pub(crate) fn initramfs(exchange: &Path, guest: &Path) -> std::process::ExitCode {
+    let early = fs::create_dir_all("/dev")
+        .during("make", "/dev")
+        .and_then(|()| mount_at("devtmpfs", "dev", "/dev", ""))
+        .and_then(|()| qemu::initramfs(exchange, guest));
+    if let Err(error) = early {
+        complain(&error.to_string());
+    }
+    // The first process ends: the kernel panics, and the machine with it.
+    std::process::ExitCode::FAILURE
+}
+
 /// Says something in the kernel's log, which the host shows when a machine fails.
 fn complain(text: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        let _ = writeln!(log, "<3>vm-tests: {text}");
+        // In one piece, for each is a line of its own.
+        let _ = log.write_all(format!("<3>vm-tests: {text}\n").as_bytes());
     }
 }
 
@@ -67,7 +81,8 @@ fn prepare(kind: Kind, exchange: &Path) -> Result<Job> {
     for name in &job.modules {
         modules.load(name, &mut loaded)?;
     }
-    change_root(kind, exchange)?;
+    let program = Path::new(&job.command[0]);
+    change_root(kind, exchange, &[exchange, &job.module_dir, &job.dir, program])?;
     let modules = Path::new("/lib/modules");
     fs::create_dir_all(modules).during("make", modules)?;
     if let Some(release) = job.module_dir.file_name() {
@@ -76,12 +91,14 @@ fn prepare(kind: Kind, exchange: &Path) -> Result<Job> {
             symlink(&job.module_dir, &link).during("make", &link)?;
         }
     }
+    // CRIU looks at what the kernel can do by connecting to itself.
+    run_quietly(Command::new("/sbin/ip").args(["link", "set", "lo", "up"]))?;
     nix::unistd::sethostname("machine").during("name", "/proc/sys/kernel/hostname")?;
     Ok(job)
 }
 
 /// Makes the layered root the root of everything.
-fn change_root(kind: Kind, exchange: &Path) -> Result<()> {
+fn change_root(kind: Kind, exchange: &Path, needed: &[&Path]) -> Result<()> {
     mount_at("ext4", kind.scratch_device(), SCRATCH, "")?;
     let (upper, work, tmp) = ("/tmp/upper", "/tmp/work", "/tmp/tmp");
     for dir in [upper, work, tmp, ROOT] {
@@ -107,6 +124,15 @@ fn change_root(kind: Kind, exchange: &Path) -> Result<()> {
         mount_at(kind, kind, &at, options)?;
     }
     fs::create_dir_all(inside("/run/lock")).during("make", "/run/lock")?;
+    // What the job needs may lie in the host's /tmp: so much of that is seen in the new one.
+    for name in needed.iter().filter_map(|path| path.strip_prefix(SCRATCH).ok()?.iter().next()) {
+        let at = Path::new(tmp).join(name);
+        let from = Path::new(ROOT).join("tmp").join(name);
+        if !at.exists() && from.is_dir() {
+            fs::create_dir(&at).during("make", &at)?;
+            bind(&from.to_string_lossy(), &at.to_string_lossy())?;
+        }
+    }
     bind(tmp, &inside("/tmp"))?;
     let (kind, source, options) = kind.exchange_mount(exchange);
     mount_at(kind, source, &inside(&exchange.to_string_lossy()), &options)?;
@@ -124,7 +150,8 @@ fn mount_at(kind: &str, source: &str, at: &str, options: &str) -> Result<()> {
 }
 
 fn bind(from: &str, at: &str) -> Result<()> {
-    mount(Some(from), at, None::<&str>, MsFlags::MS_BIND, None::<&str>).during("bind something to", at)
+    mount(Some(from), at, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .during("bind something to", at)
 }
 
 fn set_sticky(dir: &str) -> Result<()> {

@@ -1,5 +1,7 @@
 //! A machine: from a job to its outcome.
 
+mod initramfs;
+pub(crate) mod qemu;
 mod uml;
 
 use std::fs::{self, File};
@@ -20,6 +22,8 @@ use crate::{Error, Result, kernel_log};
 pub(crate) enum Kind {
     /// User-mode Linux.
     Uml,
+    /// QEMU with Debian's kernel.
+    Qemu,
 }
 
 impl Kind {
@@ -27,6 +31,7 @@ impl Kind {
     pub(crate) fn scratch_device(self) -> &'static str {
         match self {
             Self::Uml => "/dev/ubda",
+            Self::Qemu => "/dev/vda",
         }
     }
 
@@ -34,6 +39,7 @@ impl Kind {
     pub(crate) fn program_console(self) -> &'static str {
         match self {
             Self::Uml => "/dev/tty0",
+            Self::Qemu => "/dev/hvc0",
         }
     }
 
@@ -41,6 +47,7 @@ impl Kind {
     pub(crate) fn exchange_mount(self, exchange: &Path) -> (&'static str, &'static str, String) {
         match self {
             Self::Uml => ("hostfs", "exchange", exchange.display().to_string()),
+            Self::Qemu => ("9p", qemu::EXCHANGE_TAG, "trans=virtio,version=9p2000.L".into()),
         }
     }
 
@@ -48,8 +55,34 @@ impl Kind {
     pub(crate) fn modules(self) -> Result<(PathBuf, Vec<String>)> {
         let (dir, names) = match self {
             Self::Uml => (uml::module_dir()?, uml::TO_LOAD),
+            Self::Qemu => (qemu::module_dir()?, qemu::TO_LOAD),
         };
         Ok((dir, names.iter().map(|name| (*name).to_owned()).collect()))
+    }
+
+    /// What programs inside find in their environment beside what the host passes on.
+    pub(crate) fn environment(self) -> Result<Vec<(&'static str, String)>> {
+        match self {
+            Self::Uml => Ok(Vec::new()),
+            Self::Qemu => qemu::environment(),
+        }
+    }
+
+    /// What runs it, for people.
+    pub(crate) fn shown(self) -> &'static str {
+        match self {
+            Self::Uml => "user-mode Linux",
+            Self::Qemu if qemu::is_fast() => "QEMU",
+            Self::Qemu => "QEMU without KVM",
+        }
+    }
+
+    /// What begins the names of its results.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Uml => "uml",
+            Self::Qemu => "qemu",
+        }
     }
 }
 
@@ -69,6 +102,8 @@ pub(crate) struct Machine {
 /// What a machine is started with.
 struct Plan<'a> {
     memory_mib: u32,
+    /// For what else it needs while it runs.
+    dir: &'a Path,
     scratch: &'a Path,
     exchange: &'a Path,
 }
@@ -94,7 +129,11 @@ impl Outcome {
 impl Machine {
     /// One that is enough for most.
     pub(crate) fn new(kind: Kind) -> Self {
-        Self { kind, memory_mib: 1024, scratch_gib: 16, deadline: None }
+        let memory_mib = match kind {
+            Kind::Uml => 1024,
+            Kind::Qemu => 3072,
+        };
+        Self { kind, memory_mib, scratch_gib: 16, deadline: None }
     }
 
     /// Starts, runs the job, and ends; what the program writes goes to `out` as it comes.
@@ -107,7 +146,7 @@ impl Machine {
         fs::create_dir(&exchange).during("make", &exchange)?;
         job.write(&exchange)?;
         make_scratch(&scratch, self.scratch_gib)?;
-        let plan = Plan { memory_mib: self.memory_mib, scratch: &scratch, exchange: &exchange };
+        let plan = Plan { memory_mib: self.memory_mib, dir: dir.path(), scratch: &scratch, exchange: &exchange };
         let ended = self.start(&plan, &log, job.interactive)?.wait(out, self.deadline)?;
         let kernel_log = fs::read(&log).during("read", &log)?;
         let kernel_log = String::from_utf8_lossy(&kernel_log).replace('\r', "");
@@ -129,6 +168,7 @@ impl Machine {
         }
         match self.kind {
             Kind::Uml => uml::start(&mut command, plan, &guest)?,
+            Kind::Qemu => qemu::start(&mut command, plan, &guest)?,
         }
         command.stderr(Stdio::piped());
         if !interactive {

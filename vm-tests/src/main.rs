@@ -1,8 +1,9 @@
 //! Runs the tests of fsnap on real kernels, in virtual machines: the same programs that run natively.
 //!
 //! A *machine* is a kernel that starts on this computer's own file system, sees it read-only below a writable layer that
-//! is thrown away, runs one program, and ends. The machine is user-mode Linux, which starts in two seconds and has device
-//! mapper and NILFS2, so that a developer runs all that needs those at any time.
+//! is thrown away, runs one program, and ends. There are two. User-mode Linux starts in two seconds and has device mapper and
+//! NILFS2, so that a developer runs all that needs those at any time. QEMU with the stock kernel of Debian has all that there
+//! is, CRIU too, and takes longer: several times as long where the processor cannot run it itself.
 //!
 //! The same binary is both sides: [`run`] on the host starts a machine, whose first process is [`guest`]. The two talk
 //! through a directory that both see ([`job`]) and one console that carries the program's output.
@@ -14,6 +15,7 @@
 //! complains ([`kernel_log`]) fails.
 
 mod args;
+mod bench;
 mod error;
 mod guest;
 mod job;

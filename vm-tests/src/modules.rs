@@ -43,6 +43,12 @@ impl Modules {
         Ok(())
     }
 
+    /// The files of these modules and of those that they need.
+    pub(crate) fn files(&self, names: &[&str]) -> BTreeSet<String> {
+        let found = names.iter().filter_map(|name| self.by_name.get(&canonical(name)));
+        found.flat_map(|(path, needs)| needs.iter().chain([path])).cloned().collect()
+    }
+
     fn insert(&self, path: &str) -> Result<()> {
         let path = self.dir.join(path);
         let file = File::open(&path).during("open", &path)?;

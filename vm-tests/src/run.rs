@@ -48,6 +48,8 @@ pub(crate) fn environment() -> BTreeMap<String, String> {
     let passed = |name: &str| {
         ["PATH", "HOME", "TERM", "LANG", "USER", "SHELL"].contains(&name)
             || ["RUST_", "FSNAP_", "PROPTEST_"].iter().any(|prefix| name.starts_with(prefix))
+                // The host's knows another kernel.
+                && name != "FSNAP_CRIU"
     };
     let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
@@ -59,7 +61,12 @@ pub(crate) fn environment() -> BTreeMap<String, String> {
 pub(crate) fn job(machine: &Machine, command: Vec<String>) -> Result<Job> {
     let (module_dir, modules) = machine.kind.modules()?;
     let dir = std::env::current_dir().during("find", ".")?;
-    Ok(Job { command, dir, environment: environment(), interactive: false, module_dir, modules })
+    let mut environment = environment();
+    for (name, value) in machine.kind.environment()? {
+        // What the user has set goes before.
+        environment.entry(name.to_owned()).or_insert(value);
+    }
+    Ok(Job { command, dir, environment, interactive: false, module_dir, modules })
 }
 
 /// Runs one program in a machine; its exit code is the program's, if the machine had nothing to complain about.

@@ -13,12 +13,27 @@ use crate::machine::{Kind, Machine};
 use crate::{Error, Result, kernel_log, run};
 
 /// How long a program may take: several times what the slowest takes on a busy computer with two cores.
-const DEADLINE: Duration = Duration::from_secs(1200);
+const DEADLINE: Duration = Duration::from_secs(1800);
 
 /// What is run if nothing else is asked for: what the kernels of most hosts cannot run, and the contract on btrfs as a check
 /// of the machine itself. The longest come first.
-const USUAL: &[&str] =
-    &["fsnap-dm-thin::conformance", "fsnap-nilfs2::conformance", "fsnap-btrfs::conformance", "fsnap::nilfs2"];
+const USUAL: &[&str] = &[
+    "fsnap::engines",
+    "fsnap::power_loss",
+    "fsnap-dm-thin::conformance",
+    "fsnap-dm-thin::faults",
+    "fsnap-nilfs2::conformance",
+    "fsnap-nilfs2::history",
+    "fsnap-btrfs::conformance",
+    "fsnap::dm_thin",
+    "fsnap::nilfs2",
+];
+
+/// Programs that need what only QEMU's kernel has; all others run in user-mode Linux.
+const IN_QEMU: &[&str] = &["fsnap::engines"];
+
+/// Of some programs, only the tests with this in their names are the usual ones: the others run on every host.
+const USUAL_PART: &[(&str, &str)] = &[("fsnap::engines", "consistency::")];
 
 /// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
 const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
@@ -33,6 +48,8 @@ const SKIPPED: &[(&str, &str, &str)] = &[(
 /// One test program.
 #[derive(Debug, Clone)]
 struct Suite {
+    /// Where it runs.
+    kind: Kind,
     /// Its package and target.
     name: String,
     program: PathBuf,
@@ -59,8 +76,8 @@ struct Done {
     kernel_log: String,
 }
 
-/// Runs the [`USUAL`] suites in user-mode Linux, or those whose name contains one of `only`.
-pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
+/// Runs the [`USUAL`] suites, or those whose name contains one of `only`; all in machines of that kind, if one is named.
+pub(crate) fn run(only: &[String], kind: Option<Kind>) -> Result<ExitCode> {
     let wanted = |suite: &Suite| match only {
         [] => USUAL.contains(&suite.name.as_str()),
         only => only.iter().any(|part| suite.name.contains(part.as_str())),
@@ -72,8 +89,9 @@ pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
         return Err(Error::NoSuite { only, there });
     }
     suites.sort_by_key(|suite| USUAL.iter().position(|name| *name == suite.name));
-    let suites: Vec<_> = suites.into_iter().flat_map(divide).collect();
-    // User-mode Linux has one processor each.
+    let suites = suites.into_iter().map(|suite| Suite { kind: kind.unwrap_or(suite.kind), ..suite });
+    let suites: Vec<_> = suites.flat_map(|suite| divide(suite, only.is_empty())).collect();
+    // User-mode Linux has one processor each; QEMU has two, which wait for each other more than they work.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
     let waiting = Mutex::new(VecDeque::from(suites));
     let verdicts = Mutex::new(Vec::new());
@@ -86,7 +104,7 @@ pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
                 // Held while it is written, so that the output of two does not mix.
                 let mut verdicts = verdicts.lock().unwrap_or_else(PoisonError::into_inner);
                 show(&done).during("write", "standard output")?;
-                verdicts.push((done.suite.name, done.complaints.is_empty()));
+                verdicts.push((done.suite.kind, done.suite.name, done.complaints.is_empty()));
             }
         };
         let lanes: Vec<_> = (0..lanes).map(|_| scope.spawn(lane)).collect();
@@ -97,8 +115,11 @@ pub(crate) fn run(only: &[String]) -> Result<ExitCode> {
     sum_up(&verdicts).during("write", "standard output")
 }
 
-/// The suite, or its two parts.
-fn divide(suite: Suite) -> Vec<Suite> {
+/// The suite, its usual part, or its two parts.
+fn divide(suite: Suite, usual: bool) -> Vec<Suite> {
+    if let Some((_, part)) = USUAL_PART.iter().find(|(name, _)| usual && *name == suite.name) {
+        return vec![Suite { part: Some(Part::With(part)), ..suite }];
+    }
     match DIVIDED.iter().find(|(name, _)| *name == suite.name) {
         None => vec![suite],
         Some((name, part)) => {
@@ -109,7 +130,7 @@ fn divide(suite: Suite) -> Vec<Suite> {
 }
 
 fn in_machine(suite: Suite) -> Result<Done> {
-    let machine = Machine { deadline: Some(DEADLINE), ..Machine::new(Kind::Uml) };
+    let machine = Machine { deadline: Some(DEADLINE), ..Machine::new(suite.kind) };
     let mut command = vec![suite.program.to_string_lossy().into_owned()];
     match suite.part {
         Some(Part::With(part)) => command.push(part.into()),
@@ -142,7 +163,8 @@ fn skipped(suite: &str) -> impl Iterator<Item = &'static (&'static str, &'static
 
 fn show(done: &Done) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "     Running {} in user-mode Linux ({})", done.suite.name, done.suite.program.display())?;
+    let Suite { kind, name, program, .. } = &done.suite;
+    writeln!(out, "     Running {name} in {} ({})", kind.shown(), program.display())?;
     out.write_all(&done.output)?;
     if !done.complaints.is_empty() {
         writeln!(out, "\n{}", kernel_log::tail(&done.kernel_log, 40))?;
@@ -154,15 +176,16 @@ fn show(done: &Done) -> io::Result<()> {
 }
 
 /// One more result in libtest's format: of each machine, whether it ran to its end and its kernel had nothing to say.
-fn sum_up(verdicts: &[(String, bool)]) -> io::Result<ExitCode> {
+fn sum_up(verdicts: &[(Kind, String, bool)]) -> io::Result<ExitCode> {
     let mut out = io::stdout().lock();
     let (mut passed, mut failed, mut ignored) = (0, 0, 0);
     writeln!(out)?;
-    for (name, ok) in verdicts {
-        writeln!(out, "test uml::{name} ... {}", if *ok { "ok" } else { "FAILED" })?;
+    for (kind, name, ok) in verdicts {
+        let kind = kind.name();
+        writeln!(out, "test {kind}::{name} ... {}", if *ok { "ok" } else { "FAILED" })?;
         *(if *ok { &mut passed } else { &mut failed }) += 1;
         for (_, test, why) in skipped(name) {
-            writeln!(out, "test uml::{name}::{test} ... ignored, {why}")?;
+            writeln!(out, "test {kind}::{name}::{test} ... ignored, {why}")?;
             ignored += 1;
         }
     }
@@ -191,7 +214,7 @@ fn find() -> Result<Vec<Suite>> {
     Ok(suites)
 }
 
-/// The suite that a message of cargo is about, if it is a test program of a backend, or the whole program's with one.
+/// The suite that a message of cargo is about, if it is a test program of a backend or one of the whole program.
 fn suite(message: &str, top: &Path) -> Option<Suite> {
     let message: serde_json::Value = serde_json::from_str(message).ok()?;
     if !message["profile"]["test"].as_bool()? {
@@ -200,14 +223,17 @@ fn suite(message: &str, top: &Path) -> Option<Suite> {
     let program = PathBuf::from(message["executable"].as_str()?);
     let dir = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
     let target = message["target"]["name"].as_str()?;
+    let kinds: Vec<_> = message["target"]["kind"].as_array()?.iter().filter_map(|kind| kind.as_str()).collect();
     let name = match dir.strip_prefix(top.join("backends")) {
         // These two need no kernel.
         Ok(backend) if ["api", "conformance"].iter().any(|name| backend == Path::new(name)) => return None,
         Ok(backend) => format!("fsnap-{}::{target}", backend.to_str()?),
-        Err(_) if dir == top && target == "nilfs2" => format!("fsnap::{target}"),
+        // What looks at the sources, and what the library tests in itself, need no kernel either.
+        Err(_) if dir == top && kinds.contains(&"test") && target != "tidy" => format!("fsnap::{target}"),
         Err(_) => return None,
     };
-    Some(Suite { name, program, part: None, dir })
+    let kind = if IN_QEMU.contains(&name.as_str()) { Kind::Qemu } else { Kind::Uml };
+    Some(Suite { kind, name, program, part: None, dir })
 }
 
 #[cfg(test)]
@@ -216,7 +242,7 @@ mod tests {
 
     fn message(dir: &str, target: &str, test: bool) -> String {
         format!(
-            r#"{{"reason":"compiler-artifact","manifest_path":"{dir}/Cargo.toml","target":{{"name":"{target}"}},
+            r#"{{"reason":"compiler-artifact","manifest_path":"{dir}/Cargo.toml","target":{{"name":"{target}","kind":["test"]}},
             "profile":{{"test":{test}}},"executable":"target/{target}"}}"#
         )
     }
@@ -233,23 +259,27 @@ mod tests {
     }
 
     #[test]
-    fn so_is_that_of_the_whole_program_on_nilfs2() {
-        assert_eq!(found("/top", "nilfs2", true).unwrap().name, "fsnap::nilfs2");
+    fn so_are_those_of_the_whole_program() {
+        let nilfs2 = found("/top", "nilfs2", true).unwrap();
+        assert_eq!((nilfs2.name.as_str(), nilfs2.kind), ("fsnap::nilfs2", Kind::Uml));
+        assert_eq!(found("/top", "engines", true).unwrap().kind, Kind::Qemu);
     }
 
     #[test]
     fn every_test_is_in_one_part() {
         let whole = found("/top/backends/dm-thin", "conformance", true).unwrap();
-        let parts: Vec<_> = divide(whole).into_iter().map(|suite| suite.part).collect();
+        let parts: Vec<_> = divide(whole, true).into_iter().map(|suite| suite.part).collect();
         assert_eq!(parts, [Some(Part::With("ext4::")), Some(Part::Without("ext4::"))]);
-        assert_eq!(divide(found("/top/backends/btrfs", "conformance", true).unwrap()).len(), 1);
+        assert_eq!(divide(found("/top/backends/btrfs", "conformance", true).unwrap(), true).len(), 1);
+        let engines = |usual| divide(found("/top", "engines", true).unwrap(), usual).remove(0).part;
+        assert_eq!((engines(true), engines(false)), (Some(Part::With("consistency::")), None));
     }
 
     #[test]
     fn nothing_else_is() {
         for (dir, target, test) in [
             ("/top/backends/api", "fsnap_backend", true),
-            ("/top", "cli", true),
+            ("/top", "tidy", true),
             ("/top/tests/oracle", "oracle", true),
             ("/top/backends/btrfs", "conformance", false),
         ] {

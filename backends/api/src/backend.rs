@@ -2,9 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
 use std::path::Path;
 
-use crate::{Capabilities, Damage, Identity, Image, Locator, MountSpec, Result, Snapshot, Source, Volume};
+use crate::{Capabilities, Damage, Error, Identity, Image, Locator, MountSpec, Result, Snapshot, Source, Volume};
 
 /// What never changes about an opened store.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,6 +132,32 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///   below fsnap is found, and the file it belongs to is named.
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>>;
 
+    /// Lists the past states of `volume` that its file system keeps by itself, asked or not; the oldest first.
+    ///
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if it keeps none.
+    fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
+        let _ = volume;
+        Err(no_history(self.store().kind))
+    }
+
+    /// Makes a past state of `volume` the snapshot at `at`, so that it stays: what `snapshot` is for the present one.
+    ///
+    /// Repeatable. [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if the state is not there any more. Several snapshots of one state are
+    /// held by themselves: it stays until the last is deleted.
+    fn pin(&self, volume: &Volume, number: u64, at: &Locator) -> Result<Snapshot> {
+        let _ = (volume, number, at);
+        Err(no_history(self.store().kind))
+    }
+
+    /// Tells ahead in which parts of files `new` can differ from `old`, so that a comparison need not read the rest.
+    ///
+    /// `new` is another state of the same line of work: a snapshot, or a volume as it is now. `None`: it is not known, and
+    /// everything has to be read.
+    fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        let _ = (old, new);
+        Ok(None)
+    }
+
     /// Removes the image at `at`, whole or partial.
     ///
     /// * `delete_is_idempotent`: succeeds if nothing is there.
@@ -138,4 +167,41 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// * `delete_touches_only_its_own`: a locator that this backend could not have made is refused with
     ///   [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) and nothing is removed, whatever the locator says.
     fn delete(&self, at: &Locator) -> Result<()>;
+}
+
+fn no_history(kind: &'static str) -> Error {
+    let reason = "its file system keeps no states that nobody asked for".to_owned();
+    Error::Unsupported { kind, action: "show the history of a volume", reason }
+}
+
+/// A past state of a volume that its file system keeps by itself, at least for some time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moment {
+    /// Its number: a later state has a larger one.
+    pub number: u64,
+    /// When it was made, in seconds since 1970 by the clock of that moment.
+    pub seconds: u64,
+    /// No file differs from the state before.
+    pub same: bool,
+    /// Why it stays.
+    pub kept: Kept,
+}
+
+/// Why a past state stays.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kept {
+    /// It does not: the file system takes it back when it wants the room.
+    Not,
+    /// These snapshots of the store are of it.
+    ByStore(Vec<Locator>),
+    /// Somebody else wants it to stay.
+    ByOthers,
+}
+
+/// Where two states of a volume can differ: what [`Backend::differences`] found out.
+pub trait Differences: fmt::Debug + Send + Sync {
+    /// The parts in which the content of a file can differ, in order; `None`: anywhere.
+    ///
+    /// `old` and `new` are the file in the two states, mounted by the kernel. Outside of the parts both have the same bytes.
+    fn ranges(&self, old: &File, new: &File) -> io::Result<Option<Vec<Range<u64>>>>;
 }

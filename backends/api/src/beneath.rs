@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags, Timespec,
@@ -21,14 +21,36 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use crate::{FileKind, FileMeta, Timestamp, Xattrs};
+use crate::{Error, FileKind, FileMeta, IoContext, Result, Timestamp, Xattrs};
 
 /// Opens the directory that `path` names; its last component may not be a symbolic link.
 ///
-/// The only call here that takes a whole path: for roots that the user named.
+/// This and [`open_volume`] are the only calls here that take a whole path: for roots that the user named.
 pub fn open_root(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Opens the directory that a user names as a volume of a backend, and refuses what no backend takes.
+///
+/// [`ErrorKind::NotAVolume`](crate::ErrorKind::NotAVolume) for a relative path, a symbolic link, and anything that is no directory;
+/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is nothing.
+pub fn open_volume(dir: &Path, kind: &'static str) -> Result<OwnedFd> {
+    let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind, reason: reason.to_owned() };
+    if !dir.is_absolute() {
+        return Err(refused("its path is not absolute"));
+    }
+    // Put together anew, so that a slash at the end does not make the kernel follow a link there.
+    open_root(&dir.components().collect::<PathBuf>()).or_else(|error| {
+        match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::NOENT) => Err(Error::NotFound { what: dir.display().to_string() }),
+            // With both O_DIRECTORY and O_NOFOLLOW the kernel says of a symbolic link that it is no directory.
+            Some(Errno::LOOP | Errno::NOTDIR) => {
+                Err(refused("it is a symbolic link or no directory; name the directory itself"))
+            }
+            _ => Err(error).context("open", dir),
+        }
+    })
 }
 
 /// Opens the directory `name` in `dir`, without crossing onto another mount (`EXDEV` then).
@@ -391,6 +413,26 @@ fn empty_dir(dir: &OwnedFd, top: &OwnedFd, depth: usize, moved_up: &mut u64) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn a_volume_is_a_directory_by_an_absolute_path() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = |name: &str| temp.path().join(name);
+        std::fs::create_dir(path("dir")).unwrap();
+        std::fs::write(path("file"), "").unwrap();
+        std::os::unix::fs::symlink("dir", path("link")).unwrap();
+        for (name, kind) in [
+            ("link", ErrorKind::NotAVolume),
+            ("link/", ErrorKind::NotAVolume),
+            ("file", ErrorKind::NotAVolume),
+            ("absent", ErrorKind::NotFound),
+        ] {
+            assert_eq!(open_volume(&path(name), "kind").unwrap_err().kind(), kind, "{name}");
+        }
+        assert_eq!(open_volume(Path::new("dir"), "kind").unwrap_err().kind(), ErrorKind::NotAVolume);
+        assert!(open_volume(&path("dir/"), "kind").is_ok());
+    }
 
     #[test]
     fn nothing_leads_out_of_the_directory() {

@@ -77,7 +77,7 @@ mod mount_spec;
 mod read_all;
 mod tree;
 
-pub use backend::{Backend, StoreInfo};
+pub use backend::{Backend, Differences, Kept, Moment, StoreInfo};
 pub use capabilities::{Capabilities, Consistency};
 pub use dir_tree::{DirTree, WholeFile};
 pub use error::{Error, ErrorKind, IoContext, Result};

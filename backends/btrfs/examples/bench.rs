@@ -19,10 +19,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap_backend::{Backend, Locator, Source, Volume, beneath};
 use fsnap_btrfs::Store;
+use fsnap_conformance::measure::{median, ms, ratio, timed};
 use support::{Disk, make_subvolume, run};
 
 /// As many files as a project of some size has.
@@ -200,21 +201,6 @@ impl Bench {
     }
 }
 
-fn timed(work: impl FnOnce()) -> Duration {
-    let start = Instant::now();
-    work();
-    start.elapsed()
-}
-
-fn median(mut times: Vec<Duration>) -> Duration {
-    times.sort();
-    times[times.len() / 2]
-}
-
-fn ms(time: Duration) -> f64 {
-    time.as_secs_f64() * 1e3
-}
-
 fn over(time: Duration, bare: Duration) -> String {
-    format!("{:.2} ×{:.3}", ms(time), time.as_secs_f64() / bare.as_secs_f64())
+    format!("{:.2} ×{:.3}", ms(time), ratio(time, bare))
 }

@@ -184,19 +184,7 @@ fn hyphenated(uuid: &Uuid) -> String {
 /// Opens the root of the subvolume `dir`, which must be able to be a volume.
 pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, SubvolumeInfo)> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-    if !dir.is_absolute() {
-        return Err(refused("its path is not absolute"));
-    }
-    let root = match beneath::open_root(dir) {
-        Ok(root) => root,
-        Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT) => return Err(Error::NotFound { what: dir.display().to_string() }),
-            Some(Errno::LOOP | Errno::NOTDIR) => {
-                return Err(refused("it is a symbolic link or no directory; name the directory itself"));
-            }
-            _ => return Err(error).context("open", dir),
-        },
-    };
+    let root = beneath::open_volume(dir, KIND)?;
     if !on_btrfs(&root).context("find the file system of", dir)? {
         return Err(refused("it does not lie on btrfs; the rsync backend takes any directory"));
     }

@@ -69,6 +69,7 @@ mod failure;
 mod fixture;
 mod history;
 mod listing;
+pub mod measure;
 mod model;
 mod op;
 pub mod samples;

@@ -72,7 +72,7 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolVolume {
-    id: ThinId,
+    pub(crate) id: ThinId,
     /// Its length in sectors.
     length: u64,
     /// The file system that was made on it.
@@ -129,7 +129,7 @@ impl Store {
         remove_pool(&self.mapper, &self.pool.name)
     }
 
-    /// Removes the pool that fsnap made, and everything in it; refused as long as there is an image or a mounted volume.
+    /// Removes the pool that fsnap made, and everything in it; refused as long as there is an image or a volume in use.
     pub fn remove_pool(self) -> Result<()> {
         let what = self.pool.to_string();
         let Some(backing) = self.settings.backing.clone() else {
@@ -161,7 +161,7 @@ impl Store {
     pub fn volume_node(&self, name: &str) -> Result<PathBuf> {
         let device = self.mapper.find(By::Name(&volume_device(&self.pool.name, name)))?;
         let device = device.ok_or_else(|| Error::NotFound { what: format!("the volume {name} of {}", self.pool) })?;
-        Ok(device.number.node())
+        Ok(device.number.named_node(&device.name))
     }
 
     /// Makes a volume of so many bytes with a file system on it, and returns the node of its device.
@@ -455,7 +455,7 @@ fn remove_pool(mapper: &Mapper, pool: &str) -> Result<()> {
     Ok(())
 }
 
-fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVolume)>> {
+pub(crate) fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVolume)>> {
     let mut found = Vec::new();
     for name in beneath::names(dir).context("list", place.join(VOLUMES))? {
         let Some(name) = name.to_str().filter(|name| check_name(name).is_ok()) else { continue };
@@ -471,7 +471,7 @@ fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVolume)>> {
     Ok(found)
 }
 
-fn volume_device(pool: &str, name: &str) -> String {
+pub(crate) fn volume_device(pool: &str, name: &str) -> String {
     format!("{pool}-volume-{name}")
 }
 
@@ -490,7 +490,7 @@ fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &
         }
         None => mapper.make(&device, &uuid, &[table], false)?,
     };
-    Ok(made.number.node())
+    Ok(made.number.named_node(&device))
 }
 
 fn make_file_system(node: &Path, file_system: FileSystem) -> Result<()> {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use devicemapper::errors::Error as CoreError;
@@ -36,6 +38,23 @@ impl Number {
     /// The node of a device-mapper device, which the kernel itself makes.
     pub(crate) fn node(self) -> PathBuf {
         format!("/dev/dm-{}", self.minor).into()
+    }
+
+    /// The node of any block device.
+    pub(crate) fn node_of_any(self) -> Result<PathBuf> {
+        let path = format!("/sys/dev/block/{self}/uevent");
+        let text = fs::read_to_string(&path).context("read", &path)?;
+        let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+        let name = name.ok_or_else(|| Error::NotFound { what: format!("the node of the block device {self}") })?;
+        Ok(PathBuf::from("/dev").join(name))
+    }
+
+    /// The node by which users know the device of that name, if udev has made one: it leads to the same device after a
+    /// restart.
+    pub(crate) fn named_node(self, name: &str) -> PathBuf {
+        let named = PathBuf::from(format!("/dev/mapper/{name}"));
+        let leads_here = fs::metadata(&named).is_ok_and(|meta| Self::of(meta.rdev()) == self);
+        if leads_here { named } else { self.node() }
     }
 }
 
@@ -219,6 +238,11 @@ impl Mapper {
     pub(crate) fn suspend(&self, name: &str) -> io::Result<()> {
         let options = DmOptions::default().set_flags(DmFlags::DM_SUSPEND);
         self.call(By::Name(name), |dm, id| dm.device_suspend(id, options)).map(drop)
+    }
+
+    /// Has the device resumed if the process has to end at once, until the value is dropped.
+    pub(crate) fn remember(&self, name: &str) -> sys::Remembered<'_> {
+        sys::Remembered::new(self.dm.0.file().as_fd(), name)
     }
 
     /// Resumes a device, and waits for nobody.

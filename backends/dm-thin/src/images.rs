@@ -153,7 +153,7 @@ impl Store {
         }
     }
 
-    /// The thin devices in the pool that are in use and that this store did not make.
+    /// The thin devices in the pool that are in use and are not among the store's `own`.
     pub(crate) fn foreign(&self, own: &BTreeSet<ThinId>) -> Result<Vec<Image>> {
         let mut found = BTreeSet::new();
         for name in self.mapper.names()? {

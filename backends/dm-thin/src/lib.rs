@@ -33,6 +33,7 @@
 //! * ext4 and xfs have no checksums of contents: `verify` finds what cannot be read, not what was changed.
 
 mod bring_up;
+mod delta;
 mod dm;
 mod images;
 mod mounts;
@@ -40,6 +41,7 @@ mod pool;
 mod record;
 mod store;
 mod superblock;
+mod survey;
 mod suspend;
 mod sys;
 mod verify;
@@ -49,8 +51,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use fsnap_backend::{
-    Backend, Damage, Error, ErrorKind, Identity, Image, ImageKind, ImageState, IoContext, Locator, MountSpec, Result,
-    Snapshot, Source, StoreInfo, Volume,
+    Backend, Damage, Differences, Error, ErrorKind, Identity, Image, ImageKind, ImageState, IoContext, Locator,
+    MountSpec, Result, Snapshot, Source, StoreInfo, Volume,
 };
 use rustix::io::Errno;
 
@@ -60,7 +62,9 @@ pub use crate::pool::{Fill, Limits, Mode, Refusal};
 use crate::record::{Form, Record, Stage, random_id};
 pub use crate::store::{STORES, Store, resume_left_behind};
 pub use crate::superblock::FileSystem;
+pub use crate::survey::{PoolState, survey};
 use crate::suspend::Suspended;
+pub use crate::sys::resume_at_once;
 use crate::volume::Live;
 
 /// The backend's name, as users write it.
@@ -187,7 +191,8 @@ impl Backend for Store {
             };
             images.push(Image { at: at.clone(), kind: form.kind, state });
         }
-        let own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
+        let mut own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
+        own.extend(self.volumes()?.into_iter().map(|(_, volume)| volume.id));
         images.extend(self.foreign(&own)?);
         Ok(images)
     }
@@ -218,6 +223,10 @@ impl Backend for Store {
         damage.map_err(|error| error.and_undo(stopped))
     }
 
+    fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        Ok(self.delta(old, new)?.map(|delta| Box::new(delta) as Box<dyn Differences>))
+    }
+
     fn delete(&self, at: &Locator) -> Result<()> {
         Form::of(at).ok_or_else(|| no_image(at))?;
         self.remove(at)
@@ -235,7 +244,7 @@ struct Begun {
 
 impl Store {
     /// The image's form, if it is one of that kind.
-    fn form(&self, at: &Locator, kind: ImageKind) -> Result<Form> {
+    pub(crate) fn form(&self, at: &Locator, kind: ImageKind) -> Result<Form> {
         Form::of(at).filter(|form| form.kind == kind).ok_or_else(|| no_image(at))
     }
 
@@ -267,7 +276,7 @@ impl Store {
     }
 
     /// Checks that the volume's path still leads to the volume.
-    fn check(&self, volume: &Volume) -> Result<Live> {
+    pub(crate) fn check(&self, volume: &Volume) -> Result<Live> {
         let what = || format!("the directory {}", volume.dir().display());
         let replaced = |found| Error::WrongIdentity { what: what(), expected: volume.identity().clone(), found };
         match self.open_volume(volume.dir()) {
@@ -307,9 +316,18 @@ impl Store {
                 None => {
                     self.records.begin(at, &record)?;
                     fresh = true;
+                    // A later call takes a device of that number for its own.
+                    if self.whole(at)?.is_some() {
+                        return Err(self.taken(at).and_undo(self.records.forget(at, Stage::Begun)));
+                    }
                 }
             }
         }
+    }
+
+    /// The number of the image is somebody else's.
+    fn taken(&self, at: &Locator) -> Error {
+        Error::Exists { what: format!("a thin device with the number of {}", self.shown(at)) }
     }
 
     /// Understands the answer to the message that makes the image's device.
@@ -318,9 +336,10 @@ impl Store {
             // An earlier call, for this very record, got as far as that.
             Err(error) if error.raw_os_error() == Some(Errno::EXIST.raw_os_error()) => {
                 if fresh {
-                    return Err(Error::Exists { what: format!("a thin device with the number of {}", self.shown(at)) });
+                    Err(self.taken(at))
+                } else {
+                    Ok(())
                 }
-                Ok(())
             }
             Err(error) if error.raw_os_error() == Some(Errno::NODATA.raw_os_error()) => {
                 Err(Error::NotFound { what: format!("what {} is to be made of", self.shown(at)) })

@@ -21,6 +21,8 @@ pub(crate) struct Mount {
     pub(crate) file_system: String,
     pub(crate) source: String,
     pub(crate) read_only: bool,
+    /// The file system's own options.
+    pub(crate) options: String,
 }
 
 /// How a directory is mounted.
@@ -56,8 +58,9 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let mut after = after.split(' ');
     let (file_system, source) = (after.next()?.to_owned(), after.next()?.to_owned());
     let read_only = |options: &str| options.split(',').any(|option| option == "ro");
-    let read_only = read_only(options) || after.next().is_some_and(read_only);
-    Some(Mount { id, device, root, file_system, source, read_only })
+    let own = after.next().unwrap_or_default();
+    let read_only = read_only(options) || read_only(own);
+    Some(Mount { id, device, root, file_system, source, read_only, options: own.to_owned() })
 }
 
 #[cfg(test)]
@@ -70,7 +73,7 @@ mod tests {
             parse(b"29 1 253:3 / /srv/a\\040b rw,relatime shared:1 - ext4 /dev/dm-3 rw,errors=remount-ro").unwrap();
         assert_eq!((mount.id, mount.device), (29, Number::parse("253:3")));
         assert_eq!((&*mount.root, &*mount.file_system, &*mount.source), ("/", "ext4", "/dev/dm-3"));
-        assert!(!mount.read_only);
+        assert!(!mount.read_only && mount.options == "rw,errors=remount-ro");
         assert!(parse(b"29 1 0:3 / /srv ro - xfs /dev/x rw").unwrap().read_only);
         assert!(parse(b"29 1 0:3 / /srv rw - xfs /dev/x ro").unwrap().read_only);
         assert_eq!(parse(b"29 1 0:3"), None);

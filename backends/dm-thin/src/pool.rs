@@ -109,7 +109,7 @@ impl Fill {
     pub fn refusal(&self, limits: &Limits) -> Option<Refusal> {
         let short = |what, free: u64, least: u8| {
             (free < u64::from(least)).then(|| {
-                let how = "remove checkpoints, enlarge it, or lower `limits` in the file `fsnap-store` of its store";
+                let how = "remove checkpoints, enlarge it, or set another limit by `[dm-thin]` in the settings";
                 Refusal::NoRoom(format!("{free} % of its {what} space is free, less than {least} %: {how}"))
             })
         };
@@ -137,6 +137,15 @@ pub enum Refusal {
     NoRoom(String),
     /// It cannot be changed at all.
     Broken(&'static str),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoRoom(why) => why.fmt(f),
+            Self::Broken(why) => why.fmt(f),
+        }
+    }
 }
 
 /// A pool that is up.
@@ -168,6 +177,14 @@ impl Pool {
             what: self.to_string(),
             reason: format!("its status cannot be understood: {}", line.escape_debug()),
         })
+    }
+
+    /// The bytes of one of its data blocks.
+    pub(crate) fn block(&self, mapper: &Mapper) -> Result<u64> {
+        let table = mapper.table(&self.name)?;
+        // The devices of the metadata and of the data, and then the sectors of a block.
+        let sectors = table.first().and_then(|target| target.text.split(' ').nth(2)?.parse::<u64>().ok());
+        Ok(sectors.unwrap_or(0) * 512)
     }
 
     /// Refuses when no image can be made.

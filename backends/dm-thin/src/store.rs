@@ -6,6 +6,7 @@
 //!   begun/ images/ leaving/      one record per image
 //!   suspended/                   a note for each device that is suspended just now
 //!   volumes/                     a record for each volume that fsnap made in its pool
+//!   metadata-copy                a note, while the pool's metadata are read
 //! ```
 //!
 //! The store lies beside the pool and not in it: a thin pool has room for blocks, and for no word about them.
@@ -32,7 +33,7 @@ use crate::volume::Live;
 /// Where stores lie unless the user names another place.
 pub const STORES: &str = "/var/lib/fsnap/dm-thin";
 
-const FILE: &str = "fsnap-store";
+pub(crate) const FILE: &str = "fsnap-store";
 const VERSION: u32 = 1;
 const LONGEST: u64 = 1 << 16;
 
@@ -154,7 +155,9 @@ impl Store {
             },
         };
         let records = Records::open(&root, &place)?;
-        Ok(Self { info, place, root, settings, mapper, pool, records, notes })
+        let store = Self { info, place, root, settings, mapper, pool, records, notes };
+        store.release_left_behind()?;
+        Ok(store)
     }
 
     /// How full its pool is.
@@ -170,6 +173,11 @@ impl Store {
     /// The device-mapper name of its pool.
     pub fn pool_name(&self) -> &str {
         &self.pool.name
+    }
+
+    /// Wants so much to be free in its pool before an image is made, as long as it is open.
+    pub fn keep_free(&mut self, limits: Limits) {
+        self.settings.limits = limits;
     }
 
     /// Sets how much must be free in its pool before an image is made.
@@ -212,7 +220,7 @@ pub(crate) fn is_made(place: &Path) -> Result<bool> {
 }
 
 /// Opens a store's directory; whoever could write to it could pass off other devices as snapshots.
-fn open_root(place: &Path) -> Result<(OwnedFd, Settings)> {
+pub(crate) fn open_root(place: &Path) -> Result<(OwnedFd, Settings)> {
     let root = match beneath::open_root(place) {
         Ok(root) => root,
         Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {

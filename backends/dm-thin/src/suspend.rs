@@ -3,7 +3,9 @@
 //! Every access to a suspended device waits, so that one that is left suspended takes the whole application with it.
 //! [`Suspended`] resumes it when it is dropped. Against being killed there is a note in the store's directory
 //! `suspended`, named by the number of the thin device and locked as long as its author lives: whoever finds a note
-//! that nobody has locked resumes the device. A note need not outlive a power cut; neither does a suspension.
+//! that nobody has locked resumes the device. A process that ends itself in a hurry, in a signal handler, resumes what it has suspended by
+//! [`resume_at_once`](crate::resume_at_once). A note need not outlive a power cut; neither does a suspension. Its name may, without
+//! its content, which is not synced: such a note says nothing, and is removed.
 //!
 //! The note is also what makes two calls for one volume follow each other: the kernel takes a second suspension for
 //! granted, and the first resume would end both.
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::dm::{By, Mapper};
 use crate::pool::ThinDevice;
 use crate::record::{Lock, random_hex};
+use crate::sys::Remembered;
 
 /// The directory of the notes, in the store.
 pub(crate) const DIR: &str = "suspended";
@@ -87,6 +90,11 @@ impl Notes {
             }
             let mut text = Vec::new();
             (&lock.file).take(4096).read_to_end(&mut text).context("read", &path)?;
+            if text.iter().all(|byte| *byte == 0) {
+                // It was written before it got its name, so that the power was cut since: the device has lost its suspension.
+                self.remove(name)?;
+                return Ok(None);
+            }
             let note: Note = serde_json::from_slice(&text).map_err(|error| Error::Damaged {
                 what: format!("the note {}", path.display()),
                 reason: format!("it names no device that could be resumed: {error}"),
@@ -153,6 +161,8 @@ pub(crate) struct Suspended<'a> {
     device: String,
     /// `None` once the device is resumed.
     note: Option<(OsString, Lock)>,
+    /// From before it is suspended until it is resumed.
+    remembered: Option<Remembered<'a>>,
 }
 
 impl<'a> Suspended<'a> {
@@ -160,7 +170,7 @@ impl<'a> Suspended<'a> {
     pub(crate) fn new(mapper: &'a Mapper, notes: &'a Notes, thin: &ThinDevice) -> Result<Self> {
         let note = notes.write(mapper, thin)?;
         let device = thin.device.name.clone();
-        let guard = Self { mapper, notes, device, note: Some(note) };
+        let mut guard = Self { mapper, notes, device, note: Some(note), remembered: None };
         // Somebody else may have it suspended for a purpose of their own, and is not to be resumed by us.
         if let Some(found) = mapper.find(By::Name(&guard.device))?
             && found.suspended
@@ -169,6 +179,7 @@ impl<'a> Suspended<'a> {
             guard.leave()?;
             return Err(Error::Busy { what, by: "somebody else has suspended it".to_owned() });
         }
+        guard.remembered = Some(mapper.remember(&guard.device));
         match mapper.suspend(&guard.device).context("suspend", By::Name(&guard.device).to_string()) {
             Ok(()) => Ok(guard),
             // A suspension that failed may have got half way.
@@ -197,6 +208,7 @@ impl<'a> Suspended<'a> {
         let Some((name, lock)) = self.note.take() else { return Ok(()) };
         let resume = || self.mapper.resume(&self.device);
         resume().or_else(|_| resume()).context("resume", By::Name(&self.device).to_string())?;
+        self.remembered = None;
         let removed = self.notes.remove(&name);
         drop(lock);
         removed

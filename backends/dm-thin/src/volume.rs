@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use fsnap_backend::{Error, Identity, IoContext, Result, beneath};
-use rustix::io::Errno;
 
 use crate::KIND;
 use crate::dm::{Mapper, Number};
@@ -20,13 +19,15 @@ pub(crate) struct Live {
     pub(crate) pool: Pool,
     pub(crate) file_system: FileSystem,
     pub(crate) uuid: String,
+    /// The options of the mounted file system.
+    pub(crate) options: String,
 }
 
 impl Live {
     /// Opens `dir` and finds what it lies on; reads nothing from a device that is suspended.
     pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<Self> {
         let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-        let root = open_dir(dir)?;
+        let root = beneath::open_volume(dir, KIND)?;
         let mount = match mounts::place(&root).context("find the mount of", dir)? {
             Place::Root(mount) if mount.root == "/" => mount,
             Place::Root(_) => return Err(refused("only a part of its file system is mounted there")),
@@ -43,8 +44,8 @@ impl Live {
         };
         if file_system == FileSystem::Btrfs {
             return Err(refused(
-                "it is btrfs, two copies of which cannot be mounted side by side; its own snapshots do better: choose \
-                 the btrfs backend",
+                "it is btrfs, which confuses two devices of one UUID, as every copy would be; its own snapshots do better: choose the \
+                 btrfs backend",
             ));
         }
         if mount.read_only {
@@ -74,7 +75,7 @@ impl Live {
         let node = number.node();
         let uuid = file_system.uuid_on(&node).context("read the superblock of", &node)?;
         let uuid = uuid.ok_or_else(|| refused("its device does not hold the file system that is mounted"))?;
-        Ok(Self { root, thin, pool, file_system, uuid })
+        Ok(Self { root, thin, pool, file_system, uuid, options: mount.options })
     }
 
     /// Names the volume in the store of that UUID.
@@ -84,20 +85,6 @@ impl Live {
         let given = self.thin.device.uuid.strip_prefix("FSNAP-").map(|rest| format!("-{rest}")).unwrap_or_default();
         Identity::new(format!("{KIND}:{store}/{}-{}{given}", self.thin.id, self.uuid))
     }
-}
-
-fn open_dir(dir: &Path) -> Result<OwnedFd> {
-    let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-    if !dir.is_absolute() {
-        return Err(refused("its path is not absolute"));
-    }
-    beneath::open_root(dir).or_else(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::NOENT) => Err(Error::NotFound { what: dir.display().to_string() }),
-        Some(Errno::LOOP | Errno::NOTDIR) => {
-            Err(refused("it is a symbolic link or no directory; name the directory itself"))
-        }
-        _ => Err(error).context("open", dir),
-    })
 }
 
 /// The number of the block device; btrfs shows a number of its own.

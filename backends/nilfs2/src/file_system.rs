@@ -48,6 +48,11 @@ impl Uuid {
         plain.then(|| u128::from_str_radix(text, 16).ok()).flatten().map(|number| Self(number.to_be_bytes()))
     }
 
+    /// That of the file system whose root the volume is.
+    pub(crate) fn of(volume: &Identity) -> Option<Self> {
+        Self::parse(volume.as_str().strip_prefix(KIND)?.strip_prefix(':')?)
+    }
+
     /// What the volume is that this file system's root is.
     pub(crate) fn identity(self) -> Identity {
         Identity::new(format!("{KIND}:{self}"))
@@ -134,19 +139,7 @@ fn mount(device: &Path, options: &str, read_only: bool) -> io::Result<OwnedFd> {
 /// Opens `dir` as a volume: the root of a NILFS2 that is mounted for writing.
 pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, Uuid)> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
-    if !dir.is_absolute() {
-        return Err(refused("its path is not absolute"));
-    }
-    let root = match beneath::open_root(dir) {
-        Ok(root) => root,
-        Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
-            Some(Errno::NOENT) => return Err(Error::NotFound { what: dir.display().to_string() }),
-            Some(Errno::LOOP | Errno::NOTDIR) => {
-                return Err(refused("it is a symbolic link or no directory; name the directory itself"));
-            }
-            _ => return Err(error).context("open", dir),
-        },
-    };
+    let root = beneath::open_volume(dir, KIND)?;
     let no_nilfs = "it does not lie on NILFS2; the rsync backend takes any directory";
     if rustix::fs::fstatfs(&root).context("find the file system of", dir)?.f_type as u64 != u64::from(MAGIC) {
         return Err(refused(no_nilfs));

@@ -14,6 +14,10 @@
 //!
 //! **Snapshots of others** (`mkcp -s`, `chcp ss`) are listed as foreign, and keep their mark whatever fsnap does.
 //!
+//! **The history** is every checkpoint that the cleaner has left. `pin` makes a snapshot of one that nobody asked for. A
+//! checkpoint may be pinned several times, each time under another locator: the records count, and the mark goes with the
+//! last of them.
+//!
 //! # Limits
 //!
 //! * NILFS2 keeps neither extended attributes nor ACLs, and has no writable snapshots: there is nothing to clone by.
@@ -38,8 +42,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fsnap_backend::{
-    Backend, Damage, Error, Image, ImageKind, ImageState, IoContext, Locator, MountSpec, Result, Snapshot, Source,
-    StoreInfo, Volume, beneath,
+    Backend, Damage, Error, Image, ImageKind, ImageState, IoContext, Kept, Locator, Moment, MountSpec, Result,
+    Snapshot, Source, StoreInfo, Volume, beneath,
 };
 use rustix::io::Errno;
 
@@ -199,6 +203,57 @@ impl Backend for Store {
         fsnap_backend::read_all(root, Path::new(snapshot.at.as_str()), &[])
     }
 
+    fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
+        let uuid = check(volume)?;
+        let mut ours: BTreeMap<(Number, u64), Vec<Locator>> = BTreeMap::new();
+        for (at, record) in self.records()? {
+            if record.uuid == uuid {
+                ours.entry((record.number, record.created)).or_default().push(at);
+            }
+        }
+        let found = sys::checkpoints(volume).context("list the checkpoints of", volume.dir())?;
+        let moment = |one: Checkpoint| Moment {
+            number: one.number,
+            seconds: one.created,
+            same: one.is_minor,
+            kept: match ours.remove(&(one.number, one.created)) {
+                Some(snapshots) if one.is_snapshot => Kept::ByStore(snapshots),
+                _ if one.is_snapshot => Kept::ByOthers,
+                _ => Kept::Not,
+            },
+        };
+        Ok(found.into_iter().map(moment).collect())
+    }
+
+    fn pin(&self, volume: &Volume, number: u64, at: &Locator) -> Result<Snapshot> {
+        let uuid = check(volume)?;
+        if !owns(at) {
+            return Err(no_image(at));
+        }
+        let _lock = self.lock(uuid)?;
+        match self.record(at)? {
+            None => {}
+            Some(record) if (record.uuid, record.number) != (uuid, number) => {
+                return Err(Error::Exists { what: self.shown(at) });
+            }
+            Some(record) => match whole(volume, &record, volume.dir())? {
+                true => return Ok(record.snapshot(at)),
+                false => self.remove_record(at)?,
+            },
+        }
+        let found = sys::checkpoint(volume, number).context("ask for a checkpoint of", volume.dir())?;
+        let found = found.ok_or_else(|| taken_back(volume, number))?;
+        let mut record = Record { uuid, number, created: found.created, found: false };
+        if found.is_snapshot {
+            // A mark that fsnap made goes with the last record of it; anybody else's stays.
+            let made = |other: &Record| Record { found: false, ..*other } == record && !other.found;
+            record.found = !self.records()?.iter().any(|(_, other)| made(other));
+            self.write_record(at, &record)?;
+            return Ok(record.snapshot(at));
+        }
+        if self.mark(volume, at, &record)? { Ok(record.snapshot(at)) } else { Err(taken_back(volume, number)) }
+    }
+
     fn delete(&self, at: &Locator) -> Result<()> {
         if !owns(at) {
             return Err(no_image(at));
@@ -272,6 +327,13 @@ impl Store {
 
 /// Makes sure that a volume's path still leads to the file system that was adopted.
 fn check(volume: &Volume) -> Result<Uuid> {
+    // What the descriptor stands for stays mounted, and its device keeps its number: no device has to be looked at.
+    if let Some(uuid) = Uuid::of(volume.identity())
+        && let Ok(root) = beneath::open_volume(volume.dir(), KIND)
+        && same_directory(&root, volume).context("examine", volume.dir())?
+    {
+        return Ok(uuid);
+    }
     let (expected, what) = (volume.identity(), format!("the directory {}", volume.dir().display()));
     let found = match open_volume(volume.dir()) {
         Ok((_, uuid)) if uuid.identity() == *expected => return Ok(uuid),
@@ -280,6 +342,11 @@ fn check(volume: &Volume) -> Result<Uuid> {
         Err(error) => return Err(error),
     };
     Err(Error::WrongIdentity { what, expected: expected.clone(), found })
+}
+
+fn same_directory(one: impl AsFd, other: impl AsFd) -> io::Result<bool> {
+    let (one, other) = (beneath::look_fd(one)?, beneath::look_fd(other)?);
+    Ok((one.device, one.meta.ino) == (other.device, other.meta.ino))
 }
 
 /// Whether the recorded snapshot is there.
@@ -299,6 +366,11 @@ fn no_image(at: &Locator) -> Error {
 fn cleaned(volume: &Volume) -> Error {
     let dir = volume.dir().display();
     Error::NotFound { what: format!("the newest checkpoint of {dir}, which its cleaner took {ATTEMPTS} times, by now") }
+}
+
+fn taken_back(volume: &Volume, number: Number) -> Error {
+    let dir = volume.dir().display();
+    Error::NotFound { what: format!("checkpoint {number} of {dir}, which its cleaner may have taken,") }
 }
 
 fn no_clones() -> Error {

@@ -146,6 +146,20 @@ pub(crate) fn checkpoint(file: impl AsFd, number: Number) -> io::Result<Option<C
     Ok(found.first().map(told).filter(|checkpoint| checkpoint.number == number))
 }
 
+/// Every checkpoint that the cleaner has left, snapshots included, in the order of their numbers.
+pub(crate) fn checkpoints(file: impl AsFd) -> io::Result<Vec<Checkpoint>> {
+    let mut checkpoints: Vec<Checkpoint> = Vec::new();
+    // Numbers begin with 1.
+    let mut from = 1;
+    loop {
+        let mut room = [CpInfo::default(); ROOM];
+        let found = fill(&file, CHECKPOINT, from, &mut room)?;
+        let Some(last) = found.last() else { return Ok(checkpoints) };
+        from = last.cno + 1;
+        checkpoints.extend(found.iter().map(told));
+    }
+}
+
 /// Every snapshot that there is, whoever made it, in the order of their numbers.
 pub(crate) fn snapshots(file: impl AsFd) -> io::Result<Vec<Checkpoint>> {
     let mut snapshots = Vec::new();

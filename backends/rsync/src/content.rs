@@ -5,7 +5,8 @@
 //!
 //! The *sum* of a content is BLAKE3 over its blocks of 4 KiB that are not all zero: each run of such blocks, followed by
 //! its offset and length (8 bytes each), and at the end the file's length (8 bytes). So a sparse terabyte is summed as
-//! fast as its data, and a copy has the same sum whatever became of its holes.
+//! fast as its data, and a copy has the same sum whatever became of its holes. Large contents whose blocks are shared are
+//! summed in chunks instead (see [`crate::chunks`]).
 
 use std::fs::{self, File};
 use std::io;
@@ -142,6 +143,11 @@ impl Summer {
             self.hasher.update(&run.start.to_le_bytes());
             self.hasher.update(&(run.end - run.start).to_le_bytes());
         }
+    }
+
+    /// Whether anything but zeros was added.
+    pub(crate) fn has_data(&self) -> bool {
+        self.run.is_some() || self.hasher.count() > 0
     }
 
     /// The sum of a content of `length` bytes.

@@ -2,13 +2,18 @@
 //!
 //! Every directory is a [`Task`]: it is visited, which yields its subdirectories, and left when all of them were left.
 //! The tasks wait on one stack, deepest first, so that few are waiting at any time. Nothing recurses, however deep
-//! the tree is, and a bounded number of descriptors is held: a task keeps its directory open from visit to leave while
-//! the budget lasts; beyond that it is opened again, name by name, from the nearest ancestor that is open.
+//! the tree is, and no path is put together but for a message.
+//!
+//! A bounded number of descriptors is held: the directories that were opened last. What is needed next lies beside them,
+//! or below. A directory that was closed meanwhile is opened again, name by name, from the nearest ancestor that is
+//! open, and so are those on the way: on the way back up through a tree that is much deeper than the bound, one such
+//! descent serves as many directories as are held.
 
+use std::cell::OnceCell;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -39,45 +44,98 @@ pub(crate) struct Task<N> {
     name: OsString,
     parent: Option<Arc<Task<N>>>,
     pending: AtomicUsize,
-    held: Mutex<Option<Held>>,
+    slot: Arc<Slot>,
     pub(crate) node: N,
 }
 
-/// An open directory that counts against the budget.
-type Held = Arc<(OwnedFd, Arc<AtomicUsize>)>;
+/// Holds a directory's descriptor while it is open.
+type Slot = Mutex<Option<Arc<OwnedFd>>>;
 
 /// An open directory.
 #[derive(Clone)]
 pub(crate) enum Descriptor<'a> {
     Root(BorrowedFd<'a>),
-    Held(Held),
-    Own(Arc<OwnedFd>),
+    Held(Arc<OwnedFd>),
 }
 
 impl AsFd for Descriptor<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Root(descriptor) => descriptor.as_fd(),
-            Self::Held(held) => held.0.as_fd(),
-            Self::Own(descriptor) => descriptor.as_fd(),
+            Self::Held(held) => held.as_fd(),
         }
     }
 }
 
-/// Where the tree begins, and how many of its directories are open.
-#[derive(Clone)]
+/// Where the tree begins, and which of its directories were opened last.
 pub(crate) struct Root<'a> {
     descriptor: BorrowedFd<'a>,
-    open: Arc<AtomicUsize>,
+    opened: Mutex<Ring>,
+}
+
+/// The slots that were filled last; the oldest is emptied for a new one.
+#[derive(Default)]
+struct Ring {
+    slots: Vec<Arc<Slot>>,
+    oldest: usize,
 }
 
 impl<'a> Root<'a> {
     pub(crate) fn new(descriptor: BorrowedFd<'a>) -> Self {
-        Self { descriptor, open: Arc::default() }
+        Self { descriptor, opened: Mutex::default() }
+    }
+
+    fn hold(&self, slot: &Arc<Slot>, descriptor: OwnedFd) -> Arc<OwnedFd> {
+        let descriptor = Arc::new(descriptor);
+        *lock(slot) = Some(descriptor.clone());
+        let emptied = lock(&self.opened).add(slot.clone());
+        // A slot that stands in the ring twice goes with its older place, and is filled again when it is needed.
+        drop(emptied.and_then(|slot| lock(&slot).take()));
+        descriptor
+    }
+}
+
+impl Ring {
+    /// Adds a slot; returns the one that gives way.
+    fn add(&mut self, slot: Arc<Slot>) -> Option<Arc<Slot>> {
+        if self.slots.len() < DESCRIPTORS {
+            self.slots.push(slot);
+            return None;
+        }
+        let oldest = std::mem::replace(&mut self.slots[self.oldest], slot);
+        self.oldest = (self.oldest + 1) % DESCRIPTORS;
+        Some(oldest)
+    }
+}
+
+/// The path of something in a tree, put together only if a message needs it.
+pub(crate) struct Shown<'a, N> {
+    root: &'a Path,
+    task: &'a Task<N>,
+    name: Option<&'a OsStr>,
+    path: OnceCell<PathBuf>,
+}
+
+impl<N> AsRef<Path> for Shown<'_, N> {
+    fn as_ref(&self) -> &Path {
+        self.path.get_or_init(|| {
+            let below = self.name.map_or_else(|| self.task.path(), |name| self.task.path_of(name));
+            // Joined, an empty path would leave a slash at the end.
+            if below.as_os_str().is_empty() { self.root.to_owned() } else { self.root.join(below) }
+        })
     }
 }
 
 impl<N> Task<N> {
+    fn new(name: OsString, parent: Option<Arc<Self>>, node: N) -> Arc<Self> {
+        Arc::new(Self { name, parent, pending: AtomicUsize::new(0), slot: Arc::default(), node })
+    }
+
+    /// The path of the directory, or of `name` in it, from `root`, for the case that a call fails.
+    pub(crate) fn shown<'a>(&'a self, root: &'a Path, name: Option<&'a OsStr>) -> Shown<'a, N> {
+        Shown { root, task: self, name, path: OnceCell::new() }
+    }
+
     /// What is known of the directory that it lies in; `None` for the root.
     pub(crate) fn parent(&self) -> Option<&Task<N>> {
         self.parent.as_deref()
@@ -104,7 +162,7 @@ impl<N> Task<N> {
         let mut below = Vec::new();
         let mut at = self;
         let mut descriptor = loop {
-            if let Some(held) = &*lock(&at.held) {
+            if let Some(held) = &*lock(&at.slot) {
                 break Descriptor::Held(held.clone());
             }
             let Some(parent) = &at.parent else { break Descriptor::Root(root.descriptor) };
@@ -113,22 +171,13 @@ impl<N> Task<N> {
         };
         for task in below.into_iter().rev() {
             let opened = beneath::open_dir(&descriptor, &task.name)?;
-            descriptor = if root.open.fetch_add(1, Ordering::Relaxed) < DESCRIPTORS {
-                let held = Arc::new((opened, root.open.clone()));
-                *lock(&task.held) = Some(held.clone());
-                Descriptor::Held(held)
-            } else {
-                root.open.fetch_sub(1, Ordering::Relaxed);
-                Descriptor::Own(Arc::new(opened))
-            };
+            descriptor = Descriptor::Held(root.hold(&task.slot, opened));
         }
         Ok(descriptor)
     }
 
     fn close(&self) {
-        if let Some(held) = lock(&self.held).take() {
-            held.1.fetch_sub(1, Ordering::Relaxed);
-        }
+        drop(lock(&self.slot).take());
     }
 }
 
@@ -149,11 +198,19 @@ struct Shared<N> {
     failure: Option<fsnap_backend::Error>,
 }
 
+impl<N> Shared<N> {
+    /// The next task for a thread, which may then add to `waiting`.
+    fn take(&mut self) -> Option<Arc<Task<N>>> {
+        let task = self.waiting.pop()?;
+        self.busy += 1;
+        Some(task)
+    }
+}
+
 /// Goes through the whole tree; `hand` makes what each thread needs, and gets it back at the end.
 pub(crate) fn run<W: Work>(work: &W, root: W::Node, hands: Vec<W::Hand>) -> Result<Vec<W::Hand>> {
-    let root =
-        Task { name: OsString::new(), parent: None, pending: AtomicUsize::new(0), held: Mutex::default(), node: root };
-    let shared = Mutex::new(Shared { waiting: vec![Arc::new(root)], busy: 0, failure: None });
+    let root = Task::new(OsString::new(), None, root);
+    let shared = Mutex::new(Shared { waiting: vec![root], busy: 0, failure: None });
     let wake = Condvar::new();
     let hands = std::thread::scope(|scope| {
         let threads: Vec<_> = hands
@@ -161,18 +218,26 @@ pub(crate) fn run<W: Work>(work: &W, root: W::Node, hands: Vec<W::Hand>) -> Resu
             .map(|mut hand| {
                 let (shared, wake) = (&shared, &wake);
                 scope.spawn(move || {
-                    while let Some(task) = next(shared, wake) {
-                        let visited = step(work, &mut hand, task);
+                    let mut task = None;
+                    while let Some(now) = next(shared, wake, task.take()) {
+                        let visited = step(work, &mut hand, now);
                         let mut state = lock(shared);
                         state.busy -= 1;
                         match visited {
-                            Ok(children) => state.waiting.extend(children),
+                            Ok(children) => {
+                                state.waiting.extend(children);
+                                // Woken for nothing, the other thread would only take this one's place.
+                                task = state.take();
+                            }
                             Err(failure) => {
                                 state.failure.get_or_insert(failure);
                             }
                         }
+                        let news = !state.waiting.is_empty() || state.busy == 0 || state.failure.is_some();
                         drop(state);
-                        wake.notify_all();
+                        if news {
+                            wake.notify_all();
+                        }
                     }
                     hand
                 })
@@ -194,14 +259,17 @@ pub(crate) fn hands<H>(make: impl FnMut(usize) -> H) -> Vec<H> {
     (0..THREADS).map(make).collect()
 }
 
-fn next<N>(shared: &Mutex<Shared<N>>, wake: &Condvar) -> Option<Arc<Task<N>>> {
+/// Waits for a task, unless the thread has one already; `None` at the end, or when something failed.
+fn next<N>(shared: &Mutex<Shared<N>>, wake: &Condvar, taken: Option<Arc<Task<N>>>) -> Option<Arc<Task<N>>> {
     let mut state = lock(shared);
     loop {
         if state.failure.is_some() {
             return None;
         }
-        if let Some(task) = state.waiting.pop() {
-            state.busy += 1;
+        if let Some(task) = taken {
+            return Some(task);
+        }
+        if let Some(task) = state.take() {
             return Some(task);
         }
         if state.busy == 0 {
@@ -216,10 +284,7 @@ fn step<W: Work>(work: &W, hand: &mut W::Hand, task: Arc<Task<W::Node>>) -> Resu
     let children = work.visit(hand, &task)?;
     if !children.is_empty() {
         task.pending.store(children.len(), Ordering::Release);
-        let child = |(name, node)| {
-            let parent = Some(task.clone());
-            Arc::new(Task { name, parent, pending: AtomicUsize::new(0), held: Mutex::default(), node })
-        };
+        let child = |(name, node)| Task::new(name, Some(task.clone()), node);
         // The stack gives the last first: names in order keep neighbours together.
         return Ok(children.into_iter().rev().map(child).collect());
     }

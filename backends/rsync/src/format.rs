@@ -1,6 +1,6 @@
 //! The bytes that the store's files are made of.
 //!
-//! # The store's format, version 1
+//! # The store's format, version 2
 //!
 //! ```text
 //! <store>/                       mode 0700
@@ -10,9 +10,10 @@
 //!   batches/<batch>/             what one snapshot added; <batch> is 32 hex digits, random, never used again
 //!     records                    directory records, one after the other (see `record`)
 //!     table                      until settled: the contents that were made, and their sums where known
-//!     sums                       frame "fsnapSUM": number, length and sum of each content
+//!     sums                       frame "fsnapSUM": the sum of each content, by number (see `manifest`)
 //!     <hi>/<lo>                  content number 256 × hi + lo, both in hex: exactly the file's bytes and holes
 //!     <hi>/<lo>.patch            the same, as the difference to other contents (see `patch`)
+//!     <hi>/<lo>.sums             frame "fsnapCHU": the sums of its chunks (see `chunks`); a missing one costs time
 //!   partials/<locator>           frame "fsnapPAR": a snapshot that was begun
 //!   snapshots/<locator>          frame "fsnapMAN": the manifest of a whole snapshot
 //!   doomed/<locator>             the manifest of a snapshot that is being removed
@@ -26,7 +27,12 @@
 //! 1, -2 to 0, 1, 2, 3. *Bytes* are a varint of their number and themselves.
 //!
 //! Version rule: a reader refuses a file whose version is higher than it knows ([`Error::NewerVersion`]), and reads all
-//! lower ones. Whoever changes a layout raises the version of that frame; nothing is ever reinterpreted.
+//! lower ones. Whoever changes a layout raises the version, which all frames share; nothing is ever reinterpreted.
+//!
+//! | version | what it brought |
+//! |---|---|
+//! | 1 | |
+//! | 2 | sums in chunks: `<lo>.sums`, how each sum in `sums` was computed, the version before in `table` |
 //!
 //! Everything read is untrusted: a length is compared with what is there before anything of that size is allocated,
 //! and a malformed input is an error, never a panic.
@@ -36,7 +42,7 @@ use std::path::Path;
 use fsnap_backend::{Error, Result};
 
 /// The newest version of every frame.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 const MAGIC_LEN: usize = 8;
 const HEAD_LEN: usize = MAGIC_LEN + 4;
@@ -82,7 +88,7 @@ pub(crate) fn unseal<'a>(magic: &[u8; MAGIC_LEN], bytes: &'a [u8], path: &Path) 
     if version == 0 || blake3::hash(body).as_bytes() != hash {
         return Err(damaged("its hash is wrong"));
     }
-    Ok(Reader(&body[HEAD_LEN..]))
+    Ok(Reader::of_version(&body[HEAD_LEN..], version))
 }
 
 /// Builds a payload.
@@ -118,16 +124,25 @@ impl Writer {
 
 /// Takes a payload apart.
 #[derive(Debug, Clone)]
-pub(crate) struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a> {
+    rest: &'a [u8],
+    /// Of the frame; the newest for what is in none.
+    pub(crate) version: u32,
+}
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+        Self::of_version(bytes, VERSION)
+    }
+
+    /// What is in a frame of a lower version, or of this one.
+    pub(crate) fn of_version(bytes: &'a [u8], version: u32) -> Self {
+        Self { rest: bytes, version }
     }
 
     pub(crate) fn raw(&mut self, length: usize) -> Parsed<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(length).ok_or(Malformed("it ends too early"))?;
-        self.0 = rest;
+        let (taken, rest) = self.rest.split_at_checked(length).ok_or(Malformed("it ends too early"))?;
+        self.rest = rest;
         Ok(taken)
     }
 
@@ -177,18 +192,18 @@ impl<'a> Reader<'a> {
     /// The number of things that follow, each of at least `least` bytes: never more than there is room for.
     pub(crate) fn count(&mut self, least: usize) -> Parsed<usize> {
         let count = self.varint()?;
-        if count > (self.0.len() / least) as u64 {
+        if count > (self.rest.len() / least) as u64 {
             return Err(Malformed("it ends too early"));
         }
         Ok(count as usize)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rest.is_empty()
     }
 
     pub(crate) fn end(self) -> Parsed<()> {
-        if self.0.is_empty() { Ok(()) } else { Err(Malformed("something follows its end")) }
+        if self.rest.is_empty() { Ok(()) } else { Err(Malformed("something follows its end")) }
     }
 }
 
@@ -204,9 +219,9 @@ mod tests {
         let mut bytes = seal(b"fsnapSTO", Writer(vec![1, 2, 3]));
         assert!(unseal(b"fsnapSTO", &bytes, path).is_ok());
         assert!(matches!(unseal(b"fsnapMAN", &bytes, path), Err(Error::Damaged { .. })));
-        bytes[8] = 2;
+        bytes[8] = 3;
         let newer = unseal(b"fsnapSTO", &bytes, path);
-        assert!(matches!(newer, Err(Error::NewerVersion { found: 2, supported: 1, .. })), "{newer:?}");
+        assert!(matches!(newer, Err(Error::NewerVersion { found: 3, supported: 2, .. })), "{newer:?}");
     }
 
     proptest! {

@@ -15,7 +15,8 @@
 //! * `volume`: which directory can be a volume, and which is the same one.
 //! * `walk`: the comparing walk, and when a file counts as unchanged; `crew`: two threads going through a tree;
 //!   `maker`: taking a file's content, shared, copied or as a patch; `delta`: making a patch; `patch`: reading one;
-//!   `content`: reading, copying, comparing and summing contents.
+//!   `content`: reading, copying, comparing and summing contents; `chunks`: the sums of large ones, carried over from one
+//!   version to the next; `extents`: where both have the same blocks.
 //! * `snapshot`: `prime` and `snapshot`; `settle`: making one durable; `tree`: reading one; `restore`: cloning
 //!   one; `verify`: checking one; `sweep`: removing one, and what nobody needs any more.
 //!
@@ -35,9 +36,11 @@
 //! named. Without privileges, a clone has our owner, and device nodes and other users' files that we may not read are
 //! omitted and named.
 
+mod chunks;
 mod content;
 mod crew;
 mod delta;
+mod extents;
 mod format;
 mod lock;
 mod maker;

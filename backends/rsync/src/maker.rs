@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use fsnap_backend::{IoContext, Result, beneath};
 use rustix::io::Errno;
 
-use crate::content::{BUFFER, Live, Summer, copy, equal, open};
+use crate::chunks;
+use crate::content::{self, BUFFER, Live, Summer, copy, equal, open};
 use crate::delta::{self, How, Old, Outcome};
-use crate::manifest::Made;
+use crate::manifest::{Known, Made};
 use crate::record::{BatchId, ContentRef, Form};
 use crate::store::{Inner, content_name};
 
@@ -66,7 +67,8 @@ pub(crate) struct Maker<'a> {
 pub(crate) enum Taken {
     /// It is what the file had before.
     Kept,
-    /// It was taken as of one instant; so long it is.
+    /// It was taken as of one instant; so long it is. If the file was [steady](Subject::steady), and changed meanwhile, its sum must
+    /// be forgotten.
     Shared(ContentRef, u64),
     /// It was read piece by piece: whether the file changed meanwhile must be looked at.
     Copied(ContentRef),
@@ -83,27 +85,41 @@ pub(crate) struct Before {
     pub(crate) likely_equal: bool,
 }
 
-/// Up to this size a file that probably did not change is compared before it is taken again.
-const COMPARE: u64 = 1 << 20;
+impl Before {
+    fn known(&self) -> Known {
+        if self.content.form == Form::Whole { Known::Before(self.content) } else { Known::Nothing }
+    }
+}
+
+/// What is taken.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Subject<'a> {
+    pub(crate) file: &'a File,
+    /// In bytes, and not 0.
+    pub(crate) length: u64,
+    /// If its attributes are the same afterwards, nobody has written to it meanwhile.
+    pub(crate) steady: bool,
+}
 
 impl<'a> Maker<'a> {
     pub(crate) fn new(store: &'a Inner, making: &'a Making) -> Self {
         Self { store, making, chunk: None, buffer: vec![0; BUFFER], made: Vec::new() }
     }
 
-    /// Takes the content of `file`, which is `length` bytes long and not empty.
-    pub(crate) fn take(&mut self, file: &File, length: u64, before: Option<Before>) -> io::Result<Taken> {
-        match self.try_take(file, length, before) {
+    /// Takes the content of a file.
+    pub(crate) fn take(&mut self, subject: Subject<'_>, before: Option<Before>) -> io::Result<Taken> {
+        match self.try_take(subject, before) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Taken::Torn),
             taken => taken,
         }
     }
 
-    fn try_take(&mut self, file: &File, length: u64, before: Option<Before>) -> io::Result<Taken> {
+    fn try_take(&mut self, subject: Subject<'_>, before: Option<Before>) -> io::Result<Taken> {
+        let Subject { file, length, steady } = subject;
         let live = Live { file, length };
         // Sharing the blocks of a large file again is faster than reading it twice to learn that it is the same.
-        if length > COMPARE
-            && let Some(taken) = self.share(file)?
+        if length > chunks::FROM
+            && let Some(taken) = self.share(file, before.map_or(Known::Nothing, |before| before.known()))?
         {
             return Ok(taken);
         }
@@ -114,11 +130,16 @@ impl<'a> Maker<'a> {
         {
             return Ok(Taken::Kept);
         }
-        if length <= COMPARE
+        if length <= chunks::FROM
             && !(self.making.frozen && length <= COPY_WHEN_FROZEN)
-            && let Some(taken) = self.share(file)?
+            && self.making.reflinks.load(Ordering::Relaxed)
         {
-            return Ok(taken);
+            // Whoever wrote the file has left its bytes in memory; the shared content would be read from the disk.
+            let sum = steady && !self.making.frozen;
+            let sum = sum.then(|| content::sum(&live, &mut self.buffer)).transpose()?;
+            if let Some(taken) = self.share(file, sum.map_or(Known::Nothing, Known::Sum))? {
+                return Ok(taken);
+            }
         }
         let delta = |before: &Before| length >= self.store.deltas_from && before.length > 0;
         if let Some(before) = before.filter(delta)
@@ -131,8 +152,8 @@ impl<'a> Maker<'a> {
         let mut sum = Summer::default();
         match copy(&live, Some(&to), Some(&mut sum), &mut self.buffer) {
             Ok(()) => {
-                let hash = Some(sum.finish(length));
-                self.made.push(Made { number: content.number, length, hash });
+                let known = Known::Sum(sum.finish(length));
+                self.made.push(Made { number: content.number, length, known });
                 Ok(Taken::Copied(content))
             }
             Err(error) => {
@@ -150,7 +171,7 @@ impl<'a> Maker<'a> {
             let (content, to) = self.create(Form::Patch)?;
             let outcome = delta::make(live, &old, &to, how, &mut self.buffer);
             if let Ok(Outcome::Made { sum }) = outcome {
-                self.made.push(Made { number: content.number, length: live.length, hash: Some(sum) });
+                self.made.push(Made { number: content.number, length: live.length, known: Known::Sum(sum) });
                 return Ok(Some(Taken::Copied(content)));
             }
             self.unlink(&content)?;
@@ -162,7 +183,7 @@ impl<'a> Maker<'a> {
     }
 
     /// Shares the file's blocks; `None` if that cannot be done.
-    fn share(&mut self, file: &File) -> io::Result<Option<Taken>> {
+    fn share(&mut self, file: &File, known: Known) -> io::Result<Option<Taken>> {
         if !self.making.reflinks.load(Ordering::Relaxed) {
             return Ok(None);
         }
@@ -170,7 +191,7 @@ impl<'a> Maker<'a> {
         match rustix::fs::ioctl_ficlone(&to, file) {
             Ok(()) => {
                 let length = to.metadata()?.len();
-                self.made.push(Made { number: content.number, length, hash: None });
+                self.made.push(Made { number: content.number, length, known });
                 Ok(Some(Taken::Shared(content, length)))
             }
             Err(error) => {
@@ -201,6 +222,11 @@ impl<'a> Maker<'a> {
         let file = beneath::create_file(dir, content_name(number, form).1.as_ref(), 0o600)?;
         *next += 1;
         Ok((ContentRef { batch: self.making.batch, number, form }, file))
+    }
+
+    /// Forgets what is known of a content that this maker made, because the file changed meanwhile.
+    pub(crate) fn forget(&mut self, content: &ContentRef) {
+        self.made.iter_mut().filter(|made| made.number == content.number).for_each(|made| made.known = Known::Nothing);
     }
 
     /// Removes a content that this maker made.

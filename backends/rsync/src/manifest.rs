@@ -1,11 +1,20 @@
 //! The small files of the store: what a whole snapshot is, what a begun one is, and the sums of contents.
+//!
+//! ```text
+//! sums    := count (varint) (number, length (varints) way (1 byte; from version 2 on) sum (32 bytes))*
+//! way     := 0: at once, the only one in version 1; 1: in chunks (see `chunks`)
+//! table   := made*                                   in no frame: the manifest has its hash
+//! made    := number, length (varints) known
+//! known   := 0: nothing; 1: sum (32 bytes), computed at once; 2: whole content of the version before, of which blocks
+//!            may be shared: batch id (16 bytes), number (varint)
+//! ```
 
 use std::collections::BTreeMap;
 
 use fsnap_backend::{Identity, Locator, Omission, Timestamp};
 
 use crate::format::{Malformed, Parsed, Reader, Writer};
-use crate::record::{BatchId, RecordRef};
+use crate::record::{BatchId, ContentRef, Form, RecordRef};
 
 /// A whole snapshot. That this file exists under its name is what makes the snapshot whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +70,17 @@ pub(crate) struct Primed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sum {
     pub(crate) length: u64,
+    pub(crate) way: Way,
     pub(crate) hash: [u8; 32],
+}
+
+/// How a sum was computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the first byte to the last: see [`crate::content`].
+    AtOnce,
+    /// See [`crate::chunks`].
+    InChunks,
 }
 
 /// The sums of all contents of one batch, by number.
@@ -171,6 +190,10 @@ pub(crate) fn encode_sums(sums: &Sums) -> Writer {
     for (number, sum) in sums {
         writer.varint(*number);
         writer.varint(sum.length);
+        writer.byte(match sum.way {
+            Way::AtOnce => 0,
+            Way::InChunks => 1,
+        });
         writer.raw(&sum.hash);
     }
     writer
@@ -184,29 +207,61 @@ pub(crate) fn decode_sums(mut reader: Reader<'_>) -> Parsed<Sums> {
         if sums.last_key_value().is_some_and(|(&last, _)| last >= number) {
             return Err(Malformed("its numbers are not in order"));
         }
-        sums.insert(number, Sum { length: reader.varint()?, hash: reader.array()? });
+        let length = reader.varint()?;
+        let way = match reader.version {
+            1 => Way::AtOnce,
+            _ => match reader.byte()? {
+                0 => Way::AtOnce,
+                1 => Way::InChunks,
+                _ => return Err(Malformed("a sum was computed in an unknown way")),
+            },
+        };
+        sums.insert(number, Sum { length, way, hash: reader.array()? });
     }
     reader.end()?;
     Ok(sums)
 }
 
-/// One line of a batch's table: a content that was made, and its sum if it was computed on the way.
+/// One line of a batch's table: a content that was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Made {
     pub(crate) number: u64,
     pub(crate) length: u64,
-    pub(crate) hash: Option<[u8; 32]>,
+    pub(crate) known: Known,
+}
+
+/// What is known of a content that was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Known {
+    Nothing,
+    /// Its sum, computed on the way and at once.
+    Sum([u8; 32]),
+    /// The whole content that its file had before: they may share blocks.
+    Before(ContentRef),
 }
 
 impl Made {
+    /// Its sum, if that is known.
+    pub(crate) fn sum(&self) -> Option<[u8; 32]> {
+        match self.known {
+            Known::Sum(hash) => Some(hash),
+            Known::Nothing | Known::Before(_) => None,
+        }
+    }
+
     pub(crate) fn encode(&self, writer: &mut Writer) {
         writer.varint(self.number);
         writer.varint(self.length);
-        match &self.hash {
-            None => writer.byte(0),
-            Some(hash) => {
+        match &self.known {
+            Known::Nothing => writer.byte(0),
+            Known::Sum(hash) => {
                 writer.byte(1);
                 writer.raw(hash);
+            }
+            Known::Before(content) => {
+                writer.byte(2);
+                writer.raw(&content.batch.0);
+                writer.varint(content.number);
             }
         }
     }
@@ -214,12 +269,16 @@ impl Made {
     pub(crate) fn decode(reader: &mut Reader<'_>) -> Parsed<Self> {
         let number = reader.varint()?;
         let length = reader.varint()?;
-        let hash = match reader.byte()? {
-            0 => None,
-            1 => Some(reader.array()?),
-            _ => return Err(Malformed("a content has neither a sum nor none")),
+        let known = match reader.byte()? {
+            0 => Known::Nothing,
+            1 => Known::Sum(reader.array()?),
+            2 => {
+                let batch = BatchId(reader.array()?);
+                Known::Before(ContentRef { batch, number: reader.varint()?, form: Form::Whole })
+            }
+            _ => return Err(Malformed("what is known of a content is unknown")),
         };
-        Ok(Self { number, length, hash })
+        Ok(Self { number, length, known })
     }
 }
 
@@ -299,8 +358,29 @@ mod tests {
         for partial in [partial(), begun] {
             assert_eq!(Partial::decode(Reader::new(&partial.encode().0)), Ok(partial));
         }
-        let sums = Sums::from([(0, Sum { length: 9, hash: [1; 32] }), (300, Sum { length: 0, hash: [2; 32] })]);
+        let sum = |length, way| Sum { length, way, hash: [length as u8; 32] };
+        let sums = Sums::from([(0, sum(9, Way::AtOnce)), (300, sum(1, Way::InChunks))]);
         assert_eq!(decode_sums(Reader::new(&encode_sums(&sums).0)), Ok(sums));
+        let before = ContentRef { batch: BatchId([7; 16]), number: 1 << 40, form: Form::Whole };
+        for known in [Known::Nothing, Known::Sum([3; 32]), Known::Before(before)] {
+            let (made, mut writer) = (Made { number: 300, length: 5, known }, Writer::default());
+            made.encode(&mut writer);
+            assert_eq!(Made::decode(&mut Reader::new(&writer.0)), Ok(made));
+        }
+    }
+
+    #[test]
+    fn sums_of_the_first_version_are_understood() {
+        let mut writer = Writer::default();
+        writer.varint(2);
+        for number in [0, 300] {
+            writer.varint(number);
+            writer.varint(9);
+            writer.raw(&[number as u8; 32]);
+        }
+        let sum = |byte| Sum { length: 9, way: Way::AtOnce, hash: [byte; 32] };
+        let reader = Reader::of_version(&writer.0, 1);
+        assert_eq!(decode_sums(reader), Ok(Sums::from([(0, sum(0)), (300, sum(44))])));
     }
 
     proptest! {

@@ -13,6 +13,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -53,6 +54,7 @@ pub(crate) fn clone_snapshot(store: &Inner, snapshot: &Snapshot, at: &Locator) -
     let restore = Restore {
         store,
         root: Root::new(root.as_fd()),
+        shown: &volumes.join(&part),
         privileged: is_root(),
         reflinks: AtomicBool::new(true),
         links: linked,
@@ -84,6 +86,8 @@ fn links_name(at: &Locator) -> OsString {
 struct Restore<'a> {
     store: &'a Inner,
     root: Root<'a>,
+    /// The volume's path while it is made, for messages.
+    shown: &'a Path,
     privileged: bool,
     reflinks: AtomicBool,
     /// Holds one name of each file that has several.
@@ -108,7 +112,7 @@ impl Work for Restore<'_> {
 
     fn visit(&self, buffer: &mut Vec<u8>, task: &Task<Node>) -> Result<Vec<(OsString, Node)>> {
         let record = self.store.record(&task.node.record)?;
-        let dir = task.open(&self.root).context("open the directory", task.path())?;
+        let dir = task.open(&self.root).context("open the directory", task.shown(self.shown, None))?;
         let mut children = Vec::new();
         for item in record.items {
             let from = match &item.body {
@@ -124,7 +128,7 @@ impl Work for Restore<'_> {
                 _ if item.meta.nlink > 1 => self.make_linked(buffer, &dir, &item, from.as_deref()),
                 _ => self.make(buffer, &dir, &item.name, &item, from.as_deref()),
             };
-            made.context("restore", task.path_of(&item.name))?;
+            made.context("restore", task.shown(self.shown, Some(&item.name)))?;
         }
         *task.node.own.lock().unwrap_or_else(PoisonError::into_inner) = Some((record.meta, record.xattrs));
         Ok(children)
@@ -133,8 +137,8 @@ impl Work for Restore<'_> {
     fn leave(&self, _: &mut Vec<u8>, task: &Task<Node>) -> Result<()> {
         let own = task.node.own.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((meta, xattrs)) = own else { return Ok(()) };
-        let dir = task.open(&self.root).context("open the directory", task.path())?;
-        self.dress(&dir, &meta, &xattrs).context("restore the attributes of", task.path())
+        let dir = task.open(&self.root).context("open the directory", task.shown(self.shown, None))?;
+        self.dress(&dir, &meta, &xattrs).context("restore the attributes of", task.shown(self.shown, None))
     }
 }
 

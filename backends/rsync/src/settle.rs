@@ -10,10 +10,11 @@ use std::sync::{Mutex, PoisonError};
 
 use fsnap_backend::{Error, IoContext, Locator, Result, Snapshot};
 
+use crate::chunks::{self, Chunks};
 use crate::content::{self, BUFFER, contents_of};
 use crate::format::{self, Reader};
 use crate::lock::Lock;
-use crate::manifest::{Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, encode_sums};
+use crate::manifest::{Known, Made, Manifest, SUMS_MAGIC, Sum, Sums, Unsettled, Way, encode_sums};
 use crate::patch::Index;
 use crate::record::{BatchId, Body, ContentRef, Form, RecordRef};
 use crate::snapshot::{boot_id, snapshot_of};
@@ -40,7 +41,8 @@ pub(crate) fn settle(store: &Inner, at: &Locator) -> Result<Snapshot> {
     match &manifest.unsettled {
         None => Ok(snapshot_of(at, &manifest)),
         Some(unsettled) => {
-            let (sums, needed) = match new_sums(store, &manifest, unsettled) {
+            let keep = |content: &ContentRef, chunks: &Chunks| chunks.write(store, content);
+            let (sums, needed) = match new_sums(store, &manifest, unsettled, &keep) {
                 Err(Error::Damaged { .. }) => return Err(no_image(at)),
                 new => new?,
             };
@@ -76,13 +78,19 @@ fn make_durable(
 
 /// The sums of all contents that a snapshot added and uses, while it is unsettled.
 pub(crate) fn sums_of(store: &Inner, manifest: &Manifest) -> Result<Sums> {
-    let new = manifest.unsettled.as_ref().map(|unsettled| new_sums(store, manifest, unsettled)).transpose()?;
+    let new = |unsettled| new_sums(store, manifest, unsettled, &|_, _| Ok(()));
+    let new = manifest.unsettled.as_ref().map(new).transpose()?;
     Ok(new.map_or_else(Sums::new, |(sums, _)| sums))
 }
 
 /// The sums of all contents that a snapshot added and uses, and what else of its batch is needed. [`Error::Damaged`]
-/// where the snapshot is not whole.
-fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result<(Sums, BTreeSet<ContentRef>)> {
+/// where the snapshot is not whole. `keep` is given the sums of chunks that were computed.
+fn new_sums(
+    store: &Inner,
+    manifest: &Manifest,
+    unsettled: &Unsettled,
+    keep: &dyn Fn(&ContentRef, &Chunks) -> Result<()>,
+) -> Result<(Sums, BTreeSet<ContentRef>)> {
     let path = store.batch_dir(manifest.batch).join("table");
     let table = read_file(&path)?;
     let damaged = |reason: &str| Error::Damaged { what: path.display().to_string(), reason: reason.to_owned() };
@@ -97,19 +105,42 @@ fn new_sums(store: &Inner, manifest: &Manifest, unsettled: &Unsettled) -> Result
     }
     let trusted = is_of_this_boot(unsettled);
     let mut sums = Sums::new();
-    let mut unknown = Vec::new();
+    let (mut unknown, mut large) = (Vec::new(), Vec::new());
     let new = New::of(store, manifest.batch, manifest.root, &made)?;
     for (content, length) in new.contents {
         match made.get(&content.number) {
-            Some(&Made { length: found, hash: Some(hash), .. }) if trusted && found == length => {
-                sums.insert(content.number, Sum { length, hash });
+            Some(&Made { length: found, known: Known::Sum(hash), .. }) if trusted && found == length => {
+                sums.insert(content.number, Sum { length, way: Way::AtOnce, hash });
             }
-            Some(made) if made.length == length => unknown.push((content, *made)),
-            _ => return Err(damaged("a content is missing in it")),
+            Some(found) if found.length != length => return Err(damaged("a content has another length in it")),
+            Some(found) if found.sum().is_none() && length > chunks::FROM => large.push((content, *found)),
+            Some(found) => unknown.push((content, *found)),
+            None => return Err(damaged("a content is missing in it")),
         }
+    }
+    for (content, found) in large {
+        // What an earlier start of the system left is read, all of it.
+        let before = trusted.then(|| settled_before(manifest.batch, &made, found)).flatten();
+        let chunks = chunks::sum_after(store, &content, found.length, before.as_ref())?;
+        keep(&content, &chunks)?;
+        sums.insert(content.number, Sum { length: found.length, way: Way::InChunks, hash: chunks.total() });
     }
     sums.extend(compute(store, &unknown)?);
     Ok((sums, new.needed))
+}
+
+/// The content of an earlier snapshot that a file had before.
+///
+/// `snapshot` may have taken it again after `prime`: that content leads on to the one before.
+fn settled_before(batch: BatchId, made: &BTreeMap<u64, Made>, mut of: Made) -> Option<ContentRef> {
+    for _ in 0..=made.len() {
+        match of.known {
+            Known::Before(content) if content.batch == batch => of = *made.get(&content.number)?,
+            Known::Before(content) => return Some(content),
+            Known::Nothing | Known::Sum(_) => return None,
+        }
+    }
+    None
 }
 
 /// What of one batch a tree uses. Only records and patches of that batch can refer to it.
@@ -164,11 +195,11 @@ fn compute(store: &Inner, contents: &[(ContentRef, Made)]) -> Result<Vec<(u64, S
             let path = store.content_path(content);
             let opened = content::open(store, content, made.length)?;
             let hash = content::sum(&*opened, &mut buffer).context("read", &path)?;
-            if made.hash.is_some_and(|known| known != hash) {
+            if made.sum().is_some_and(|known| known != hash) {
                 let reason = "its sum is wrong".to_owned();
                 return Err(Error::Damaged { what: path.display().to_string(), reason });
             }
-            let sum = (content.number, Sum { length: made.length, hash });
+            let sum = (content.number, Sum { length: made.length, way: Way::AtOnce, hash });
             results.lock().unwrap_or_else(PoisonError::into_inner).push(sum);
         }
         Ok(())
@@ -185,7 +216,7 @@ fn compute(store: &Inner, contents: &[(ContentRef, Made)]) -> Result<Vec<(u64, S
 fn drop_superseded(store: &Inner, batch: BatchId, sums: &Sums, needed: &BTreeSet<ContentRef>) -> Result<()> {
     let used = |content: &ContentRef| sums.contains_key(&content.number) || needed.contains(content);
     for content in contents_of(store, batch)?.into_iter().filter(|content| !used(content)) {
-        remove_file(&store.content_path(&content))?;
+        store.remove_content(&content)?;
     }
     Ok(())
 }

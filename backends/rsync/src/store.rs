@@ -226,6 +226,12 @@ impl Inner {
         self.batch_dir(content.batch).join(chunk).join(name)
     }
 
+    /// Removes a content and what lies beside it; what is read without it goes first.
+    pub(crate) fn remove_content(&self, content: &ContentRef) -> Result<()> {
+        remove_file(&crate::chunks::path_of(self, content))?;
+        remove_file(&self.content_path(content))
+    }
+
     /// Locks the store while a snapshot begins.
     pub(crate) fn begin_lock(&self) -> Result<Lock> {
         Lock::shared(&self.dir.join("lock"))

@@ -242,7 +242,7 @@ fn remove_batch(store: &Inner, batch: BatchId) -> Result<()> {
 
 fn remove_dead_contents(store: &Inner, batch: BatchId, live: &Used) -> Result<()> {
     for content in contents_of(store, batch)?.into_iter().filter(|content| !live.has_content(content)) {
-        remove_file(&store.content_path(&content))?;
+        store.remove_content(&content)?;
     }
     Ok(())
 }

@@ -3,15 +3,18 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
+use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use fsnap_backend::{Damage, Error, Result, Snapshot};
+use fsnap_backend::{Content, Damage, Error, Result, Snapshot};
 
+use crate::chunks::{self, Chunks};
 use crate::content::{self, BUFFER};
-use crate::manifest::{SUMS_MAGIC, Sum, Sums, decode_sums};
+use crate::manifest::{SUMS_MAGIC, Sum, Sums, Way, decode_sums};
 use crate::patch::Patch;
 use crate::record::{BatchId, Body, ContentRef, Form, RecordRef};
 use crate::settle;
@@ -118,13 +121,30 @@ fn check(
         Ok(opened) => opened,
         Err(error) => return reason_of(error).map(Some),
     };
-    Ok(match content::sum(&*opened, buffer) {
-        Ok(hash) if hash == sum.hash => None,
+    Ok(match sum_in_its_way(&*opened, sum.way, buffer) {
+        Ok((hash, _)) if hash == sum.hash => None,
         Ok(_) if content.form == Form::Patch => Some(blame(store, content, buffer)?),
-        Ok(_) => Some(CHANGED.into()),
+        Ok((_, found)) => Some(match found.and_then(|found| first_damage(store, content, sum, &found)) {
+            Some(range) => format!("{CHANGED}, first in the bytes {} to {}", range.start, range.end - 1),
+            None => CHANGED.into(),
+        }),
         // A medium that cannot read it has damaged it.
         Err(error) => Some(format!("its content cannot be read: {error}")),
     })
+}
+
+/// The sum of a content, computed as the known one was.
+fn sum_in_its_way(content: &dyn Content, way: Way, buffer: &mut [u8]) -> io::Result<([u8; 32], Option<Chunks>)> {
+    match way {
+        Way::AtOnce => Ok((content::sum(content, buffer)?, None)),
+        Way::InChunks => chunks::sum(content, buffer).map(|chunks| (chunks.total(), Some(chunks))),
+    }
+}
+
+/// Where a content that was summed in chunks is damaged, if the sums of its chunks are still what they were.
+fn first_damage(store: &Inner, content: &ContentRef, sum: &Sum, found: &Chunks) -> Option<Range<u64>> {
+    let known = Chunks::read(store, content).filter(|known| known.total() == sum.hash)?;
+    known.first_difference(found)
 }
 
 const CHANGED: &str = "its content changed below fsnap: the sum is wrong";
@@ -139,7 +159,7 @@ fn blame(store: &Inner, content: &ContentRef, buffer: &mut [u8]) -> Result<Strin
             Form::Whole => read_sums(store, file.batch).and_then(|sums| {
                 let Some(sum) = sums.get(&file.number) else { return Ok(true) };
                 let opened = content::open(store, file, sum.length)?;
-                Ok(content::sum(&*opened, buffer).is_ok_and(|hash| hash == sum.hash))
+                Ok(sum_in_its_way(&*opened, sum.way, buffer).is_ok_and(|(hash, _)| hash == sum.hash))
             }),
         };
         if !intact.unwrap_or(false) {

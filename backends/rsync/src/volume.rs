@@ -105,14 +105,15 @@ fn ancestors(dir: impl AsFd) -> Vec<(u64, u64)> {
     found
 }
 
-const BTRFS: u64 = 0x9123_683e;
+pub(crate) const BTRFS: u64 = 0x9123_683e;
+pub(crate) const XFS: u64 = 0x5846_5342;
 
 /// File systems of this kernel whose ctime follows every store into a shared mapping, once the page was written back
 /// (see [`crate::walk`]). Memory file systems never write back; servers of network file systems have clocks of their
 /// own, and FAT counts in two seconds: there, contents are compared.
 const CTIME_TELLS: [u64; 6] = [
-    0xef53,      // ext2, ext3, ext4
-    0x5846_5342, // XFS
+    0xef53, // ext2, ext3, ext4
+    XFS,
     BTRFS,
     0xf2f5_2010, // F2FS
     0xca45_1a4e, // bcachefs

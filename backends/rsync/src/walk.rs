@@ -49,7 +49,7 @@ use rustix::io::Errno;
 
 use crate::KIND;
 use crate::crew::{self, Root, Task, Work};
-use crate::maker::{Before, Maker, Taken};
+use crate::maker::{Before, Maker, Subject, Taken};
 use crate::pack::Pack;
 use crate::record::{self, Body, ContentRef, Item, Record, RecordRef};
 use crate::store::{Inner, is_root};
@@ -217,11 +217,11 @@ impl<'a> Walk<'a> {
 
     /// A symbolic link, a fifo, a socket's or a device's node.
     fn take_node(&self, dir: impl AsFd, task: &Task<Node>, name: &OsStr) -> Result<Option<Item>> {
-        let path = || self.shown.join(task.path_of(name));
+        let path = task.shown(self.shown, Some(name));
         for _ in 0..ATTEMPTS {
-            let found = beneath::look(&dir, name).context("read the attributes of", path())?;
+            let found = beneath::look(&dir, name).context("read the attributes of", &path)?;
             let body = match found.meta.kind {
-                FileKind::Symlink => Body::Symlink(beneath::read_link(&dir, name).context("read the link", path())?),
+                FileKind::Symlink => Body::Symlink(beneath::read_link(&dir, name).context("read the link", &path)?),
                 FileKind::Fifo | FileKind::Socket => Body::Node,
                 FileKind::CharDevice | FileKind::BlockDevice if self.privileged => Body::Node,
                 FileKind::CharDevice | FileKind::BlockDevice => {
@@ -231,8 +231,8 @@ impl<'a> Walk<'a> {
                 // It became something else since it was listed.
                 FileKind::File | FileKind::Dir => return Ok(None),
             };
-            let xattrs = beneath::xattrs(&dir, name).context("read the extended attributes of", path())?;
-            let after = beneath::look(&dir, name).context("read the attributes of", path())?;
+            let xattrs = beneath::xattrs(&dir, name).context("read the extended attributes of", &path)?;
+            let after = beneath::look(&dir, name).context("read the attributes of", &path)?;
             if unchanged(&found.meta, &after.meta) {
                 self.note_what_is_not_kept(task, name, &found, &xattrs);
                 return Ok(Some(Item { name: name.to_owned(), meta: self.meta(&found), racy: false, xattrs, body }));
@@ -249,22 +249,22 @@ impl<'a> Walk<'a> {
         name: &OsStr,
         before: Option<&Item>,
     ) -> Result<Option<Item>> {
-        let path = || self.shown.join(task.path_of(name));
+        let path = task.shown(self.shown, Some(name));
         let file = match beneath::open_file(&dir, name) {
             // It became something else since it was listed.
             Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => return Ok(None),
-            opened => opened.context("open", path())?,
+            opened => opened.context("open", &path)?,
         };
         for _ in 0..ATTEMPTS {
-            let found = beneath::look_fd(&file).context("read the attributes of", path())?;
+            let found = beneath::look_fd(&file).context("read the attributes of", &path)?;
             let mut meta = self.meta(&found);
-            let xattrs = beneath::xattrs_fd(&file).context("read the extended attributes of", path())?;
+            let xattrs = beneath::xattrs_fd(&file).context("read the extended attributes of", &path)?;
             let link = (meta.nlink > 1).then_some((found.device, found.meta.ino));
             let known = link.and_then(|link| lock(&self.links).get(&link).copied());
             let content = match known {
                 Some((meta_then, content)) if unchanged(&meta_then, &meta) => content,
                 _ => {
-                    let taken = self.take_content(maker, &file, &meta, before).context("copy", path())?;
+                    let taken = self.take_content(maker, &file, &meta, before).context("copy", &path)?;
                     let content = match taken {
                         Taken::Torn => continue,
                         Taken::Kept => before.and_then(content_of),
@@ -275,18 +275,20 @@ impl<'a> Walk<'a> {
                         Taken::Copied(content) => Some(content),
                     };
                     let content = content.filter(|_| meta.size > 0);
-                    if !matches!(taken, Taken::Shared(..)) {
-                        let after = beneath::look_fd(&file).context("read the attributes of", path())?;
-                        if !unchanged(&found.meta, &after.meta) {
-                            if let Taken::Copied(content) = taken {
-                                maker.discard(&content).context("discard a copy of", path())?;
-                            }
+                    let after = beneath::look_fd(&file).context("read the attributes of", &path)?;
+                    let changed = !unchanged(&found.meta, &after.meta);
+                    match taken {
+                        Taken::Shared(content, _) if changed => maker.forget(&content),
+                        Taken::Copied(content) if changed => {
+                            maker.discard(&content).context("discard a copy of", &path)?;
                             continue;
                         }
+                        _ if changed => continue,
+                        _ => {}
                     }
                     match link {
                         None => content,
-                        Some(link) => self.agree(maker, link, &meta, content, &taken).context("copy", path())?,
+                        Some(link) => self.agree(maker, link, &meta, content, &taken).context("copy", &path)?,
                     }
                 }
             };
@@ -311,7 +313,9 @@ impl<'a> Walk<'a> {
             let likely_equal = item.meta.mtime == meta.mtime && item.meta.ino == meta.ino;
             content_of(item).map(|content| Before { content, length: item.meta.size, likely_equal })
         });
-        maker.take(file, meta.size, before)
+        // A write(2) that began before the flush and is not over yet is thought of as in `racy_since`.
+        let steady = self.ctime_tells && !self.racy(meta);
+        maker.take(Subject { file, length: meta.size, steady }, before)
     }
 
     /// Two names of one file have one content, also when two threads took it at the same time: the first one's.
@@ -376,7 +380,7 @@ impl<'a> Work for Walk<'a> {
     type Hand = Maker<'a>;
 
     fn visit(&self, maker: &mut Maker<'a>, task: &Task<Node>) -> Result<Vec<(OsString, Node)>> {
-        let path = || self.shown.join(task.path());
+        let path = task.shown(self.shown, None);
         let dir = match task.open(&self.root) {
             Ok(dir) => dir,
             Err(error) if task.parent().is_some() && is_gone(&error) => return Ok(Vec::new()),
@@ -384,9 +388,9 @@ impl<'a> Work for Walk<'a> {
                 self.omit(&task.path(), "we may not read it");
                 return Ok(Vec::new());
             }
-            Err(error) => return Err(error).context("open the directory", path()),
+            Err(error) => return Err(error).context("open the directory", &path),
         };
-        let found = beneath::look_fd(&dir).context("read the attributes of", path())?;
+        let found = beneath::look_fd(&dir).context("read the attributes of", &path)?;
         if (found.device, found.meta.ino) == self.store.place {
             let reason =
                 format!("the store {} lies in it: every snapshot would hold all others", self.store.dir.display());
@@ -412,7 +416,7 @@ impl<'a> Work for Walk<'a> {
                         self.omit(&task.path(), "we may not read its extended attributes");
                         Xattrs::new()
                     }
-                    read => read.context("read the extended attributes of", path())?,
+                    read => read.context("read the extended attributes of", &path)?,
                 };
                 ((meta, xattrs), before.map_or_else(Vec::new, |before| before.items))
             }
@@ -420,7 +424,7 @@ impl<'a> Work for Walk<'a> {
         if found.immutable {
             self.omit(&task.path(), IMMUTABLE);
         }
-        let mut names = beneath::names(&dir).context("list", path())?;
+        let mut names = beneath::names(&dir).context("list", &path)?;
         names.sort_unstable();
         let mut before = items.into_iter().peekable();
         let mut items = Vec::with_capacity(names.len());
@@ -436,7 +440,7 @@ impl<'a> Work for Walk<'a> {
                     changed |= had;
                     continue;
                 }
-                found => found.context("read the attributes of", self.shown.join(task.path_of(&name)))?,
+                found => found.context("read the attributes of", task.shown(self.shown, Some(&name)))?,
             };
             let meta = self.meta(&found);
             if found.meta.kind == FileKind::Dir && !found.mount_root {

@@ -77,8 +77,8 @@ fn large_extended_attributes_are_kept() {
     assert!(beneath::xattrs_fd(&clone).unwrap() == [("user.of the root".into(), value)], "it is not kept");
 }
 
-/// With [`NAME`] deeper than any path can say, and than directories are kept open.
-const DEPTH: usize = 600;
+/// With [`NAME`] much deeper than any path can say, and than directories are kept open.
+const DEPTH: usize = 4096;
 
 const NAME: &str = "one of many levels";
 

@@ -37,8 +37,12 @@ pub enum CriuError {
 }
 
 impl Criu {
-    /// Finds CRIU: the one that `make setup` prepared above this program, else the one of the system.
+    /// Finds CRIU: the one that `FSNAP_CRIU` names, as for fsnap, or that `make setup` prepared above this program, else the one
+    /// of the system.
     pub fn find() -> Self {
+        if let Some(named) = std::env::var_os("FSNAP_CRIU") {
+            return Self { program: named.into(), env: Vec::new() };
+        }
         let own = std::env::current_exe().unwrap_or_default();
         let prepared = own.ancestors().map(|dir| dir.join("criu/criu")).find(|path| path.is_file());
         Self { program: prepared.unwrap_or_else(|| "criu".into()), env: Vec::new() }

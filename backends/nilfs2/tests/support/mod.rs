@@ -1,6 +1,8 @@
 //! A small NILFS2 of its own for each volume.
 #![allow(dead_code, reason = "every test file uses another part of it")]
 
+pub(crate) mod sys;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,9 +37,14 @@ static KEPT: Mutex<Vec<Disk>> = Mutex::new(Vec::new());
 impl Disk {
     /// Makes one and mounts it at the empty directory `dir`.
     pub(crate) fn new(dir: &Path) -> io::Result<Self> {
+        Self::sized(dir, 256 << 20)
+    }
+
+    /// The same, with room for so many bytes.
+    pub(crate) fn sized(dir: &Path, bytes: u64) -> io::Result<Self> {
         // Sparse. Small segments, so that the cleaner has something to do.
         let image = tempfile::Builder::new().prefix("nilfs2-").suffix(".image").tempfile()?.into_temp_path().keep()?;
-        File::create(&image)?.set_len(256 << 20)?;
+        File::create(&image)?.set_len(bytes)?;
         let out = Command::new("losetup").args(["--find", "--show"]).arg(&image).output()?;
         let device = PathBuf::from(String::from_utf8_lossy(&out.stdout).trim());
         let disk = Self { device, dir: dir.to_owned(), image };

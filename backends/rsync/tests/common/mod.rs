@@ -109,6 +109,7 @@ impl Place {
         let names = ["records", "table", "sums"];
         let mut files = self.files_in("batches");
         files.retain(|path| !names.iter().any(|name| path.file_name().unwrap() == *name));
+        files.retain(|path| path.extension().is_none_or(|found| found != "sums"));
         files
     }
 }

@@ -1,0 +1,270 @@
+//! Pools that are full, pools that others manage, and numbers that others have taken.
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use fsnap_backend::{Backend, ErrorKind, ImageState, Source};
+use fsnap_dm_thin::{FileSystem, Limits, Store};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use support::{Mounted, TestPool, device_of, dmsetup, is_suspended};
+use tempfile::TempDir;
+
+type Done = Result<(), Failed>;
+
+/// A name and what it runs.
+type Case = (&'static str, fn() -> Done);
+
+fn ensure(holds: bool, what: &str) -> Done {
+    if holds { Ok(()) } else { Err(what.to_owned().into()) }
+}
+
+/// Writes and syncs until there is no room.
+fn fill(file: &Path) -> io::Result<u64> {
+    let mut file = File::create(file)?;
+    let chunk = vec![0x5a; 1 << 20];
+    for written in 0..1 << 12 {
+        if file.write_all(&chunk).and_then(|()| file.sync_all()).is_err() {
+            return Ok(written);
+        }
+    }
+    Err(io::Error::other("it takes everything"))
+}
+
+/// A pool without room for data takes no snapshot, keeps those it has, and goes on when there is room.
+fn data_full() -> Done {
+    let pool = TestPool::new(96 << 20);
+    let store = pool.store();
+    let dir = pool.volume("volume", FileSystem::Ext4);
+    fs::write(dir.join("file"), "before")?;
+    let volume = store.adopt(&dir)?;
+    let before = support::snapshot(&store, &volume);
+    let at = store.reserve(Source::Volume(&volume), &Default::default())?;
+    let device = device_of(&dir)?;
+    ensure(fill(&dir.join("large"))? > 8, "there was no room to begin with")?;
+
+    for refused in [
+        store.reserve(Source::Volume(&volume), &Default::default()).map(drop),
+        store.prime(&volume, &at),
+        store.snapshot(&volume, &at).map(drop),
+        store.clone_snapshot(&before, &place_for_a_clone(&at)?),
+    ] {
+        let error = refused.err().ok_or("a full pool takes images")?;
+        ensure(error.kind() == ErrorKind::NoSpace && error.to_string().contains("data space"), &error.to_string())?;
+    }
+    ensure(!is_suspended(&device), "the volume is suspended")?;
+    ensure(store.list()?.iter().all(|image| image.at == before.at), "something is left")?;
+    ensure(store.verify(&before)?.is_empty(), "the snapshot is damaged")?;
+    let mounted = Mounted::image(&store, &before.at);
+    ensure(fs::read(mounted.path().join("file"))? == b"before", "the snapshot has changed")?;
+    drop(mounted);
+    store.deactivate(&before.at)?;
+
+    drop(volume);
+    support::remove_volume(&dir)?;
+    let dir = pool.volume("next", FileSystem::Ext4);
+    support::snapshot(&store, &store.adopt(&dir)?);
+    Ok(())
+}
+
+/// A locator that a clone could have.
+fn place_for_a_clone(at: &fsnap_backend::Locator) -> Result<fsnap_backend::Locator, Failed> {
+    Ok(format!("v{}", &at.as_str()[1..]).parse()?)
+}
+
+/// What is dirty does not fit any more: the suspension fails, and so does the snapshot.
+fn data_full_in_the_middle() -> Done {
+    let pool = TestPool::new(96 << 20);
+    let mut store = pool.store();
+    store.keep_free(Limits { free_data: 0, free_metadata: 0 });
+    let dir = pool.volume("volume", FileSystem::Ext4);
+    let volume = store.adopt(&dir)?;
+    let device = device_of(&dir)?;
+    let at = store.reserve(Source::Volume(&volume), &Default::default())?;
+    store.prime(&volume, &at)?;
+    fs::write(dir.join("large"), vec![0x5a; 100 << 20])?;
+    let taken = store.snapshot(&volume, &at);
+    ensure(!is_suspended(&device), "the volume is suspended")?;
+    let error = taken.err().ok_or("there is a snapshot of what could not be written")?;
+    ensure(store.list()?.is_empty(), &format!("something is left, after: {error}"))
+}
+
+/// A pool that somebody made with `dmsetup`, with little room for metadata.
+struct SmallPool {
+    name: String,
+    loops: Vec<String>,
+    dir: TempDir,
+}
+
+impl SmallPool {
+    fn new(uuid: &str, metadata: u64) -> Result<Self, Failed> {
+        let dir = tempfile::tempdir()?;
+        let name = format!("small-{}-{}", std::process::id(), uuid.len());
+        let mut pool = Self { name, loops: Vec::new(), dir };
+        for (file, bytes) in [("metadata", metadata), ("data", 1 << 30)] {
+            let path = pool.dir.path().join(file);
+            File::create(&path)?.set_len(bytes)?;
+            let out = Command::new("losetup").args(["--find", "--show"]).arg(&path).output()?;
+            pool.loops.push(String::from_utf8_lossy(&out.stdout).trim().to_owned());
+        }
+        let table = format!("0 {} thin-pool {} {} 128 0 1 error_if_no_space", 1 << 21, pool.loops[0], pool.loops[1]);
+        let mut arguments = vec!["create", &pool.name, "--table", &table];
+        if !uuid.is_empty() {
+            arguments.extend(["--uuid", uuid]);
+        }
+        dmsetup(&arguments);
+        Ok(pool)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+impl Drop for SmallPool {
+    fn drop(&mut self) {
+        for name in ["volume", "thin"] {
+            umount2(&self.path(name), MntFlags::MNT_DETACH).ok();
+        }
+        let list = Command::new("dmsetup").arg("ls").output();
+        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        let thin =
+            names.iter().filter(|name| name.starts_with("fsnap-s-") || name.starts_with(&format!("{}-", self.name)));
+        for name in thin.copied().chain([self.name.as_str()]) {
+            Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output().ok();
+        }
+        for device in &self.loops {
+            Command::new("losetup").args(["--detach", device]).output().ok();
+        }
+    }
+}
+
+/// Without room for metadata the pool refuses in time; pushed over that, it fails, and what it has is still there.
+fn metadata_full() -> Done {
+    let pool = SmallPool::new("", 2 << 20)?;
+    let mut store = Store::create_for(&pool.path("store"), &pool.name)?;
+    let node = store.make_volume("volume", 256 << 20, FileSystem::Ext4)?;
+    let dir = pool.path("volume");
+    fs::create_dir(&dir)?;
+    mount(Some(&node), &dir, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+    let file = File::create(dir.join("file"))?;
+    file.set_len(128 << 20)?;
+    let volume = store.adopt(&dir)?;
+    let device = device_of(&dir)?;
+    let (mut taken, mut refused) = (Vec::new(), None);
+    let error = loop {
+        let round = taken.len();
+        // Scattered, so that much has to be remembered.
+        for part in 0..24_u64 {
+            file.write_all_at(format!("{round:04}").as_bytes(), ((part * 83 + round as u64 * 37) % 2000) << 16)?;
+        }
+        ensure(round < 1000, "the metadata never get full")?;
+        let made = store.reserve(Source::Volume(&volume), &Default::default()).and_then(|at| {
+            store.prime(&volume, &at)?;
+            store.snapshot(&volume, &at)?;
+            store.settle(&at)
+        });
+        match made {
+            Ok(snapshot) => taken.push(snapshot),
+            Err(error) if refused.is_none() => {
+                ensure(error.kind() == ErrorKind::NoSpace, &error.to_string())?;
+                ensure(error.to_string().contains("of its metadata space is free"), &error.to_string())?;
+                refused = Some(round);
+                store.keep_free(Limits { free_data: 0, free_metadata: 0 });
+            }
+            Err(error) => break error,
+        }
+        ensure(!is_suspended(&device), "the volume is suspended")?;
+    };
+    ensure(refused.is_some_and(|refused| refused > 3), &format!("it was refused at {refused:?}"))?;
+    ensure(matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::Damaged | ErrorKind::Io), &error.to_string())?;
+    ensure(!is_suspended(&device), &format!("the volume is suspended, after: {error}"))?;
+    for snapshot in [&taken[0], &taken[taken.len() / 2]] {
+        let whole = |image: &fsnap_backend::Image| image.at == snapshot.at && image.state == ImageState::Whole;
+        ensure(store.list()?.iter().any(whole), "a snapshot is gone")?;
+    }
+    Ok(())
+}
+
+/// Pools that LVM manages, told by the UUIDs that it gives, are left as they are.
+fn pools_of_lvm_are_refused() -> Done {
+    let pool = SmallPool::new("LVM-AbcdefGhijklMnopqrStuvwxYzabcdefGhijklMnopqrStuvwx-tpool", 4 << 20)?;
+    dmsetup(&["message", &pool.name, "0", "create_thin 0"]);
+    let status = || dmsetup(&["status", &pool.name]);
+    let before = status();
+    let created = Store::create_for(&pool.path("store"), &pool.name).map(drop);
+    let error = created.err().ok_or("a store is made in LVM's pool")?;
+    ensure(error.kind() == ErrorKind::NotAStore && error.to_string().contains("belongs to LVM"), &error.to_string())?;
+
+    let dir = pool.path("thin");
+    fs::create_dir(&dir)?;
+    for (number, uuid) in ["LVM-AbcdefGhijklMnopqrStuvwxYzabcdefGhijklMnopqrStuvwx", ""].into_iter().enumerate() {
+        let name = format!("{}-thin{number}", pool.name);
+        let table = format!("0 {} thin /dev/mapper/{} 0", 1 << 18, pool.name);
+        let node = dmsetup(&["info", "-c", "--noheadings", "-o", "minor", &pool.name]);
+        let table = table.replace(&format!("/dev/mapper/{}", pool.name), &format!("/dev/dm-{}", node.trim()));
+        let mut arguments = vec!["create", &name, "--table", &table];
+        if !uuid.is_empty() {
+            arguments.extend(["--uuid", uuid]);
+        }
+        dmsetup(&arguments);
+        let minor = dmsetup(&["info", "-c", "--noheadings", "-o", "minor", &name]);
+        let node = format!("/dev/dm-{}", minor.trim());
+        ensure(Command::new("mkfs.ext4").args(["-q", "-F", &node]).status()?.success(), "mkfs.ext4 failed")?;
+        mount(Some(&*node), &dir, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+        let probed = Store::probe(&dir);
+        umount2(&dir, MntFlags::empty())?;
+        dmsetup(&["remove", "--retry", &name]);
+        let error = probed.err().ok_or("a volume of LVM's is taken")?;
+        ensure(error.kind() == ErrorKind::NotAVolume, &error.to_string())?;
+        ensure(error.to_string().contains("lvcreate --snapshot"), &error.to_string())?;
+    }
+    let transaction = |status: &str| status.split(' ').nth(3).map(str::to_owned);
+    ensure(transaction(&before) == transaction(&status()), "the pool was changed")
+}
+
+/// A number that somebody else has taken meanwhile is theirs, and the next try has another.
+fn a_taken_number_is_left() -> Done {
+    let pool = TestPool::new(1 << 30);
+    let store = pool.store();
+    let volume = store.adopt(&pool.volume("volume", FileSystem::Ext4))?;
+    let taken = store.reserve(Source::Volume(&volume), &Default::default())?;
+    let number = u32::from_str_radix(&taken.as_str()[2..8], 16)?;
+    dmsetup(&["message", &pool.name, "0", &format!("create_thin {number}")]);
+    for refused in [store.prime(&volume, &taken), store.snapshot(&volume, &taken).map(drop)] {
+        let kind = refused.map_err(|error| error.kind());
+        ensure(kind == Err(ErrorKind::Exists), &format!("{kind:?}"))?;
+        ensure(store.list()?.is_empty(), "a record is left")?;
+    }
+    // The other's is still there: it can be removed, once.
+    let delete = format!("delete {number}");
+    dmsetup(&["message", &pool.name, "0", &delete]);
+    let again = Command::new("dmsetup").args(["message", &pool.name, "0", &delete]).output()?;
+    ensure(!again.status.success(), "there is no end to it")?;
+    support::snapshot(&store, &volume);
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let cases: &[Case] = &[
+        ("data_full", data_full),
+        ("data_full_in_the_middle", data_full_in_the_middle),
+        ("metadata_full", metadata_full),
+        ("pools_of_lvm_are_refused", pools_of_lvm_are_refused),
+        ("a_taken_number_is_left", a_taken_number_is_left),
+    ];
+    let trial = |&(name, case): &Case| {
+        Trial::ignorable_test(name, move || match support::missing() {
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => case().map(|()| Completion::Completed),
+        })
+    };
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, cases.iter().map(trial).collect()).exit_code()
+}

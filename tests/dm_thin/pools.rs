@@ -1,0 +1,290 @@
+//! Pools, volumes and branches in them, and what differs.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::SystemTime;
+
+use libtest_mimic::Failed;
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use crate::site::{Site, ensure, failure, is, output, pretend};
+use crate::{Case, Done};
+
+pub(crate) const CASES: &[Case] = &[
+    ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
+    ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_branch_is_a_volume", a_branch_is_a_volume),
+    ("a_branch_survives_a_restart", a_branch_survives_a_restart),
+    ("kills_leave_nothing", kills_leave_nothing),
+    ("a_short_pool_refuses", a_short_pool_refuses),
+    ("btrfs_is_left_to_its_own_backend", btrfs_is_left_to_its_own_backend),
+    ("diff_reads_only_what_can_differ", diff_reads_only_what_can_differ),
+    ("a_killed_diff_leaves_no_copy_of_the_metadata", a_killed_diff_leaves_no_copy_of_the_metadata),
+];
+
+fn a_pool_is_made_shown_and_removed() -> Done {
+    let site = Site::new("1G")?;
+    let pool = site.listed()?;
+    ensure(pool["up"] == true && pool["state"] == "works" && pool["made_by_fsnap"] == true, &pool.to_string())?;
+    ensure(pool["data"]["total"] == 1_u64 << 30 && pool["data"]["used"] == 0, &pool.to_string())?;
+    let again = site.fails(&["pool", "create", &site.path("other"), "--name", &site.pool, "--size", "1G"])?;
+    ensure(again.contains("exists already"), &again)?;
+
+    site.add_volume("db", "ext4")?;
+    let pool = site.listed()?;
+    ensure(pool["volumes"][0]["name"] == "db" && pool["data"]["used"] != 0, &pool.to_string())?;
+    let doctor = site.fsnap(&["doctor", &site.path("db")])?;
+    ensure(doctor.contains(&format!("ok  pool: {} works; data ", site.pool)), &doctor)?;
+    ensure(doctor.contains("% of 1.00 GiB, metadata "), &doctor)?;
+
+    // What is in use stays.
+    for (arguments, why) in [
+        (&["pool", "remove", &site.pool][..], "the volumes db are in it"),
+        (&["pool", "remove", &site.pool, "--with-volumes"], "it is mounted"),
+        (&["pool", "stop", &site.pool], "it is mounted"),
+        (&["pool", "remove-volume", &site.pool, "db"], "it is mounted"),
+    ] {
+        let said = site.fails(arguments)?;
+        ensure(said.contains(why), &format!("{arguments:?}: {said}"))?;
+    }
+    site.fsnap(&["init", &site.path("db")])?;
+    let said = site.fails(&["pool", "remove", &site.pool, "--with-volumes"])?;
+    ensure(said.contains("fsnap rm --volume db"), &said)?;
+    site.fsnap(&["rm", "--volume", "db"])?;
+    fs::write(site.db().join("file"), "kept")?;
+
+    // As after a start of the machine.
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    ensure(site.listed()?["state"] == "down", "it is not down")?;
+    let started = site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(started.contains(" db /dev/"), &started)?;
+    site.mount("db", "ext4")?;
+    is(&site.db().join("file"), "kept")?;
+    site.unmount("db")?;
+
+    site.fsnap(&["pool", "remove", &site.pool, "--with-volumes"])?;
+    ensure(site.listed().is_err(), "it is still listed")?;
+    ensure(fs::read_dir(site.dir.join("pool"))?.next().is_none(), "its files are still there")?;
+    ensure(!output(Command::new("losetup").arg("--list"))?.contains(&site.path("pool")), "a loop device is left")
+}
+
+fn a_device_that_holds_something_is_refused() -> Done {
+    let site = Site::new("1G")?;
+    let image = site.dir.join("image");
+    File::create(&image)?.set_len(64 << 20)?;
+    let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+    let tried = || -> Done {
+        output(Command::new("mkfs.ext4").args(["-q", &device]))?;
+        let other = format!("{}-device", site.pool);
+        let said = site.fails(&["pool", "create", &device, "--name", &other])?;
+        ensure(said.contains("it holds ext4"), &said)?;
+        output(Command::new("wipefs").args(["--all", &device]))?;
+        site.fsnap(&["pool", "create", &device, "--name", &other])?;
+        site.fsnap(&["pool", "add-volume", &other, "v", "--size", "16M"])?;
+        site.fsnap(&["pool", "remove-volume", &other, "v"])?;
+        site.fsnap(&["pool", "remove", &other])?;
+        Ok(())
+    };
+    let done = tried();
+    output(Command::new("losetup").args(["--detach", &device]))?;
+    done
+}
+
+/// A branch is mounted, written independently, captured itself, branched again, and gone when it is removed.
+fn a_branch_is_a_volume() -> Done {
+    for file_system in ["ext4", "xfs"] {
+        let site = Site::with_volume("2G", file_system)?;
+        site.fsnap(&["checkpoint", "--tag", "one"])?;
+        fs::write(site.db().join("file"), "second")?;
+        let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+        is(&files.join("file"), "first")?;
+        fs::write(files.join("file"), "on the branch")?;
+        is(&site.db().join("file"), "second")?;
+        site.fsnap(&["checkpoint", "--branch", "try", "--tag", "two"])?;
+        let again = PathBuf::from(site.fsnap(&["branch", "two", "again"])?.trim());
+        is(&again.join("file"), "on the branch")?;
+        let (before, _) = site.devices()?;
+        let mut user = Command::new("sleep").arg("1000").current_dir(&files).spawn()?;
+        let refused = site.fails(&["rm", "--branch", "try"]);
+        user.kill()?;
+        user.wait()?;
+        ensure(refused?.contains("in use"), "it was removed under a process that uses it")?;
+        is(&files.join("file"), "on the branch")?;
+        site.fsnap(&["rm", "--branch", "again"])?;
+        site.fsnap(&["rm", "two"])?;
+        site.fsnap(&["rm", "--branch", "try"])?;
+        ensure(!site.dir.join("state/branches/try").exists(), "the branch's directory is still there")?;
+        ensure(site.devices()?.0 < before, "the branches' devices are still there")?;
+        site.fsnap(&["rm", "one"])?;
+        let said = site.fsnap(&["recover"])?;
+        ensure(said.trim() == "nothing is half done", &said)?;
+    }
+    Ok(())
+}
+
+/// After a start of the machine nothing is mounted and no pool is up; what was written is there.
+fn a_branch_survives_a_restart() -> Done {
+    let site = Site::with_volume("2G", "ext4")?;
+    let homes = site.dir.join("homes");
+    let config = site.dir.join("config.toml");
+    fs::write(&config, format!("branches = {homes:?}\n"))?;
+    let fsnap = |arguments: &[&str]| output(site.command(arguments).env("FSNAP_CONFIG", &config));
+    fsnap(&["checkpoint", "--tag", "one"])?;
+    let files = PathBuf::from(fsnap(&["branch", "one", "try"])?.trim());
+    ensure(files.starts_with(&homes), &format!("it is mounted at {}", files.display()))?;
+    fs::write(files.join("file"), "on the branch")?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+
+    let said = fsnap(&["recover"])?;
+    ensure(said.contains("mounted: branch try"), &said)?;
+    is(&files.join("file"), "on the branch")?;
+    fsnap(&["checkpoint", "--branch", "try"])?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    fsnap(&["branches"])?;
+    is(&files.join("file"), "on the branch")?;
+    fsnap(&["rm", "@latest"])?;
+    fsnap(&["rm", "--branch", "try"]).map(drop)
+}
+
+/// Killed at every step, the making and the removal of a branch leave nothing.
+fn kills_leave_nothing() -> Done {
+    let site = Site::with_volume("2G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let (before, _) = site.devices()?;
+    let clean = |point: &str| -> Done {
+        site.fsnap(&["recover"])?;
+        ensure(!site.dir.join("state/branches/try").exists(), &format!("{point}: the directory is still there"))?;
+        ensure(site.devices()?.0 == before, &format!("{point}: a device is left"))
+    };
+    for point in ["branch:recorded", "branch:cloned", "branch:mounted", "branch:grown"] {
+        let status =
+            site.command(&["branch", "one", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        clean(point)?;
+    }
+    for point in ["remove:recorded", "remove:deleted"] {
+        site.fsnap(&["branch", "one", "try"])?;
+        let status =
+            site.command(&["rm", "--branch", "try"]).env("FSNAP_FAILPOINT", format!("{point}=kill")).status()?;
+        ensure(!status.success(), &format!("it was not killed at {point}"))?;
+        clean(point)?;
+    }
+    Ok(())
+}
+
+/// A pool with less room than the settings want refuses before anything stands.
+fn a_short_pool_refuses() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    let config = site.dir.join("config.toml");
+    for (what, text) in [("data", "free_data = 100"), ("metadata", "free_metadata = 100")] {
+        fs::write(&config, format!("[dm-thin]\n{text}\n"))?;
+        let said = failure(site.command(&["checkpoint"]).env("FSNAP_CONFIG", &config))?;
+        ensure(said.contains(&format!("of its {what} space is free, less than")), &said)?;
+        ensure(said.contains("`[dm-thin]` in the settings") && said.contains("nothing was left behind"), &said)?;
+        let doctor = output(site.command(&["doctor"]).env("FSNAP_CONFIG", &config))?;
+        ensure(doctor.contains(&format!("no  pool: {}", site.pool)), &doctor)?;
+        let (_, suspended) = site.devices()?;
+        ensure(!suspended, "a device is suspended")?;
+    }
+    fs::write(&config, "[dm-thin]\nfree_data = 1\n")?;
+    output(site.command(&["checkpoint"]).env("FSNAP_CONFIG", &config))?;
+    let log = site.fsnap(&["log"])?;
+    ensure(log.lines().count() == 2, &log)
+}
+
+/// A file system whose copies the kernel would confuse with it is refused, and its own backend takes it.
+fn btrfs_is_left_to_its_own_backend() -> Done {
+    let site = Site::new("1G")?;
+    site.add_volume("db", "ext4")?;
+    site.unmount("db")?;
+    let device = site.node(&format!("{}-volume-db", site.pool))?;
+    output(Command::new("mkfs.btrfs").args(["-q", "-f"]).arg(&device))?;
+    site.mount("db", "btrfs")?;
+    let said = site.fails(&["init", &site.path("db"), "--backend", "dm-thin"])?;
+    ensure(said.contains("it is btrfs") && said.contains("choose the btrfs backend"), &said)?;
+    let said = site.fsnap(&["init", &site.path("db")])?;
+    ensure(said.contains("btrfs snapshots"), &said)
+}
+
+/// A difference is found whether the pool tells where it can be or not, and what the pool says is equal is not read.
+fn diff_reads_only_what_can_differ() -> Done {
+    for (file_system, options) in [("ext4", ""), ("xfs", ""), ("ext4", "data=journal")] {
+        let site = Site::with_volume("2G", file_system)?;
+        let db = site.db();
+        site.unmount("db")?;
+        let device = site.node(&format!("{}-volume-db", site.pool))?;
+        let options = (!options.is_empty()).then(|| std::ffi::CString::new(options)).transpose()?;
+        rustix::mount::mount(device, &db, file_system, MountFlags::empty(), options.as_deref())?;
+        let bytes = |seed: u32| -> Vec<u8> {
+            (0..24_u32 << 18).flat_map(|at| at.wrapping_mul(2_654_435_761).wrapping_add(seed).to_le_bytes()).collect()
+        };
+        for name in ["changed", "grown", "rewritten", "touched", "punched", "zeros"] {
+            fs::write(db.join(name), bytes(7))?;
+        }
+        let sparse = File::create(db.join("sparse"))?;
+        sparse.set_len(8 << 20)?;
+        site.fsnap(&["checkpoint", "--tag", "one"])?;
+
+        let open = |name: &str| File::options().write(true).open(db.join(name));
+        open("changed")?.write_all_at(b"!", 20 << 20)?;
+        open("grown")?.write_all_at(b"!", 24 << 20)?;
+        fs::write(db.join("rewritten"), bytes(7))?;
+        open("touched")?.set_modified(SystemTime::UNIX_EPOCH)?;
+        let (punch, keep) = (rustix::fs::FallocateFlags::PUNCH_HOLE, rustix::fs::FallocateFlags::KEEP_SIZE);
+        rustix::fs::fallocate(open("punched")?, punch | keep, 1 << 20, 1 << 20)?;
+        let zero = rustix::fs::FallocateFlags::ZERO_RANGE;
+        rustix::fs::fallocate(open("zeros")?, zero, 5 << 20, 4096)?;
+        rustix::fs::fallocate(&sparse, rustix::fs::FallocateFlags::empty(), 0, 1 << 20)?;
+        site.fsnap(&["checkpoint", "--tag", "two"])?;
+        open("touched")?.write_all_at(b"?", 10 << 20)?;
+
+        let expected = "M db/changed\nM db/grown\nM db/punched\nM db/zeros\n";
+        let later = "M db/changed\nM db/grown\nM db/punched\nM db/touched\nM db/zeros\n";
+        let with_path = |path: &str, arguments: &[&str]| output(site.command(arguments).env("PATH", path));
+        let usual = std::env::var("PATH")?;
+        let counting = pretend(&site, "thin_delta", "exec /usr/sbin/thin_delta \"$@\"")?.display().to_string();
+        for path in ["/nowhere", &format!("{counting}:{usual}")] {
+            let found = with_path(path, &["diff", "one", "two"])?;
+            ensure(found == expected, &format!("{file_system} {options:?} by {path}: {found}"))?;
+            let found = with_path(path, &["diff", "one"])?;
+            ensure(found == later, &format!("{file_system} {options:?} now, by {path}: {found}"))?;
+        }
+        ensure(site.dir.join("programs/thin_delta.called").exists(), "thin_delta was not asked")?;
+        // Whoever believes this reads no content.
+        let all = "<superblock uuid=\"\" data_block_size=\"128\">\n<diff>\n</diff>\n</superblock>";
+        let nothing = pretend(&site, "thin_delta", &format!("cat <<END\n{all}\nEND"))?.display().to_string();
+        let found = with_path(&format!("{nothing}:{usual}"), &["diff", "one", "two"])?;
+        ensure(!found.contains("changed") && found.contains("grown"), &format!("the pool was not believed: {found}"))?;
+        // A failing program is as good as none, and the pool can be asked again.
+        let failing = pretend(&site, "thin_delta", "exit 1")?.display().to_string();
+        let found = with_path(&format!("{failing}:{usual}"), &["diff", "one", "two"])?;
+        ensure(found == expected, &found)?;
+        let found = site.fsnap(&["diff", "one", "two"])?;
+        ensure(found == expected, &found)?;
+        let status = output(Command::new("dmsetup").args(["status", &site.pool]))?;
+        ensure(status.split(' ').nth(6) == Some("-"), &format!("a copy of the metadata is left: {status}"))?;
+    }
+    Ok(())
+}
+
+/// Killed while it asks the pool, it leaves nothing that the next command would not give back.
+fn a_killed_diff_leaves_no_copy_of_the_metadata() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    site.fsnap(&["checkpoint", "--tag", "two"])?;
+    let killing = pretend(&site, "thin_delta", "kill -9 $PPID")?.display().to_string();
+    let status = site.command(&["diff", "one", "two"]).env("PATH", format!("{killing}:/bin")).status()?;
+    ensure(!status.success(), "it was not killed")?;
+    let copy = || -> Result<bool, Failed> {
+        let status = output(Command::new("dmsetup").args(["status", &site.pool]))?;
+        Ok(status.split(' ').nth(6) != Some("-"))
+    };
+    ensure(copy()?, "there was no copy")?;
+    site.fsnap(&["checkpoint"])?;
+    ensure(!copy()?, "the copy is left")
+}

@@ -1,0 +1,237 @@
+//! A volume never stands for longer than the fsnap that stopped it.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+
+use crate::site::{Site, ensure, is, output};
+use crate::{Case, Done};
+
+pub(crate) const CASES: &[Case] = &[
+    ("killed_while_it_stands", killed_while_it_stands),
+    ("the_deadline_ends_the_standing", the_deadline_ends_the_standing),
+    ("a_failing_pool_ends_the_standing", a_failing_pool_ends_the_standing),
+];
+
+/// A pool on a device that can be made slow, or fail; detached when dropped.
+struct Base {
+    name: String,
+    lower: String,
+}
+
+/// The sectors of the metadata, which come first.
+const METADATA: u64 = (32 << 20) / 512;
+const ALL: u64 = (1 << 30) / 512;
+
+impl Base {
+    fn new(dir: &Path, name: &str) -> Result<Self, Failed> {
+        let image = dir.join("image");
+        File::create(&image)?.set_len(ALL * 512)?;
+        let lower = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+        let base = Self { name: name.to_owned(), lower };
+        output(Command::new("dmsetup").args(["create", name, "--table", &base.plain()]))?;
+        Ok(base)
+    }
+
+    fn plain(&self) -> String {
+        format!("0 {ALL} linear {} 0", self.lower)
+    }
+
+    /// A table of which the metadata, or the data, have another target.
+    fn with(&self, metadata: Option<&str>, data: Option<&str>) -> String {
+        let rest = ALL - METADATA;
+        let linear = |from: u64| format!("linear {} {from}", self.lower);
+        format!(
+            "0 {METADATA} {}\n{METADATA} {rest} {}",
+            metadata.map_or_else(|| linear(0), str::to_owned),
+            data.map_or_else(|| linear(METADATA), str::to_owned)
+        )
+    }
+
+    /// Metadata that take their time to be written.
+    fn slow(&self) -> String {
+        self.with(Some(&format!("delay {0} 0 0 {0} 0 3000", self.lower)), None)
+    }
+
+    fn switch(&self, table: &str) -> Done {
+        for arguments in [
+            &["suspend", "--noflush", "--nolockfs", &self.name][..],
+            &["load", &self.name, "--table", table],
+            &["resume", &self.name],
+        ] {
+            output(Command::new("dmsetup").args(arguments))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Base {
+    fn drop(&mut self) {
+        let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", &self.name]).output();
+        let _ = Command::new("losetup").args(["--detach", &self.lower]).output();
+    }
+}
+
+/// A registered volume in a pool on such a device.
+fn on_base() -> Result<(Base, Site), Failed> {
+    let site = Site::without_pool()?;
+    let base = Base::new(&site.dir, &format!("{}-base", site.pool))?;
+    let device = site.node(&base.name)?;
+    site.fsnap(&["pool", "create", &device.to_string_lossy(), "--name", &site.pool])?;
+    site.add_volume("db", "ext4")?;
+    fs::write(site.db().join("file"), "first")?;
+    site.fsnap(&["init", &site.path("db")])?;
+    Ok((base, site))
+}
+
+/// Waits until the volume stands.
+fn until_it_stands(site: &Site, by: &mut Child) -> Done {
+    for _ in 0..2000 {
+        if site.devices()?.1 {
+            return Ok(());
+        }
+        if let Some(status) = by.try_wait()? {
+            let mut said = String::new();
+            if let Some(mut from) = by.stderr.take() {
+                from.read_to_string(&mut said)?;
+            }
+            return Err(format!("it ended before the volume stood: {status}: {said}").into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err("the volume never stood".into())
+}
+
+/// The volume takes writes, and nothing of a checkpoint is left.
+fn goes_on(site: &Site) -> Done {
+    ensure(!site.devices()?.1, "the volume stands")?;
+    fs::write(site.db().join("file"), "later")?;
+    File::open(site.db().join("file"))?.sync_all()?;
+    is(&site.db().join("file"), "later")?;
+    let log = site.fsnap(&["log"])?;
+    ensure(log.is_empty(), &log)?;
+    let said = site.fsnap(&["recover"])?;
+    ensure(said.trim() == "nothing is half done", &said)?;
+    site.fsnap(&["checkpoint"]).map(drop)
+}
+
+fn killed_while_it_stands() -> Done {
+    let (base, site) = on_base()?;
+    base.switch(&base.slow())?;
+    let mut taking = site.command(&["checkpoint"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    until_it_stands(&site, &mut taking)?;
+    // It dies when the kernel has done what it was asked for, and never comes to the resumption.
+    taking.kill()?;
+    taking.wait()?;
+    ensure(site.devices()?.1, "something else than the next command has resumed it")?;
+    base.switch(&base.plain())?;
+    site.fsnap(&["recover"])?;
+    goes_on(&site)
+}
+
+/// Has a hook called as CRIU calls it.
+fn hook(site: &Site, images: &Path, action: &str, tree: u32) -> Result<Command, Failed> {
+    let link = site.dir.join("fsnap-criu-hook");
+    if !link.exists() {
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fsnap"), &link)?;
+    }
+    let mut command = Command::new(link);
+    command.env("FSNAP_STATE", site.dir.join("state")).env("FSNAP_CONFIG", site.dir.join("config.toml"));
+    command.env("FSNAP_VOLUMES", "db").env_remove("FSNAP_FAILPOINT");
+    command.env("CRTOOLS_SCRIPT_ACTION", action).env("CRTOOLS_IMAGE_DIR", images);
+    command.env("CRTOOLS_INIT_PID", tree.to_string()).stdin(Stdio::null());
+    Ok(command)
+}
+
+/// An image directory that looks complete.
+fn images(site: &Site) -> Result<PathBuf, Failed> {
+    let images = site.dir.join("images");
+    fs::create_dir(&images)?;
+    let mut inventory = File::create(images.join("inventory.img"))?;
+    // The number that such a file begins with, the length of its one entry, and that.
+    inventory.write_all(&0x5831_3116_u32.to_le_bytes())?;
+    inventory.write_all(&2_u32.to_le_bytes())?;
+    inventory.write_all(&[8, 1])?;
+    Ok(images)
+}
+
+/// A hook that is late ends without leaving the volume as it is.
+fn the_deadline_ends_the_standing() -> Done {
+    let (base, site) = on_base()?;
+    fs::write(site.dir.join("config.toml"), "[hook]\ndeadline_seconds = 2\n")?;
+    let images = images(&site)?;
+    let mut tree = Command::new("sleep").arg("1000").spawn()?;
+    let tried = || -> Done {
+        output(&mut hook(&site, &images, "pre-dump", tree.id())?)?;
+        base.switch(&base.slow())?;
+        // The time is over while the kernel suspends it, or makes the snapshot: both take longer than the deadline, and none
+        // of them can be cut short. Whoever just ends then leaves it suspended.
+        let ended = hook(&site, &images, "post-dump", tree.id())?.output()?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        ensure(ended.status.code() == Some(1) && said.contains("took longer than 2 s"), &said)?;
+        // Nobody has called fsnap since.
+        ensure(!site.devices()?.1, "the volume still stands")?;
+        fs::write(site.db().join("file"), "while it is slow")?;
+        base.switch(&base.plain())
+    };
+    let done = tried();
+    tree.kill()?;
+    tree.wait()?;
+    done?;
+    site.fsnap(&["recover"])?;
+    goes_on(&site)
+}
+
+/// Metadata, or data, that cannot be written any more, in the middle of a checkpoint.
+fn a_failing_pool_ends_the_standing() -> Done {
+    for metadata in [true, false] {
+        let (base, site) = on_base()?;
+        site.fsnap(&["checkpoint", "--tag", "before"])?;
+        let error = if metadata { base.with(Some("error"), None) } else { base.with(None, Some("error")) };
+        // In the frozen window, after all that is done ahead; what is dirty has to be written then.
+        let mut taking = site
+            .command(&["checkpoint", "--tag", "meanwhile"])
+            .env("FSNAP_FAILPOINT", "take:opened=sleep:1500")
+            .stderr(Stdio::piped())
+            .spawn()?;
+        thread::sleep(Duration::from_millis(700));
+        fs::write(site.db().join("dirty"), vec![7; 1 << 20])?;
+        base.switch(&error)?;
+        let ended = taking.wait_with_output_within(Duration::from_secs(120))?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        ensure(ended.status.code() == Some(1), &format!("metadata {metadata}: {}: {said}", ended.status))?;
+        ensure(!site.devices()?.1, &format!("metadata {metadata}: the volume stands: {said}"))?;
+        base.switch(&base.plain())?;
+        let log = site.fsnap(&["log"])?;
+        ensure(log.contains("before") && !log.contains("meanwhile"), &log)?;
+    }
+    Ok(())
+}
+
+/// Waiting that ends.
+trait Patient {
+    fn wait_with_output_within(&mut self, time: Duration) -> Result<std::process::Output, Failed>;
+}
+
+impl Patient for Child {
+    fn wait_with_output_within(&mut self, time: Duration) -> Result<std::process::Output, Failed> {
+        let begun = std::time::Instant::now();
+        while self.try_wait()?.is_none() {
+            if begun.elapsed() > time {
+                self.kill()?;
+                return Err("it hangs".into());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let mut stderr = Vec::new();
+        if let Some(mut from) = self.stderr.take() {
+            from.read_to_end(&mut stderr)?;
+        }
+        Ok(std::process::Output { status: self.wait()?, stdout: Vec::new(), stderr })
+    }
+}
