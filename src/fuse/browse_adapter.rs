@@ -79,8 +79,7 @@ fn to_fuse(attr: &Attr) -> FileAttr {
     FileAttr {
         ino: INodeNo(meta.ino),
         size: meta.size,
-        // What a file takes on the disk is the store's affair; holes are told by lseek(2).
-        blocks: meta.size.div_ceil(512),
+        blocks: blocks(meta.size),
         atime: time(meta.atime),
         mtime: time(meta.mtime),
         ctime: time(meta.ctime),
@@ -94,6 +93,13 @@ fn to_fuse(attr: &Attr) -> FileAttr {
         blksize: 4096,
         flags: 0,
     }
+}
+
+/// What a file takes on the disk is the store's affair, and is not told. But programs such as cp(1) ask for holes only where there seem
+/// to be some; a large file seems to have one, lest a tebibyte of holes is read as zeros.
+fn blocks(size: u64) -> u64 {
+    const LARGE: u64 = 64 << 10;
+    size.div_ceil(512) - u64::from(size >= LARGE)
 }
 
 impl Filesystem for BrowseAdapter {

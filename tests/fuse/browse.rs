@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{MetadataExt, chown, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -28,6 +28,7 @@ pub(crate) const CASES: &[Case] = &[
     ("what_is_new_shows_up", what_is_new_shows_up),
     ("every_kind_of_file_is_as_it_was_in_btrfs", || every_kind_of_file_is_as_it_was("btrfs")),
     ("every_kind_of_file_is_as_it_was_in_rsync", || every_kind_of_file_is_as_it_was("rsync")),
+    ("holes_stay_holes_for_whoever_copies", holes_stay_holes_for_whoever_copies),
     ("files_of_nested_subvolumes_are_told_apart", files_of_nested_subvolumes_are_told_apart),
     ("nothing_can_be_written", nothing_can_be_written),
     ("a_link_is_shown_and_not_followed", a_link_is_shown_and_not_followed),
@@ -158,6 +159,38 @@ fn every_kind_of_file_is_as_it_was(backend: &str) {
     past.unmount();
     past.mount();
     before.expect(&Listing::of(&past.at("latest/db")).unwrap(), &everything(), backend).unwrap();
+    past.unmount();
+}
+
+fn holes_stay_holes_for_whoever_copies() {
+    let past = Past::new();
+    for backend in ["btrfs", "rsync"] {
+        let file = fs::File::create(past.volume(backend, backend).join("sparse")).unwrap();
+        // More than could be read as zeros while a test waits.
+        file.set_len(4 << 40).unwrap();
+        file.write_all_at(&[1; 4096], 1 << 40).unwrap();
+    }
+    past.checkpoint();
+    past.mount();
+    for backend in ["btrfs", "rsync"] {
+        let (shown, copy) =
+            (past.at(&format!("latest/{backend}/sparse")), past.path("disk").join(backend).join("copy"));
+        let mut open = fs::File::open(&shown).unwrap();
+        let at = |from| rustix::fs::seek(&open, from);
+        assert_eq!(at(rustix::fs::SeekFrom::Data(5)), Ok(1 << 40), "{backend}");
+        assert_eq!(at(rustix::fs::SeekFrom::Hole(1 << 40)), Ok((1 << 40) + 4096), "{backend}");
+        assert_eq!(at(rustix::fs::SeekFrom::Data((1 << 40) + 4096)), Err(Errno::NXIO), "{backend}");
+        assert_eq!(at(rustix::fs::SeekFrom::Hole(2 << 40)), Ok(2 << 40), "{backend}");
+        open.seek(SeekFrom::Start((1 << 40) - 1)).unwrap();
+        let mut bytes = [7; 3];
+        open.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, [0, 1, 1], "{backend}");
+        let mut cp = Command::new("timeout");
+        cp.args(["60", "cp", "--reflink=never"]).args([&shown, &copy]);
+        assert!(cp.status().unwrap().success(), "{backend}");
+        let copied = fs::metadata(&copy).unwrap();
+        assert_eq!((copied.len(), copied.blocks() <= 16), (4 << 40, true), "{backend}");
+    }
     past.unmount();
 }
 
