@@ -14,6 +14,10 @@ use fuser::BackingId;
 
 use super::browse::{Listed, Opened};
 
+/// The length from which passing through pays: registering a file costs as much as a read, and what is read into the page cache of
+/// the mount is still there when the file is opened again.
+const PASSED_FROM: u64 = 128 << 10;
+
 /// An open file or directory.
 #[derive(Debug)]
 pub(super) enum Reader {
@@ -74,7 +78,8 @@ impl Readers {
                 way.get().backing.clone()
             }
             Entry::Vacant(way) => {
-                let backing = opened.whole().filter(|_| self.passthrough.load(Ordering::Relaxed)).and_then(|whole| {
+                let pays = self.passthrough.load(Ordering::Relaxed) && opened.length() >= PASSED_FROM;
+                let backing = opened.whole().filter(|_| pays).and_then(|whole| {
                     // Without the privilege it never works; but another file may lie on a lower stack of file systems.
                     let registered = register(whole).map(Arc::new);
                     if registered.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {

@@ -93,7 +93,8 @@ impl Opened {
         }
     }
 
-    fn length(&self) -> u64 {
+    /// Its length in bytes.
+    pub fn length(&self) -> u64 {
         match &self.content {
             Bytes::Text(text) => text.len() as u64,
             Bytes::Content(content) => content.len(),
