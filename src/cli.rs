@@ -17,6 +17,8 @@ mod internal;
 mod json;
 mod log;
 mod man;
+#[cfg(feature = "fuse")]
+mod mount;
 mod output;
 #[cfg(feature = "fuse")]
 mod overlay;
@@ -27,6 +29,8 @@ mod recover;
 mod restore;
 mod rm;
 mod search;
+#[cfg(feature = "fuse")]
+mod server;
 mod show;
 mod sys;
 mod tag;
@@ -77,6 +81,8 @@ enum Command {
     Restore(restore::Args),
     Rm(rm::Args),
     Tag(tag::Args),
+    #[cfg(feature = "fuse")]
+    Mount(mount::Args),
     #[cfg(feature = "fuse")]
     Overlay(overlay::Args),
     #[cfg(feature = "fuse")]
@@ -144,6 +150,8 @@ fn run(command: Command) -> Outcome {
         Command::Restore(args) => restore::run(args),
         Command::Rm(args) => rm::run(args),
         Command::Tag(args) => tag::run(args),
+        #[cfg(feature = "fuse")]
+        Command::Mount(args) => mount::run(args),
         #[cfg(feature = "fuse")]
         Command::Overlay(args) => overlay::run(args),
         #[cfg(feature = "fuse")]

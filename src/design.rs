@@ -25,3 +25,4 @@ page!(identity, "identity.md");
 page!(restore, "restore.md");
 page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
+page!(browsing, "browsing.md");

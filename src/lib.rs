@@ -44,7 +44,7 @@
 //! | [`config`] | settings |
 //! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
-//! | `fuse` | copy-on-write trees, served through FUSE |
+//! | `fuse` | past states and copy-on-write trees, served through FUSE |
 //! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
 //!
 //! The backends are the crates `backends/*`; `backends/conformance` is the suite that all of them pass; `tests/` drives

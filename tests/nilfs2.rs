@@ -3,9 +3,10 @@
 //! Where the kernel has no NILFS2, every case is reported as ignored, with the reason.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -253,6 +254,41 @@ fn the_history_is_listed_and_branched() -> Done {
     Ok(())
 }
 
+/// Snapshots that the kernel has to mount are read all the same, and are mounted nowhere that others could see.
+#[cfg(feature = "fuse")]
+fn checkpoints_are_browsed() -> Done {
+    let site = Site::with_volume()?;
+    let first = site.fsnap(&["checkpoint", "--tag", "one"])?.trim().to_owned();
+    fs::write(site.volume.join("file"), "second")?;
+    site.fsnap(&["checkpoint"])?;
+    let shown = site.dir.join("past");
+    fs::create_dir(&shown)?;
+    site.fsnap(&["mount", &shown.to_string_lossy()])?;
+    is(&shown.join("tags/one/db/file"), "first")?;
+    is(&shown.join("latest/db/file"), "second")?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let there = mounts.lines().filter(|line| line.contains(" - nilfs2 ")).count();
+    ensure(there == 1, &format!("more than the volume is mounted: {mounts}"))?;
+    // What somebody reads cannot be deleted, and it stays readable.
+    let mut open = File::open(shown.join("tags/one/db/file"))?;
+    let said = site.fails(&["rm", "one"])?;
+    ensure(said.contains("in use"), &said)?;
+    let mut text = String::new();
+    open.read_to_string(&mut text)?;
+    ensure(text == "first", &text)?;
+    drop(open);
+    let gone = fs::symlink_metadata(shown.join("tags/one"));
+    ensure(gone.is_err_and(|error| error.kind() == io::ErrorKind::NotFound), "the tag is still there")?;
+    site.fsnap(&["umount", &shown.to_string_lossy()])?;
+    // With the server, its mounts have gone.
+    let until = Instant::now() + Duration::from_secs(20);
+    while site.snapshots()? != 1 {
+        ensure(Instant::now() < until, &format!("the snapshot of {first} is never deleted"))?;
+        site.fsnap(&["recover"])?;
+    }
+    Ok(())
+}
+
 fn an_unfit_place_is_refused() -> Done {
     let site = Site::with_volume()?;
     site.fsnap(&["checkpoint", "--tag", "one"])?;
@@ -283,6 +319,8 @@ fn main() -> ExitCode {
         ("a_branch_survives_a_restart", a_branch_survives_a_restart),
         ("kills_leave_nothing", kills_leave_nothing),
         ("the_history_is_listed_and_branched", the_history_is_listed_and_branched),
+        #[cfg(feature = "fuse")]
+        ("checkpoints_are_browsed", checkpoints_are_browsed),
         ("an_unfit_place_is_refused", an_unfit_place_is_refused),
     ];
     let trial = |&(name, run): &Case| {

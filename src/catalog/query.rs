@@ -152,6 +152,22 @@ impl Catalog {
         self.all("a checkpoint", "SELECT body, digest FROM checkpoint ORDER BY seq DESC", [])
     }
 
+    /// When each checkpoint was taken, oldest first: for listings, so that no record is read as a whole.
+    pub fn times(&self) -> Result<Vec<(CheckpointId, jiff::Timestamp)>> {
+        let query = "SELECT id || ' ' || json_extract(body, '$.time') FROM checkpoint ORDER BY seq";
+        let found: Vec<String> = self.column(query, [])?;
+        let parsed = |line: &str| {
+            let (id, time) = line.split_once(' ')?;
+            Some((id.parse().ok()?, time.parse().ok()?))
+        };
+        found
+            .iter()
+            .map(|line| {
+                parsed(line).ok_or_else(|| self.damaged(format!("{line:?} stands where an id and a time belong")))
+            })
+            .collect()
+    }
+
     /// The checkpoint of that id.
     pub fn checkpoint(&self, id: &CheckpointId) -> Result<Option<Checkpoint>> {
         let query = "SELECT body, digest FROM checkpoint WHERE id = ?1";

@@ -172,7 +172,7 @@ fn freezer() -> Verdict {
     Ok(format!("control groups below {} can be frozen", shown(dir)))
 }
 
-/// Whether trees can be served: what `fsnap overlay` needs.
+/// Whether trees can be served: what `fsnap mount` and `fsnap overlay` need.
 #[cfg(feature = "fuse")]
 fn fuse() -> Verdict {
     const DEVICE: &str = "/dev/fuse";
@@ -182,10 +182,10 @@ fn fuse() -> Verdict {
         format!("{DEVICE} cannot be opened: {error}; load the module fuse, or have root give access to it")
     })?;
     if rustix::process::geteuid().is_root() {
-        return Ok("`fsnap overlay` can be used".into());
+        return Ok("`fsnap mount` and `fsnap overlay` can be used".into());
     }
     match environment::in_search_path(HELPER) {
-        Some(helper) => Ok(format!("`fsnap overlay` can be used, by the help of {}", shown(&helper))),
+        Some(helper) => Ok(format!("`fsnap mount` and `fsnap overlay` can be used, by the help of {}", shown(&helper))),
         None => Err(format!("without root, {HELPER} is needed, and it was not found: install fuse3")),
     }
 }

@@ -1,13 +1,11 @@
 //! `fsnap overlay`
 
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 
 use fsnap::fuse::overlay::Overlay;
 use fsnap::fuse::session::{self, Options};
 
-use super::{Failure, Outcome};
+use super::{Outcome, server};
 
 /// Write to a directory copy-on-write
 ///
@@ -40,13 +38,14 @@ pub(crate) struct Args {
     detach: bool,
 }
 
-fn io(action: &'static str, object: &Path) -> impl Fn(std::io::Error) -> Failure {
-    let object = fsnap::printable(object.as_os_str());
-    move |source| fsnap::Error::Io { action, object: object.clone(), source }.into()
-}
-
 pub(crate) fn run(args: Args) -> Outcome {
-    if args.foreground || args.detach { serve(&args) } else { start_server(&args) }
+    if args.foreground || args.detach {
+        return serve(&args);
+    }
+    let options = [(args.allow_other, "--allow-other"), (args.suid, "--suid"), (args.dev, "--dev")];
+    let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
+    let paths = [&args.lower, &args.store, &args.dir].map(|path| server::absolute(path));
+    server::start("overlay", &options, &paths.into_iter().collect::<Result<Vec<_>, _>>()?)
 }
 
 fn serve(args: &Args) -> Outcome {
@@ -55,47 +54,13 @@ fn serve(args: &Args) -> Outcome {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,
         dev: args.dev,
+        read_only: false,
     };
-    let source = std::path::absolute(&args.store).map_err(io("resolve", &args.store))?;
+    let source = server::absolute(&args.store)?;
     let ready = || {
         if args.detach {
-            let mut out = std::io::stdout();
-            let _ = out.write_all(b"1").and_then(|()| out.flush());
-            // Whoever waits for the end of our output has waited enough.
-            if let Ok(null) = std::fs::File::options().read(true).write(true).open("/dev/null") {
-                let _ = rustix::stdio::dup2_stdout(&null);
-                let _ = rustix::stdio::dup2_stderr(&null);
-            }
+            server::ready()
         }
     };
     Ok(session::serve(overlay, &source, &args.dir, options, ready)?)
-}
-
-/// Starts a server that lives on, and waits until it has mounted.
-fn start_server(args: &Args) -> Outcome {
-    let program = Path::new("/proc/self/exe");
-    let mut command = Command::new(program);
-    command.arg("overlay").arg("--detach");
-    for (set, option) in [(args.allow_other, "--allow-other"), (args.suid, "--suid"), (args.dev, "--dev")] {
-        if set {
-            command.arg(option);
-        }
-    }
-    command.arg("--");
-    for path in [&args.lower, &args.store, &args.dir] {
-        command.arg(std::path::absolute(path).map_err(io("resolve", path))?);
-    }
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped());
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let mut server = command.spawn().map_err(io("start", program))?;
-    let mut said = Vec::new();
-    if let Some(mut out) = server.stdout.take() {
-        out.read_to_end(&mut said).map_err(io("wait for", program))?;
-    }
-    if said == b"1" {
-        return Ok(());
-    }
-    // It has said why on standard error.
-    server.wait().map_err(io("wait for", program))?;
-    Err(Failure::Reported)
 }

@@ -1,9 +1,8 @@
 //! Grows a writable branch from a checkpoint.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use fsnap_backend::{Backend, Locator, MountSpec, Snapshot, Source};
+use fsnap_backend::{Backend, Locator, MountSpec, Source};
 
 use super::checkpoint::boot_id;
 use super::{Coordinator, overlay, side_by_side};
@@ -124,18 +123,5 @@ impl Coordinator {
             });
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
-    }
-
-    /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.
-    pub(super) fn read(&self, store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn fsnap_backend::Dir>> {
-        match store.activate(&snapshot.at)? {
-            MountSpec::Tree(tree) => Ok(tree),
-            MountSpec::Bind { dir, .. } => Ok(Arc::new(fsnap_backend::DirTree::open(&dir)?)),
-            spec @ MountSpec::Mount { .. } => {
-                let shown = PathBuf::from(snapshot.at.as_str());
-                let root = crate::mount::Prepared::new(&spec, crate::mount::Restrictions::default())?.open()?;
-                Ok(Arc::new(fsnap_backend::DirTree::from_descriptor(root, shown)))
-            }
-        }
     }
 }

@@ -20,9 +20,9 @@ use fuser::{
 use super::handles::{Handle, Handles};
 use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, SetTime};
 
-const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// No file is ever another one's successor under the same number while the kernel knows it.
-const GENERATION: Generation = Generation(0);
+pub(super) const GENERATION: Generation = Generation(0);
 
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
@@ -82,12 +82,12 @@ impl Adapter {
     }
 }
 
-fn errno(error: rustix::io::Errno) -> Errno {
+pub(super) fn errno(error: rustix::io::Errno) -> Errno {
     Errno::from_i32(error.raw_os_error())
 }
 
 /// A moment as fuser wants it; what it cannot say is moved to the nearest that it can.
-fn moment(seconds: i64, nanoseconds: u64) -> SystemTime {
+pub(super) fn moment(seconds: i64, nanoseconds: u64) -> SystemTime {
     let nanoseconds = Duration::from_nanos(nanoseconds);
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
@@ -122,7 +122,7 @@ fn kind(kind: rustix::fs::FileType) -> FileType {
 }
 
 /// A device's number as FUSE packs it.
-fn pack_device(rdev: u64) -> u32 {
+pub(super) fn pack_device(rdev: u64) -> u32 {
     let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
@@ -163,7 +163,7 @@ fn done(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
     }
 }
 
-fn sized(value: &[u8], size: u32, reply: ReplyXattr) {
+pub(super) fn sized(value: &[u8], size: u32, reply: ReplyXattr) {
     match u32::try_from(value.len()) {
         Ok(length) if size == 0 => reply.size(length),
         Ok(length) if length <= size => reply.data(value),
@@ -639,7 +639,7 @@ impl Adapter {
     }
 }
 
-fn nothing() -> FileAttr {
+pub(super) fn nothing() -> FileAttr {
     FileAttr {
         ino: INodeNo(0),
         size: 0,

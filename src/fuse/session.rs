@@ -4,14 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use fuser::{Config, MountOption, Session, SessionACL};
+use fuser::{Config, Filesystem, MountOption, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::adapter::Adapter;
+use super::browse::Browse;
+use super::browse_adapter::BrowseAdapter;
 use super::overlay::Overlay;
 
 /// The type of our mounts in `/proc/self/mountinfo`.
@@ -57,21 +61,64 @@ pub struct Options {
     pub suid: bool,
     /// Device nodes can be opened.
     pub dev: bool,
+    /// Nothing can be changed.
+    pub read_only: bool,
 }
 
 fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
     move |source| Error::Io { action, object: object.to_owned(), source }
 }
 
-/// Mounts the tree at `dir`, calls `ready`, and serves it until it is unmounted.
+/// Mounts a copy-on-write tree at `dir`, calls `ready`, and serves it until it is unmounted.
 pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, ready: impl FnOnce()) -> Result<(), Error> {
+    let notifier = Arc::new(OnceLock::new());
+    let adapter = Adapter::new(overlay, notifier.clone());
+    serve_by(adapter, &notifier, source, dir, options, ready)
+}
+
+/// Mounts past states at `dir`, calls `ready`, and serves them until they are unmounted.
+///
+/// Snapshots are let go of when nobody has looked at them for `idle`, and all of them at the end.
+pub fn serve_past(
+    browse: Browse,
+    source: &Path,
+    dir: &Path,
+    options: Options,
+    idle: Duration,
+    ready: impl FnOnce(),
+) -> Result<(), Error> {
+    let browse = Arc::new(browse);
+    let (ended, waits) = std::sync::mpsc::channel::<()>();
+    let looked_after = browse.clone();
+    let keeper = std::thread::Builder::new().name("idle".into()).spawn(move || {
+        while waits.recv_timeout(idle / 4) == Err(RecvTimeoutError::Timeout) {
+            looked_after.let_go_of_removed();
+            looked_after.let_go(idle);
+        }
+        looked_after.let_go(Duration::ZERO);
+    });
+    let keeper = keeper.map_err(failed("start a thread for", dir))?;
+    let options = Options { read_only: true, ..options };
+    let served = serve_by(BrowseAdapter::new(browse), &OnceLock::new(), source, dir, options, ready);
+    drop(ended);
+    // It has nothing to fail at, and what it could not let go of harms nothing.
+    let _ = keeper.join();
+    served
+}
+
+fn serve_by(
+    adapter: impl Filesystem + 'static,
+    notifier: &OnceLock<Notifier>,
+    source: &Path,
+    dir: &Path,
+    options: Options,
+    ready: impl FnOnce(),
+) -> Result<(), Error> {
     // The modes that are asked for are the modes that are made.
     rustix::process::umask(Mode::empty());
     clear_stale(dir)?;
     // Before it is mounted: afterwards, every look at it takes somebody who serves it.
     let shown = dir.canonicalize().map_err(failed("resolve", dir))?;
-    let notifier = Arc::new(OnceLock::new());
-    let adapter = Adapter::new(overlay, notifier.clone());
     let mut config = Config::default();
     config.n_threads = Some(4);
     // Who may use the mount is for the kernel to say; it also makes requests of its own in anybody's name.
@@ -91,6 +138,9 @@ pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, read
             MountOption::NoSuid,
             MountOption::NoDev,
         ];
+        if options.read_only {
+            config.mount_options.push(MountOption::RO);
+        }
         if !options.allow_other {
             config.acl = SessionACL::Owner;
         }
@@ -127,6 +177,7 @@ fn mount(source: &Path, dir: &Path, options: Options) -> Result<OwnedFd, Error> 
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::NOSUID, !options.suid);
     flags.set(MountFlags::NODEV, !options.dev);
+    flags.set(MountFlags::RDONLY, options.read_only);
     let data = std::ffi::CString::new(data).map_err(|error| failed("mount on", dir)(error.into()))?;
     let done = rustix::mount::mount(source, dir, TYPE, flags, &*data);
     done.map_err(|error| failed("mount on", dir)(error.into()))?;
@@ -192,12 +243,12 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
 fn wait_for_server(store: &Path) {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let Ok(lock) = rustix::fs::openat(CWD, store.join("lock"), flags, Mode::empty()) else { return };
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let until = std::time::Instant::now() + Duration::from_secs(10);
     while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
         if std::time::Instant::now() > until {
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

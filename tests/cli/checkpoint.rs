@@ -323,6 +323,7 @@ fn wrong_usage_is_told_from_failure() {
     !  restore  Restore a checkpoint's processes onto a new branch with the files of the same instant
     !  rm  Remove checkpoints, a branch, or a volume from fsnap's care
     !  tag  Give a checkpoint a name
+    !  mount  Show every checkpoint and branch as files
     !  overlay  Write to a directory copy-on-write
     !  umount  Unmount what fsnap serves
     !  verify  Read checkpoints again and name what is damaged

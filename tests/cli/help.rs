@@ -42,6 +42,7 @@ fn all() {
       restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
       rm           Remove checkpoints, a branch, or a volume from fsnap's care
       tag          Give a checkpoint a name
+      mount        Show every checkpoint and branch as files
       overlay      Write to a directory copy-on-write
       umount       Unmount what fsnap serves
       verify       Read checkpoints again and name what is damaged
@@ -574,6 +575,36 @@ fn hook_criu() {
     Usage: fsnap hook criu
 
     Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn mount() {
+    assert_snapshot!(help("mount"), @"
+    Show every checkpoint and branch as files
+
+    DIR then has, read-only, ids/ID/VOLUME for each checkpoint's files, and links to these: latest,
+    tags/TAG and snapshots/TIME. In branches/NAME are links to where the files of a branch are. The file
+    README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
+
+    A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a
+    while.
+
+    Usage: fsnap mount [OPTIONS] <DIR>
+
+    Arguments:
+      <DIR>
+              Where to mount
+
+    Options:
+          --foreground
+              Serve in this process, until it is unmounted, and say what cannot be read and why
+
+          --allow-other
+              Let other users see it; the permissions of the files hold
+
       -h, --help
               Print help (see a summary with '-h')
     ");

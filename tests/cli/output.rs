@@ -212,6 +212,7 @@ fn every_command_has_a_manual_page() {
     fsnap-init.1
     fsnap-log.1
     fsnap-man.1
+    fsnap-mount.1
     fsnap-overlay.1
     fsnap-pool-add-volume.1
     fsnap-pool-create.1

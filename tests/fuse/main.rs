@@ -1,9 +1,12 @@
-//! `fsnap overlay` as programs see it: a mounted tree beside a plain directory, and what is left when its server is killed.
+//! `fsnap overlay` and `fsnap mount` as programs see them: a mounted tree beside a plain directory, and what is left when its
+//! server is killed.
 //!
 //! Everything happens in a mount namespace of this program's own.
 
+mod browse;
 mod differential;
 mod faults;
+mod past;
 mod site;
 mod tree;
 mod union;
@@ -22,7 +25,13 @@ fn main() -> ExitCode {
     let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", flags).expect("the namespace's mounts can be made private");
     let mut trials = Vec::new();
-    for (module, cases) in [("differential", differential::CASES), ("faults", faults::CASES), ("union", union::CASES)] {
+    let modules = [
+        ("browse", browse::CASES),
+        ("differential", differential::CASES),
+        ("faults", faults::CASES),
+        ("union", union::CASES),
+    ];
+    for (module, cases) in modules {
         for &(name, case) in cases {
             trials.push(Trial::test(format!("{module}::{name}"), move || {
                 std::panic::catch_unwind(case).map_err(|panic| {

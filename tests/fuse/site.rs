@@ -147,11 +147,11 @@ impl Drop for Site {
     }
 }
 
-fn fsnap() -> Command {
+pub(crate) fn fsnap() -> Command {
     Command::new(env!("CARGO_BIN_EXE_fsnap"))
 }
 
-fn kill(server: &Mutex<Option<Child>>) {
+pub(crate) fn kill(server: &Mutex<Option<Child>>) {
     if let Some(child) = server.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
         let _ = child.kill();
         let _ = child.wait();

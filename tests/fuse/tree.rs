@@ -18,7 +18,7 @@ pub(crate) fn of(root: &Path) -> Tree {
         let kind = meta.file_type();
         let mut said = format!("{:o} {}:{}", meta.mode(), meta.uid(), meta.gid());
         if !kind.is_dir() {
-            let first = first_names.entry(meta.ino()).or_insert_with(|| relative.to_owned());
+            let first = first_names.entry((meta.dev(), meta.ino())).or_insert_with(|| relative.to_owned());
             said += &format!(" nlink {} with {first:?} size {}", meta.nlink(), meta.size());
         }
         if kind.is_symlink() {

@@ -83,6 +83,10 @@ impl Dir for DirTree {
         beneath::read_link(&self.descriptor, name).context("read the link", self.shown(name))
     }
 
+    fn file_system(&self) -> Result<u64> {
+        Ok(beneath::look_fd(&self.descriptor).context("read the attributes of", &self.shown)?.device)
+    }
+
     fn xattrs(&self, name: &OsStr) -> Result<Xattrs> {
         beneath::xattrs(&self.descriptor, name).context("read the extended attributes of", self.shown(name))
     }

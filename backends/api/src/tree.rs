@@ -40,6 +40,13 @@ pub trait Dir: fmt::Debug + Send + Sync {
     /// The extended attributes of the entry `name`, a symbolic link's own included.
     fn xattrs(&self, name: &OsStr) -> Result<Xattrs>;
 
+    /// Tells the file systems that a tree is made of apart: numbers of files are unique in one of them only.
+    ///
+    /// For comparison with other directories that were opened from the same root, and for nothing else.
+    fn file_system(&self) -> Result<u64> {
+        Ok(0)
+    }
+
     /// A token that two directories share only if everything in and below them is equal; `None` if not known.
     ///
     /// Lets a comparison skip what is the same without reading it.

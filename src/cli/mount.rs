@@ -1,0 +1,76 @@
+//! `fsnap mount`
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fsnap::checkpoint::Checkpoint;
+use fsnap::fuse::browse::{Browse, Records};
+use fsnap::fuse::session::{self, Options};
+use fsnap::name::Name;
+
+use super::failure::say;
+use super::{Context, Outcome, json, server};
+
+/// Show every checkpoint and branch as files
+///
+/// DIR then has, read-only, ids/ID/VOLUME for each checkpoint's files, and links to these: latest, tags/TAG and
+/// snapshots/TIME. In branches/NAME are links to where the files of a branch are. The file README in it tells more. New
+/// checkpoints show up by themselves. `fsnap umount DIR` ends it.
+///
+/// A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a while.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where to mount
+    dir: PathBuf,
+    /// Serve in this process, until it is unmounted, and say what cannot be read and why
+    #[arg(long)]
+    foreground: bool,
+    /// Let other users see it; the permissions of the files hold
+    #[arg(long)]
+    allow_other: bool,
+    /// Tell on standard output that it is mounted, and detach from the terminal then
+    #[arg(long, hide = true)]
+    detach: bool,
+}
+
+/// How long a look waits for another command that changes the catalog.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a snapshot stays ready after the last look at it.
+const IDLE: Duration = Duration::from_secs(60);
+
+pub(crate) fn run(args: Args) -> Outcome {
+    if args.foreground || args.detach {
+        return serve(&args);
+    }
+    let dir = server::absolute(&args.dir)?;
+    let options = if args.allow_other { &["--allow-other"][..] } else { &[] };
+    server::start("mount", options, &[dir])
+}
+
+fn serve(args: &Args) -> Outcome {
+    let context = Context::load()?;
+    // Whatever stands against reading the catalog is told now, and not by numbers later.
+    drop(context.read()?);
+    let records = Records { state: context.state.clone(), patience: PATIENCE, describe };
+    let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
+    let options = Options { allow_other: args.allow_other, ..Options::default() };
+    let ready = || {
+        if args.detach {
+            server::ready()
+        }
+    };
+    let browse = Browse::new(records, Box::new(report));
+    Ok(session::serve_past(browse, source(&context), &args.dir, options, IDLE, ready)?)
+}
+
+/// What the mount is said to come from.
+fn source(context: &Context) -> &Path {
+    &context.state
+}
+
+/// What `fsnap show --json` prints.
+fn describe(checkpoint: &Checkpoint, tags: &[Name]) -> String {
+    let mut text = serde_json::to_string_pretty(&json::checkpoint(checkpoint, tags)).unwrap_or_default();
+    text.push('\n');
+    text
+}

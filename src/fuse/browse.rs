@@ -1,0 +1,290 @@
+//! Past states as plain paths: the tree that `fsnap mount` shows, without FUSE.
+//!
+//! ```text
+//! README                             what this is
+//! latest                             → ids/<the newest>
+//! ids/<id>/<volume>/…                the files of a checkpoint
+//! ids/<id>/.fsnap/                   not listed: meta.json, parent → the one before, images → the process image
+//! snapshots/<RFC 3339>, …/latest     → ids/<id>
+//! tags/<tag>                         → ids/<id>
+//! branches/<name>/<volume>           → where the branch's files are
+//! ```
+//!
+//! The upper part is read from the catalog whenever somebody looks, so that it is never out of date; the catalog is open only while it
+//! is read. The files of checkpoints are read through [`Dir`](fsnap_backend::Dir), whatever backend keeps them. A snapshot is activated
+//! when its files are first looked at, and let go when nobody did for a while; its nodes stay, for it is opened again by the same names.
+//!
+//! Architecture Invariant: nothing is computed ahead. What a call costs depends on what it asks for, and not on how many checkpoints
+//! there are; only listing them does.
+
+mod dir_cache;
+mod errno;
+mod layout;
+mod node;
+mod opened;
+mod tree;
+
+use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fsnap_backend::{FileKind, FileMeta};
+use rustix::io::Errno;
+
+use layout::{Found, Layout, Place};
+use node::{Node, Nodes, What};
+use tree::{Tree, Trees};
+
+pub use layout::{Describe, Records};
+pub use opened::Opened;
+
+/// The answer to a request.
+pub type Result<T, E = Errno> = std::result::Result<T, E>;
+
+/// The number of the uppermost directory.
+pub const ROOT: u64 = 1;
+
+/// How long what was answered stays true.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// It never changes.
+    Forever,
+    /// It changes when a checkpoint or a branch is removed; a moment later is soon enough.
+    Briefly,
+    /// Somebody must look again.
+    Not,
+}
+
+/// What is told of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// Its number in the mount, and all else.
+    pub meta: FileMeta,
+    /// How long the name leads to it.
+    pub name: Keep,
+    /// How long the attributes are these.
+    pub attributes: Keep,
+}
+
+/// One name in a directory.
+#[derive(Debug)]
+pub struct Listed {
+    /// The name.
+    pub name: OsString,
+    /// What kind of file it is.
+    pub kind: FileKind,
+    /// Its number.
+    pub number: u64,
+    found: Found,
+}
+
+/// Told of every failure that is more than a wrong name; the kernel takes only a number of it.
+pub type Report = Box<dyn Fn(&crate::Error) + Send + Sync>;
+
+/// The tree.
+pub struct Browse {
+    layout: Layout,
+    nodes: Nodes,
+    trees: Trees,
+    report: Report,
+}
+
+impl std::fmt::Debug for Browse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Browse").field("layout", &self.layout).finish_non_exhaustive()
+    }
+}
+
+impl Browse {
+    /// Shows what the catalog records. Opens nothing yet.
+    pub fn new(records: Records, report: Report) -> Self {
+        let root = Node { number: ROOT, parent: None, name: OsString::new(), what: What::Place(Place::Root) };
+        Self { layout: Layout::new(records), nodes: Nodes::new(root), trees: Trees::default(), report }
+    }
+
+    /// How many snapshots are active.
+    pub fn active(&self) -> usize {
+        self.trees.active()
+    }
+
+    /// Lets go of snapshots that nobody has looked at for so long and that no file is open of.
+    pub fn let_go(&self, idle: Duration) {
+        self.trees.let_go(idle);
+    }
+
+    /// Lets go of snapshots that are in the catalog no more.
+    pub fn let_go_of_removed(&self) {
+        self.trees.let_go_unless(|checkpoint| self.layout.is_recorded(checkpoint).unwrap_or(true));
+    }
+
+    /// Finds a name, and counts that the kernel knows it.
+    pub fn look_up(&self, parent: u64, name: &OsStr) -> Result<Attr> {
+        let parent = self.node(parent)?;
+        let found = match &parent.what {
+            What::Place(place) => self.layout.child(place, name, &self.trees).map_err(|error| self.failed(&error))?,
+            What::Volume(tree) | What::Entry(tree, _) => {
+                let dir = self.dir(&parent)?;
+                let entry = dir.dir.entry(name).map_err(|error| self.failed_in(tree, error))?;
+                entry.map(|entry| Found::Entry { tree: tree.clone(), meta: entry.meta, realm: dir.realm })
+            }
+        };
+        let found = found.ok_or(Errno::NOENT)?;
+        Ok(self.attr_of(&self.nodes.know(&parent, name, &found)))
+    }
+
+    /// Finds a name that was listed, and counts that the kernel knows it.
+    pub fn look_up_listed(&self, parent: u64, listed: &Listed) -> Result<Attr> {
+        let parent = self.node(parent)?;
+        Ok(self.attr_of(&self.nodes.know(&parent, &listed.name, &listed.found)))
+    }
+
+    /// Counts that the kernel has forgotten so many of the names that it had found.
+    pub fn forget(&self, number: u64, names: u64) {
+        self.nodes.forget(number, names);
+    }
+
+    /// The directory that a directory is in.
+    pub fn parent(&self, number: u64) -> u64 {
+        self.nodes.get(number).and_then(|node| node.parent.as_ref().map(|parent| parent.number)).unwrap_or(ROOT)
+    }
+
+    /// Whether the listing of a directory is always the same.
+    pub fn never_changes(&self, number: u64) -> bool {
+        self.nodes.get(number).is_some_and(|node| !matches!(node.what, What::Place(_)))
+    }
+
+    /// The attributes of a file.
+    pub fn attr(&self, number: u64) -> Result<Attr> {
+        let node = self.node(number)?;
+        match &node.what {
+            What::Volume(tree) => {
+                let meta = tree.root_meta().map_err(|error| self.failed_in(tree, error))?;
+                let meta = FileMeta { ino: number, ..meta };
+                Ok(Attr { meta, name: Keep::Forever, attributes: Keep::Forever })
+            }
+            What::Place(place) => {
+                let meta = self.layout.meta(place).map_err(|error| self.failed(&error))?.ok_or(Errno::STALE)?;
+                Ok(Attr { meta: FileMeta { ino: number, ..meta }, name: place.keep(), attributes: place.keep() })
+            }
+            What::Entry(..) => Ok(self.attr_of(&node)),
+        }
+    }
+
+    /// All names in a directory, sorted, without `.` and `..`.
+    pub fn list(&self, number: u64) -> Result<Vec<Listed>> {
+        let node = self.node(number)?;
+        let found: Vec<(OsString, Found)> = match &node.what {
+            What::Place(place) => self.layout.children(place, &self.trees).map_err(|error| self.failed(&error))?,
+            What::Volume(tree) | What::Entry(tree, _) => {
+                let dir = self.dir(&node)?;
+                let entries = dir.dir.entries().map_err(|error| self.failed_in(tree, error))?;
+                let realm = dir.realm;
+                let found = |meta| Found::Entry { tree: tree.clone(), meta, realm };
+                entries.into_iter().map(|entry| (entry.name, found(entry.meta))).collect()
+            }
+        };
+        let listed = |(name, found): (OsString, Found)| {
+            let number = self.nodes.number_of(&node, &name, &found);
+            Listed { kind: found.kind(), name, number, found }
+        };
+        Ok(found.into_iter().map(listed).collect())
+    }
+
+    /// The target of a symbolic link, as it was written. Nothing here ever follows one.
+    pub fn read_link(&self, number: u64) -> Result<OsString> {
+        let node = self.node(number)?;
+        match &node.what {
+            What::Place(Place::Link(target)) => Ok(target.clone().into_os_string()),
+            What::Entry(tree, meta) if meta.kind == FileKind::Symlink => {
+                let read = self.dir_of(&node)?.dir.read_link(&node.name);
+                read.map_err(|error| self.failed_in(tree, error))
+            }
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Opens a regular file for reading. Its snapshot stays active while it is open.
+    pub fn open(&self, number: u64) -> Result<Opened> {
+        let node = self.node(number)?;
+        match &node.what {
+            What::Place(place) => {
+                let text = self.layout.text(place).map_err(|error| self.failed(&error))?;
+                Ok(Opened::text(text.ok_or(Errno::INVAL)?))
+            }
+            What::Entry(tree, meta) if meta.kind == FileKind::File => {
+                let used = tree::Used::new(tree);
+                let content = self.dir_of(&node)?.dir.open_file(&node.name);
+                Ok(Opened::content(content.map_err(|error| self.failed_in(tree, error))?, used))
+            }
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// The extended attributes of a file.
+    pub fn xattrs(&self, number: u64) -> Result<fsnap_backend::Xattrs> {
+        let node = self.node(number)?;
+        match &node.what {
+            What::Place(_) => Ok(Vec::new()),
+            What::Volume(tree) => self.dir(&node)?.dir.own_xattrs().map_err(|error| self.failed_in(tree, error)),
+            What::Entry(tree, _) => {
+                let read = self.dir_of(&node)?.dir.xattrs(&node.name);
+                read.map_err(|error| self.failed_in(tree, error))
+            }
+        }
+    }
+
+    fn node(&self, number: u64) -> Result<Arc<Node>> {
+        self.nodes.get(number).ok_or(Errno::STALE)
+    }
+
+    /// The open directory that a node of a volume is.
+    fn dir(&self, node: &Arc<Node>) -> Result<Arc<tree::OpenDir>> {
+        let tree = match &node.what {
+            What::Volume(tree) => tree,
+            What::Entry(tree, meta) if meta.kind == FileKind::Dir => tree,
+            _ => return Err(Errno::NOTDIR),
+        };
+        let opened = tree.dir(node).map_err(|error| self.failed_in(tree, error))?;
+        self.trees.bound(tree);
+        Ok(opened)
+    }
+
+    /// The open directory that a node of a volume was found in.
+    fn dir_of(&self, node: &Arc<Node>) -> Result<Arc<tree::OpenDir>> {
+        self.dir(node.parent.as_ref().ok_or(Errno::STALE)?)
+    }
+
+    fn attr_of(&self, node: &Node) -> Attr {
+        match &node.what {
+            What::Entry(_, meta) => {
+                let meta = FileMeta { ino: node.number, ..*meta };
+                Attr { meta, name: Keep::Forever, attributes: Keep::Forever }
+            }
+            // Its own attributes take its activation, which waits until somebody wants to know them.
+            What::Volume(_) => {
+                let meta = FileMeta { ino: node.number, ..self.layout.dir_meta() };
+                Attr { meta, name: Keep::Forever, attributes: Keep::Not }
+            }
+            What::Place(place) => {
+                let (meta, all) = self.layout.meta_at_once(place);
+                let attributes = if all { place.keep() } else { Keep::Not };
+                Attr { meta: FileMeta { ino: node.number, ..meta }, name: place.keep(), attributes }
+            }
+        }
+    }
+
+    fn failed(&self, error: &crate::Error) -> Errno {
+        (self.report)(error);
+        errno::of(error)
+    }
+
+    /// What failed in a snapshot that was removed failed because it was. Of one that is recorded nothing may be missing.
+    fn failed_in(&self, tree: &Tree, error: impl Into<crate::Error>) -> Errno {
+        let errno = self.failed(&error.into());
+        match self.layout.is_recorded(&tree.checkpoint) {
+            Ok(false) => Errno::STALE,
+            Ok(true) if errno == Errno::NOENT => Errno::IO,
+            _ => errno,
+        }
+    }
+}

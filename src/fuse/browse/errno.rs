@@ -1,0 +1,51 @@
+//! From errors to numbers: the one table.
+
+use fsnap_backend::ErrorKind;
+use rustix::io::Errno;
+
+use crate::{Error, catalog};
+
+/// The number that says most of what the error says.
+pub(super) fn of(error: &Error) -> Errno {
+    match error {
+        Error::Backend(error) => backend(error),
+        Error::Catalog(error) => catalog(error),
+        Error::Mount(crate::mount::Error::Io { source, .. }) | Error::Io { source, .. } => system(source),
+        Error::NoSuchCheckpoint { .. } | Error::NoSuchBranch { .. } | Error::NoSuchVolume { .. } => Errno::NOENT,
+        _ => Errno::IO,
+    }
+}
+
+fn system(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+fn backend(error: &fsnap_backend::Error) -> Errno {
+    use fsnap_backend::Error as Backend;
+    match error {
+        Backend::Io { source, .. } => system(source),
+        Backend::NotUndone { cause, .. } => backend(cause),
+        _ => match error.kind() {
+            ErrorKind::NotFound => Errno::NOENT,
+            ErrorKind::Busy => Errno::BUSY,
+            ErrorKind::WrongIdentity => Errno::STALE,
+            ErrorKind::Unsupported => Errno::OPNOTSUPP,
+            ErrorKind::Damaged => Errno::UCLEAN,
+            ErrorKind::NoSpace => Errno::NOSPC,
+            ErrorKind::ReadOnly => Errno::ROFS,
+            ErrorKind::Permission => Errno::ACCESS,
+            _ => Errno::IO,
+        },
+    }
+}
+
+fn catalog(error: &catalog::Error) -> Errno {
+    match error {
+        catalog::Error::Locked { .. } | catalog::Error::Searching { .. } => Errno::BUSY,
+        catalog::Error::Damaged { .. } => Errno::UCLEAN,
+        catalog::Error::Missing { .. } => Errno::NOENT,
+        catalog::Error::Full { .. } => Errno::NOSPC,
+        catalog::Error::Io { source, .. } => system(source),
+        _ => Errno::IO,
+    }
+}

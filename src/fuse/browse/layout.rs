@@ -1,0 +1,375 @@
+//! The upper part of the tree: what the catalog records, as directories and links.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fsnap_backend::{FileKind, FileMeta, Timestamp};
+
+use super::Keep;
+use super::tree::{Tree, Trees};
+use crate::Result;
+use crate::catalog::{Access, Catalog};
+use crate::checkpoint::{Checkpoint, CheckpointId};
+use crate::coordinator::Coordinator;
+use crate::name::Name;
+
+const README: &str = "\
+These are the checkpoints and branches of fsnap. Everything here is read-only.
+
+ids/<id>/<volume>/...           the files of a checkpoint, as they were
+ids/<id>/.fsnap/                not listed: meta.json, and the links parent and images
+snapshots/<time>                links into ids; snapshots/latest is the newest
+tags/<tag>                      links into ids
+latest                          a link to the newest checkpoint
+branches/<name>/<volume>        links to where the files of a branch are, and can be written
+
+New checkpoints show up by themselves. `fsnap umount` ends this.
+";
+
+/// The directory of what belongs to a checkpoint besides its files. No volume has such a name.
+const EXTRAS: &str = ".fsnap";
+const META: &str = "meta.json";
+const PARENT: &str = "parent";
+const IMAGES: &str = "images";
+const LATEST: &str = "latest";
+
+/// Describes a checkpoint, with its tags, for `meta.json`.
+pub type Describe = fn(&Checkpoint, &[Name]) -> String;
+
+/// Where the records are.
+#[derive(Debug, Clone)]
+pub struct Records {
+    /// The directory of the catalog.
+    pub state: PathBuf,
+    /// How long a look waits for another fsnap that changes the catalog.
+    pub patience: Duration,
+    /// What `meta.json` says.
+    pub describe: Describe,
+}
+
+impl Records {
+    /// Opens the catalog to read it. Whoever has it open keeps nobody from anything, and nothing is held when it is closed.
+    pub(super) fn open(&self) -> Result<Coordinator> {
+        Coordinator::open(&self.state, Access::Read, self.patience)
+    }
+}
+
+/// A file or directory of the upper part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    Root,
+    Readme,
+    Ids,
+    Snapshots,
+    Tags,
+    Branches,
+    Checkpoint(CheckpointId),
+    Extras(CheckpointId),
+    Meta(CheckpointId),
+    Branch(Name),
+    Link(PathBuf),
+}
+
+impl Place {
+    fn kind(&self) -> FileKind {
+        match self {
+            Self::Readme | Self::Meta(_) => FileKind::File,
+            Self::Link(_) => FileKind::Symlink,
+            _ => FileKind::Dir,
+        }
+    }
+
+    pub(super) fn keep(&self) -> Keep {
+        match self {
+            Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
+            Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
+            Self::Meta(_) | Self::Link(_) => Keep::Not,
+        }
+    }
+}
+
+/// What a name leads to.
+#[derive(Debug, Clone)]
+pub(super) enum Found {
+    Place(Place),
+    Volume(Arc<Tree>),
+    Entry {
+        tree: Arc<Tree>,
+        meta: FileMeta,
+        /// Of the directory that it is in.
+        realm: u64,
+    },
+}
+
+impl Found {
+    pub(super) fn kind(&self) -> FileKind {
+        match self {
+            Self::Place(place) => place.kind(),
+            Self::Volume(_) => FileKind::Dir,
+            Self::Entry { meta, .. } => meta.kind,
+        }
+    }
+}
+
+/// The upper part.
+#[derive(Debug)]
+pub(super) struct Layout {
+    records: Records,
+    since: Timestamp,
+    owner: (u32, u32),
+}
+
+impl Layout {
+    pub(super) fn new(records: Records) -> Self {
+        let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        Self { records, since: timestamp(jiff::Timestamp::now()), owner }
+    }
+
+    pub(super) fn is_recorded(&self, checkpoint: &CheckpointId) -> Result<bool> {
+        Ok(self.records.open()?.catalog().checkpoint(checkpoint)?.is_some())
+    }
+
+    /// What a directory has under this name.
+    pub(super) fn child(&self, place: &Place, name: &OsStr, trees: &Trees) -> Result<Option<Found>> {
+        let Some(name) = name.to_str() else { return Ok(None) };
+        let place = match place {
+            Place::Root => match name {
+                "README" => Some(Place::Readme),
+                "ids" => Some(Place::Ids),
+                "snapshots" => Some(Place::Snapshots),
+                "tags" => Some(Place::Tags),
+                "branches" => Some(Place::Branches),
+                LATEST => self.latest("ids")?,
+                _ => None,
+            },
+            Place::Ids => match name.parse::<CheckpointId>() {
+                // In one way of writing only, so that one directory has one name.
+                Ok(id) if id.to_string() == name && self.is_recorded(&id)? => Some(Place::Checkpoint(id)),
+                _ => None,
+            },
+            Place::Snapshots if name == LATEST => self.latest("../ids")?,
+            Place::Snapshots => {
+                self.snapshots()?.into_iter().find(|(time, _)| time == name).map(|(_, id)| link_up(&id))
+            }
+            Place::Tags => match name.parse::<Name>() {
+                Ok(tag) => self.records.open()?.catalog().tagged(&tag)?.map(|id| link_up(&id)),
+                Err(_) => None,
+            },
+            Place::Branches => match name.parse::<Name>() {
+                Ok(branch) => self.records.open()?.catalog().branch(&branch)?.map(|_| Place::Branch(branch)),
+                Err(_) => None,
+            },
+            Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
+            Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => {
+                let listed = self.children(place, trees)?;
+                return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
+            }
+            Place::Readme | Place::Meta(_) | Place::Link(_) => None,
+        };
+        Ok(place.map(Found::Place))
+    }
+
+    /// What a directory has, sorted by name.
+    pub(super) fn children(&self, place: &Place, trees: &Trees) -> Result<Vec<(OsString, Found)>> {
+        let records = self.records.open()?;
+        let catalog = records.catalog();
+        let mut found: Vec<(OsString, Found)> = Vec::new();
+        let mut add = |name: &str, place: Place| found.push((name.into(), Found::Place(place)));
+        match place {
+            Place::Root => {
+                add("README", Place::Readme);
+                add("branches", Place::Branches);
+                add("ids", Place::Ids);
+                add("snapshots", Place::Snapshots);
+                add("tags", Place::Tags);
+                if let Some(latest) = self.latest("ids")? {
+                    add(LATEST, latest);
+                }
+            }
+            Place::Ids => {
+                for id in catalog.ids_with_prefix("", u32::MAX)? {
+                    add(&id.to_string(), Place::Checkpoint(id));
+                }
+            }
+            Place::Snapshots => {
+                let times = names(&catalog.times()?);
+                if let Some((_, newest)) = times.last() {
+                    add(LATEST, link_up(newest));
+                }
+                for (name, id) in times {
+                    add(&name, link_up(&id));
+                }
+            }
+            Place::Tags => {
+                for (id, tags) in catalog.tags()? {
+                    tags.iter().for_each(|tag| add(tag.as_str(), link_up(&id)));
+                }
+            }
+            Place::Branches => {
+                for branch in catalog.branches()? {
+                    add(branch.name.as_str(), Place::Branch(branch.name.clone()));
+                }
+            }
+            Place::Checkpoint(id) => {
+                for member in catalog.checkpoint(id)?.map(|checkpoint| checkpoint.members).unwrap_or_default() {
+                    let tree = trees.get(*id, &member, &self.records);
+                    found.push((member.volume.as_str().into(), Found::Volume(tree)));
+                }
+            }
+            Place::Extras(id) => {
+                if let Some(checkpoint) = catalog.checkpoint(id)? {
+                    add(META, Place::Meta(*id));
+                    if let Some(engine) = checkpoint.engine {
+                        add(IMAGES, Place::Link(engine.images.0));
+                    }
+                    if let Some(parent) = checkpoint.parent {
+                        add(PARENT, Place::Link(PathBuf::from(format!("../../{parent}"))));
+                    }
+                }
+            }
+            Place::Branch(name) => {
+                for member in catalog.branch(name)?.map(|branch| branch.members).unwrap_or_default() {
+                    add(member.volume.as_str(), Place::Link(member.path.0));
+                }
+            }
+            Place::Readme | Place::Meta(_) | Place::Link(_) => {}
+        }
+        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(found)
+    }
+
+    /// The attributes; `None` if it is gone. Their number is for the caller to say.
+    pub(super) fn meta(&self, place: &Place) -> Result<Option<FileMeta>> {
+        if let (meta, true) = self.meta_at_once(place) {
+            return Ok(Some(meta));
+        }
+        let records = self.records.open()?;
+        let catalog = records.catalog();
+        let (time, size) = match place {
+            Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
+            Place::Checkpoint(id) | Place::Extras(id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
+            Place::Meta(id) => match catalog.checkpoint(id)? {
+                Some(checkpoint) => (Some(checkpoint.time), self.describe(catalog, &checkpoint)?.len() as u64),
+                None => (None, 0),
+            },
+            _ => (None, 0),
+        };
+        Ok(time.map(timestamp).map(|time| {
+            let (meta, _) = self.meta_at_once(place);
+            FileMeta { size, atime: time, mtime: time, ctime: time, ..meta }
+        }))
+    }
+
+    /// The attributes as far as they are known without the catalog, and whether these are all.
+    pub(super) fn meta_at_once(&self, place: &Place) -> (FileMeta, bool) {
+        let dir = self.dir_meta();
+        match place {
+            Place::Root | Place::Ids | Place::Snapshots | Place::Tags | Place::Branches => (dir, true),
+            Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
+            Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
+            Place::Meta(_) => (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false),
+            Place::Link(target) => {
+                let size = target.as_os_str().as_bytes().len() as u64;
+                (FileMeta { kind: FileKind::Symlink, mode: 0o777, size, ..dir }, true)
+            }
+        }
+    }
+
+    /// The attributes of a directory of the upper part.
+    pub(super) fn dir_meta(&self) -> FileMeta {
+        let (uid, gid) = self.owner;
+        let time = self.since;
+        FileMeta {
+            kind: FileKind::Dir,
+            ino: 0,
+            nlink: 1,
+            mode: 0o555,
+            uid,
+            gid,
+            rdev: 0,
+            size: 0,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            btime: None,
+        }
+    }
+
+    /// The content of a file of the upper part.
+    pub(super) fn text(&self, place: &Place) -> Result<Option<String>> {
+        match place {
+            Place::Readme => Ok(Some(README.to_owned())),
+            Place::Meta(id) => {
+                let records = self.records.open()?;
+                let checkpoint = records.catalog().checkpoint(id)?;
+                checkpoint.map(|checkpoint| self.describe(records.catalog(), &checkpoint)).transpose()
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn describe(&self, catalog: &Catalog, checkpoint: &Checkpoint) -> Result<String> {
+        Ok((self.records.describe)(checkpoint, &catalog.tags_of(&checkpoint.id)?))
+    }
+
+    fn latest(&self, ids: &str) -> Result<Option<Place>> {
+        let latest = self.records.open()?.catalog().latest()?;
+        Ok(latest.map(|latest| Place::Link(PathBuf::from(format!("{ids}/{}", latest.id)))))
+    }
+
+    fn snapshots(&self) -> Result<Vec<(String, CheckpointId)>> {
+        Ok(names(&self.records.open()?.catalog().times()?))
+    }
+}
+
+fn link_up(id: &CheckpointId) -> Place {
+    Place::Link(PathBuf::from(format!("../ids/{id}")))
+}
+
+/// The names of checkpoints by their times: RFC 3339, to the second; what was taken in the same second as an earlier one has a number
+/// behind it.
+fn names(times: &[(CheckpointId, jiff::Timestamp)]) -> Vec<(String, CheckpointId)> {
+    let mut seen: HashMap<String, u32> = HashMap::new();
+    let name = |(id, time): &(CheckpointId, jiff::Timestamp)| {
+        let name = time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let count = seen.entry(name.clone()).or_default();
+        *count += 1;
+        (if *count == 1 { name } else { format!("{name}-{}", *count - 1) }, *id)
+    };
+    times.iter().map(name).collect()
+}
+
+fn timestamp(time: jiff::Timestamp) -> Timestamp {
+    const BILLION: i128 = 1_000_000_000;
+    let nanoseconds = time.as_nanosecond();
+    // A moment that jiff can say is a number of seconds that fits by far.
+    let seconds = i64::try_from(nanoseconds.div_euclid(BILLION)).unwrap_or_default();
+    Timestamp { seconds, nanoseconds: u32::try_from(nanoseconds.rem_euclid(BILLION)).unwrap_or_default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_names_and_no_two_are_the_same() {
+        let (a, b, c) = (random(), random(), random());
+        let time = |text: &str| text.parse().unwrap();
+        let taken = [
+            (a, time("2026-03-01T12:00:00.2Z")),
+            (b, time("2026-03-01T12:00:00.7Z")),
+            (c, time("1969-12-31T23:59:59.5Z")),
+        ];
+        let expected = [("2026-03-01T12:00:00Z", a), ("2026-03-01T12:00:00Z-1", b), ("1969-12-31T23:59:59Z", c)];
+        assert_eq!(names(&taken), expected.map(|(name, id)| (name.to_owned(), id)));
+        assert_eq!(timestamp(time("1969-12-31T23:59:59.5Z")), Timestamp { seconds: -1, nanoseconds: 500_000_000 });
+    }
+
+    fn random() -> CheckpointId {
+        CheckpointId::random().unwrap()
+    }
+}

@@ -1,0 +1,311 @@
+//! From the kernel's requests to the tree of past states and back. Nothing is decided here but what the kernel may cache.
+
+use std::ffi::OsStr;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
+
+use fsnap_backend::FileKind;
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyXattr, Request,
+};
+
+use super::adapter::{FOREVER, GENERATION, errno, moment, nothing, pack_device, sized};
+use super::browse::{Attr, Browse, Keep, Listed};
+use super::readers::{Reader, Readers};
+
+/// How soon a removed checkpoint is seen to be gone by those who walk through its directory.
+const BRIEFLY: Duration = Duration::from_secs(1);
+
+/// Serves past states.
+#[derive(Debug)]
+pub struct BrowseAdapter {
+    browse: Arc<Browse>,
+    readers: Readers,
+}
+
+impl BrowseAdapter {
+    /// Serves this tree.
+    pub fn new(browse: Arc<Browse>) -> Self {
+        Self { browse, readers: Readers::default() }
+    }
+
+    /// The names of an open directory; from the beginning, they are read anew.
+    fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<Listed>>, Errno> {
+        let found = self.readers.get(handle.0);
+        let Some(Reader::Dir(names)) = found.as_deref() else { return Err(Errno::EBADF) };
+        let mut names = names.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*names {
+            Some(names) if offset != 0 => Ok(names.clone()),
+            _ => {
+                let read = Arc::new(self.browse.list(ino).map_err(errno)?);
+                *names = Some(read.clone());
+                Ok(read)
+            }
+        }
+    }
+
+    fn dots(&self, ino: u64) -> [(u64, &'static str); 2] {
+        [(ino, "."), (self.browse.parent(ino), "..")]
+    }
+}
+
+fn time_of(keep: Keep) -> Duration {
+    match keep {
+        Keep::Forever => FOREVER,
+        Keep::Briefly => BRIEFLY,
+        Keep::Not => Duration::ZERO,
+    }
+}
+
+fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Dir => FileType::Directory,
+        FileKind::Symlink => FileType::Symlink,
+        FileKind::Fifo => FileType::NamedPipe,
+        FileKind::Socket => FileType::Socket,
+        FileKind::CharDevice => FileType::CharDevice,
+        FileKind::BlockDevice => FileType::BlockDevice,
+    }
+}
+
+fn to_fuse(attr: &Attr) -> FileAttr {
+    let meta = &attr.meta;
+    let time = |time: fsnap_backend::Timestamp| moment(time.seconds, time.nanoseconds.into());
+    FileAttr {
+        ino: INodeNo(meta.ino),
+        size: meta.size,
+        blocks: blocks(meta.size),
+        atime: time(meta.atime),
+        mtime: time(meta.mtime),
+        ctime: time(meta.ctime),
+        crtime: UNIX_EPOCH,
+        kind: file_type(meta.kind),
+        perm: (meta.mode & 0o7777) as u16,
+        nlink: meta.nlink,
+        uid: meta.uid,
+        gid: meta.gid,
+        rdev: pack_device(meta.rdev),
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+/// What a file takes on the disk is the store's affair, and is not told. But programs such as cp(1) ask for holes only where there seem
+/// to be some; a large file seems to have one, lest a tebibyte of holes is read as zeros.
+fn blocks(size: u64) -> u64 {
+    const LARGE: u64 = 64 << 10;
+    size.div_ceil(512) - u64::from(size >= LARGE)
+}
+
+impl Filesystem for BrowseAdapter {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            // Permissions are the kernel's, ACLs included.
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+        ];
+        for flag in wanted {
+            // What an older kernel does not have is done without.
+            let _ = config.add_capabilities(flag);
+        }
+        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok() {
+            self.readers.passthrough.store(true, Ordering::Relaxed);
+        }
+        let _ = config.set_max_background(64);
+        Ok(())
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.browse.look_up(parent.0, name) {
+            Ok(attr) => {
+                let (name, attributes) = (time_of(attr.name), time_of(attr.attributes));
+                reply.entry_with_ttls(&attributes, &name, &to_fuse(&attr), GENERATION);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
+        self.browse.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.browse.attr(ino.0) {
+            Ok(attr) => reply.attr(&time_of(attr.attributes), &to_fuse(&attr)),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        match self.browse.read_link(ino.0) {
+            Ok(target) => reply.data(target.as_encoded_bytes()),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let opened = match self.browse.open(ino.0) {
+            Ok(opened) => opened,
+            Err(error) => return reply.error(errno(error)),
+        };
+        let flags = if opened.is_text() { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
+        let (handle, backing) = self.readers.open_file(ino.0, opened, |file| reply.open_backing(file));
+        match backing {
+            Some(backing) => reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing),
+            None => reply.opened(FileHandle(handle), flags),
+        }
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let reader = self.readers.get(fh.0);
+        let Some(Reader::File { opened, .. }) = reader.as_deref() else { return reply.error(Errno::EBADF) };
+        let mut buffer = vec![0; size as usize];
+        match opened.read(&mut buffer, offset) {
+            Ok(read) => reply.data(&buffer[..read]),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        const SEEK_DATA: i32 = 3;
+        const SEEK_HOLE: i32 = 4;
+        let reader = self.readers.get(fh.0);
+        let Some(Reader::File { opened, .. }) = reader.as_deref() else { return reply.error(Errno::EBADF) };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        let found = match whence {
+            SEEK_DATA => opened.seek(offset, false),
+            SEEK_HOLE => opened.seek(offset, true),
+            _ => return reply.error(Errno::EINVAL),
+        };
+        match found {
+            Ok(at) => reply.offset(at.cast_signed()),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        // There is nothing to write: the kernel need not ask again.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.readers.close(fh.0);
+        reply.ok();
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let kept = match self.browse.never_changes(ino.0) {
+            true => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+            false => FopenFlags::empty(),
+        };
+        reply.opened(FileHandle(self.readers.open_dir()), kept);
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let names = match self.names(ino.0, fh, offset) {
+            Ok(names) => names,
+            Err(error) => return reply.error(error),
+        };
+        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
+            if reply.add(INodeNo(number), at as u64 + 1, FileType::Directory, name) {
+                return reply.ok();
+            }
+        }
+        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+            if reply.add(INodeNo(listed.number), at as u64 + 3, file_type(listed.kind), &listed.name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        let names = match self.names(ino.0, fh, offset) {
+            Ok(names) => names,
+            Err(error) => return reply.error(error),
+        };
+        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
+            // The kernel looks at nothing of these but the number and the kind.
+            let attr = FileAttr { ino: INodeNo(number), kind: FileType::Directory, ..nothing() };
+            if reply.add(INodeNo(number), at as u64 + 1, name, &Duration::ZERO, &attr, GENERATION) {
+                return reply.ok();
+            }
+        }
+        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+            let Ok(attr) = self.browse.look_up_listed(ino.0, listed) else { continue };
+            // The name and the attributes share one time here: the shorter one, so that neither is ever wrong.
+            let time = time_of(attr.name).min(time_of(attr.attributes));
+            let fuse = to_fuse(&attr);
+            if reply.add(fuse.ino, at as u64 + 3, &listed.name, &time, &fuse, GENERATION) {
+                // It did not fit, so that the kernel does not hold it.
+                self.browse.forget(attr.meta.ino, 1);
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.readers.close(fh.0);
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        // Nothing can be written, and what there is takes room elsewhere.
+        reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.browse.xattrs(ino.0) {
+            Ok(xattrs) => match xattrs.iter().find(|(key, _)| key == name) {
+                Some((_, value)) => sized(value, size, reply),
+                None => reply.error(Errno::ENODATA),
+            },
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.browse.xattrs(ino.0) {
+            Ok(xattrs) => {
+                let mut list = Vec::new();
+                let trusted = |name: &OsStr| name.as_encoded_bytes().starts_with(b"trusted.");
+                // As on any file system: the names of these are for the superuser.
+                for (name, _) in xattrs.iter().filter(|(name, _)| request.uid() == 0 || !trusted(name)) {
+                    list.extend_from_slice(name.as_encoded_bytes());
+                    list.push(0);
+                }
+                sized(&list, size, reply);
+            }
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! A catalog with volumes on a btrfs file system, and a server that shows its past.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::site::{fsnap, is_mounted, kill};
+
+/// How long a server may take to start or to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A catalog, volumes, and a place to mount at.
+pub(crate) struct Past {
+    base: tempfile::TempDir,
+    server: Arc<Mutex<Option<Child>>>,
+}
+
+impl Past {
+    /// Makes the file system. No volume is registered yet.
+    pub(crate) fn new() -> Self {
+        let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let past = Self { base, server: Arc::default() };
+        for name in ["disk", "state", "mnt"] {
+            fs::create_dir(past.path(name)).unwrap();
+        }
+        fs::File::create(past.path("image")).unwrap().set_len(1 << 30).unwrap();
+        run(Command::new("mkfs.btrfs").arg("-q").arg(past.path("image")));
+        run(Command::new("mount").args(["-o", "loop"]).args([past.path("image"), past.path("disk")]));
+        // The catalog is no part of what is tested, and ten thousand commits to it are to take no time.
+        rustix::mount::mount("state", past.path("state"), "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        past
+    }
+
+    /// Registers an empty volume, kept by this backend.
+    pub(crate) fn volume(&self, name: &str, backend: &str) -> PathBuf {
+        let dir = self.path("disk").join(name);
+        run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(&dir));
+        let place = self.path("disk").join(format!("{backend}-store"));
+        self.fsnap(
+            ["init", "--backend", backend, "--store"].map(OsStr::new).into_iter().chain([place.as_ref(), dir.as_ref()]),
+        );
+        dir
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.base.path().join(name)
+    }
+
+    /// Where the catalog is.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// A path below the mount.
+    pub(crate) fn at(&self, path: &str) -> PathBuf {
+        self.path("mnt").join(path)
+    }
+
+    /// Runs a command of fsnap that must succeed, and returns its output.
+    pub(crate) fn fsnap<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> String {
+        run(self.command().args(arguments)).trim_end().to_owned()
+    }
+
+    pub(crate) fn command(&self) -> Command {
+        let mut command = fsnap();
+        command.env("FSNAP_STATE", self.state());
+        command
+    }
+
+    /// Takes a checkpoint, and returns its id.
+    pub(crate) fn checkpoint(&self) -> String {
+        self.fsnap(["checkpoint"])
+    }
+
+    pub(crate) fn mount(&self) {
+        let mut command = self.command();
+        command.args(["mount", "--foreground"]).arg(self.path("mnt"));
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        until("it is mounted", || {
+            assert_eq!(self.ended(), None, "the server ended before it had mounted");
+            rustix::fs::statfs(self.path("mnt")).is_ok() && is_mounted(&self.path("mnt"))
+        });
+    }
+
+    /// Returns what the server has said.
+    pub(crate) fn unmount(&self) -> String {
+        // A program that another case starts has our descriptors for a moment, between its fork and its exec.
+        until("it is unmounted", || {
+            self.command().arg("umount").arg(self.path("mnt")).output().unwrap().status.success()
+        });
+        until("the server ends", || self.ended().is_some());
+        assert_eq!(self.ended(), Some(true), "the server failed");
+        assert!(!is_mounted(&self.path("mnt")));
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut said = String::new();
+        server.and_then(|server| server.stderr).unwrap().read_to_string(&mut said).unwrap();
+        said
+    }
+
+    /// SIGKILL; what is mounted stays, and answers nothing any more.
+    pub(crate) fn kill(&self) {
+        kill(&self.server);
+    }
+
+    fn ended(&self) -> Option<bool> {
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.as_mut().and_then(|child| child.try_wait().unwrap()).map(|status| status.success())
+    }
+}
+
+impl Drop for Past {
+    fn drop(&mut self) {
+        self.kill();
+        for name in ["mnt", "state", "disk"] {
+            while rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH).is_ok() {}
+        }
+    }
+}
+
+/// Waits until it holds, and not for ever.
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The names in a directory, sorted.
+pub(crate) fn names(dir: impl AsRef<Path>) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
