@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::machine::{Kind, Machine, run_quietly};
 use crate::{Result, run};
 
-/// The backends that are measured here: each has an example `bench`.
-const PACKAGES: &[&str] = &["fsnap-dm-thin", "fsnap-nilfs2"];
+/// The backends that are measured here: each has an example of that name and `-bench`.
+const BACKENDS: &[&str] = &["dm-thin", "nilfs2"];
 
 /// Enough for what is dirty, several times over.
 const MEMORY_MIB: u32 = 3072;
@@ -21,11 +21,12 @@ pub(crate) fn run() -> Result<ExitCode> {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
     let target = run::target_dir()?;
     let mut ended = ExitCode::SUCCESS;
-    for package in PACKAGES {
+    for backend in BACKENDS {
+        let (package, example) = (format!("fsnap-{backend}"), format!("{backend}-bench"));
         let mut build = Command::new("cargo");
-        build.args(["build", "--release", "--locked", "--example", "bench", "--package", package]);
+        build.args(["build", "--release", "--locked", "--example", &example, "--package", &package]);
         run_quietly(build.current_dir(top))?;
-        let program = target.join("release/examples/bench").to_string_lossy().into_owned();
+        let program = target.join("release/examples").join(example).to_string_lossy().into_owned();
         let machine = Machine { memory_mib: MEMORY_MIB, deadline: Some(DEADLINE), ..Machine::new(Kind::Uml) };
         let code = run::program(&machine, vec![program])?;
         if code != ExitCode::SUCCESS {

@@ -1,7 +1,7 @@
 //! Compares the backend with the bare ioctl and with the command, all in one run; only the ratios mean anything.
 //!
 //! ```text
-//! cargo run --release -p fsnap-btrfs --example bench [DIR]
+//! cargo run --release -p fsnap-btrfs --example btrfs-bench [DIR]
 //! ```
 //!
 //! `DIR` is a directory on btrfs in which to work; without one, a file system is made on a loop device. Needs root.
