@@ -81,7 +81,8 @@ fn columns_are_aligned() {
     let site = Site::plain();
     site.run("fsnap init db && fsnap checkpoint -t base && fsnap checkpoint -m second");
     let table = site.run("fsnap log");
-    let at = |line: &str, word: &str| line.find(word);
+    // Columns are two blanks apart at least; an id could hold a short word by chance.
+    let at = |line: &str, word: &str| line.find(&format!("  {word}"));
     let lines: Vec<&str> = table.lines().collect();
     assert_eq!(at(lines[0], "VOLUMES"), at(lines[1], "db"), "{table}");
     assert_eq!(at(lines[0], "VOLUMES"), at(lines[2], "db"), "{table}");
