@@ -16,6 +16,7 @@ pub mod adapter;
 pub mod browse;
 pub mod browse_adapter;
 mod handles;
+mod open;
 pub mod overlay;
 mod readers;
 pub mod session;

@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -18,6 +18,7 @@ use fuser::{
 };
 
 use super::handles::{Handle, Handles};
+use super::open::Dots;
 use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -64,21 +65,15 @@ impl Adapter {
     fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<std::ffi::OsString>>, Errno> {
         let found = self.handles.get(handle.0);
         let Some(Handle::Dir(dir)) = found.as_deref() else { return Err(Errno::EBADF) };
-        let mut names = dir.names.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*names {
-            Some(names) if offset != 0 => Ok(names.clone()),
-            _ => {
-                let listed = self.overlay.list(ino).map_err(errno)?;
-                let read = Arc::new(listed.into_iter().map(|entry| entry.name).collect::<Vec<_>>());
-                *names = Some(read.clone());
-                Ok(read)
-            }
-        }
+        dir.names.at(offset, || {
+            let listed = self.overlay.list(ino).map_err(errno)?;
+            Ok(listed.into_iter().map(|entry| entry.name).collect())
+        })
     }
 
     /// The entries before the names.
-    fn dots(&self, ino: u64) -> [(u64, &'static str); 2] {
-        [(ino, "."), (self.overlay.parent(ino), "..")]
+    fn dots(&self, ino: u64) -> Dots {
+        Dots { own: ino, parent: self.overlay.parent(ino) }
     }
 }
 
@@ -452,12 +447,10 @@ impl Filesystem for Adapter {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(number), at as u64 + 1, FileType::Directory, name) {
-                return reply.ok();
-            }
+        if self.dots(ino.0).add_to(&mut reply, offset) {
+            return reply.ok();
         }
-        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             // A name that went since the listing is left out.
             let Ok(Some(attr)) = self.overlay.peek(ino.0, name) else { continue };
             if reply.add(INodeNo(attr.ino), at as u64 + 3, kind(attr.kind), name) {
@@ -472,14 +465,10 @@ impl Filesystem for Adapter {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
-            // The kernel looks at nothing of these but the number and the kind.
-            let attr = FileAttr { ino: INodeNo(number), kind: FileType::Directory, ..nothing() };
-            if reply.add(INodeNo(number), at as u64 + 1, name, &Duration::ZERO, &attr, GENERATION) {
-                return reply.ok();
-            }
+        if self.dots(ino.0).add_to_plus(&mut reply, offset) {
+            return reply.ok();
         }
-        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+        for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             let Ok(attr) = self.overlay.look_up(ino.0, name) else { continue };
             let (fuse, ttl) = self.attr_of(&attr);
             if reply.add(fuse.ino, at as u64 + 3, name, &ttl, &fuse, GENERATION) {

@@ -2,8 +2,8 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fsnap_backend::FileKind;
@@ -13,8 +13,9 @@ use fuser::{
     ReplyStatfs, ReplyXattr, Request,
 };
 
-use super::adapter::{FOREVER, GENERATION, errno, moment, nothing, pack_device, sized};
+use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
 use super::browse::{Attr, Browse, Keep, Listed};
+use super::open::Dots;
 use super::readers::{Reader, Readers};
 
 /// How soon a removed checkpoint is seen to be gone by those who walk through its directory.
@@ -37,19 +38,11 @@ impl BrowseAdapter {
     fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<Listed>>, Errno> {
         let found = self.readers.get(handle.0);
         let Some(Reader::Dir(names)) = found.as_deref() else { return Err(Errno::EBADF) };
-        let mut names = names.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*names {
-            Some(names) if offset != 0 => Ok(names.clone()),
-            _ => {
-                let read = Arc::new(self.browse.list(ino).map_err(errno)?);
-                *names = Some(read.clone());
-                Ok(read)
-            }
-        }
+        names.at(offset, || self.browse.list(ino).map_err(errno))
     }
 
-    fn dots(&self, ino: u64) -> [(u64, &'static str); 2] {
-        [(ino, "."), (self.browse.parent(ino), "..")]
+    fn dots(&self, ino: u64) -> Dots {
+        Dots { own: ino, parent: self.browse.parent(ino) }
     }
 }
 
@@ -234,12 +227,10 @@ impl Filesystem for BrowseAdapter {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(number), at as u64 + 1, FileType::Directory, name) {
-                return reply.ok();
-            }
+        if self.dots(ino.0).add_to(&mut reply, offset) {
+            return reply.ok();
         }
-        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             if reply.add(INodeNo(listed.number), at as u64 + 3, file_type(listed.kind), &listed.name) {
                 break;
             }
@@ -252,14 +243,10 @@ impl Filesystem for BrowseAdapter {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        for (at, (number, name)) in self.dots(ino.0).into_iter().enumerate().skip(offset as usize) {
-            // The kernel looks at nothing of these but the number and the kind.
-            let attr = FileAttr { ino: INodeNo(number), kind: FileType::Directory, ..nothing() };
-            if reply.add(INodeNo(number), at as u64 + 1, name, &Duration::ZERO, &attr, GENERATION) {
-                return reply.ok();
-            }
+        if self.dots(ino.0).add_to_plus(&mut reply, offset) {
+            return reply.ok();
         }
-        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(2)) {
+        for (at, listed) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             let Ok(attr) = self.browse.look_up_listed(ino.0, listed) else { continue };
             // The name and the attributes share one time here: the shorter one, so that neither is ever wrong.
             let time = time_of(attr.name).min(time_of(attr.attributes));

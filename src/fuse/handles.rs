@@ -7,11 +7,12 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use fuser::{BackingId, FopenFlags};
 
+use super::open::{Names, Table, locked};
 use super::overlay::{Ino, OpenFile};
 
 /// An open file or directory.
@@ -28,10 +29,10 @@ pub(super) struct FileHandle {
     passed: bool,
 }
 
-/// An open directory: its names, as they were when it was read from the beginning.
+/// An open directory.
 #[derive(Debug)]
 pub(super) struct DirHandle {
-    pub(super) names: Mutex<Option<Arc<Vec<OsString>>>>,
+    pub(super) names: Names<OsString>,
 }
 
 /// How the kernel has a file open.
@@ -45,24 +46,12 @@ struct Mode {
 }
 
 /// All handles of one mount.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Handles {
-    open: Mutex<HashMap<u64, Arc<Handle>>>,
+    open: Table<Handle>,
     modes: Mutex<HashMap<Ino, Mode>>,
-    next: AtomicU64,
     /// The kernel may be asked to pass requests through.
     pub(super) passthrough: AtomicBool,
-}
-
-impl Default for Handles {
-    fn default() -> Self {
-        Self {
-            open: Mutex::default(),
-            modes: Mutex::default(),
-            next: AtomicU64::new(1),
-            passthrough: AtomicBool::new(false),
-        }
-    }
 }
 
 /// How a file was opened.
@@ -72,23 +61,13 @@ pub(super) struct Opened {
     pub(super) backing: Option<Arc<BackingId>>,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Handles {
-    fn add(&self, handle: Handle) -> u64 {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        locked(&self.open).insert(number, Arc::new(handle));
-        number
-    }
-
     pub(super) fn get(&self, number: u64) -> Option<Arc<Handle>> {
-        locked(&self.open).get(&number).cloned()
+        self.open.get(number)
     }
 
     pub(super) fn open_dir(&self) -> u64 {
-        self.add(Handle::Dir(DirHandle { names: Mutex::new(None) }))
+        self.open.add(Handle::Dir(DirHandle { names: Names::default() }))
     }
 
     /// Chooses the way in which the file is opened; `may_pass` says whether it may be passed through.
@@ -122,7 +101,7 @@ impl Handles {
                 mode.backing = Some(backing.clone());
                 mode.passed += 1;
                 mode.stale |= write;
-                let handle = self.add(Handle::File(FileHandle { ino, file, passed: true }));
+                let handle = self.open.add(Handle::File(FileHandle { ino, file, passed: true }));
                 return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
             }
         }
@@ -137,13 +116,13 @@ impl Handles {
         if passed {
             mode.passed += 1;
         }
-        let handle = self.add(Handle::File(FileHandle { ino, file, passed }));
+        let handle = self.open.add(Handle::File(FileHandle { ino, file, passed }));
         Opened { handle, flags, backing: None }
     }
 
     /// Closes a handle; tells which file it was on, and whether something may have been written past us.
     pub(super) fn close(&self, number: u64) -> Option<(Ino, bool)> {
-        let handle = locked(&self.open).remove(&number)?;
+        let handle = self.open.remove(number)?;
         let Handle::File(file) = &*handle else { return None };
         let mut modes = locked(&self.modes);
         let mode = modes.get_mut(&file.ino)?;

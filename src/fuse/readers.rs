@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use fuser::BackingId;
 
 use super::browse::{Listed, Opened};
+use super::open::{Names, Table, locked};
 
 /// The length from which passing through pays: registering a file costs as much as a read, and what is read into the page cache of
 /// the mount is still there when the file is opened again.
@@ -21,12 +22,8 @@ const PASSED_FROM: u64 = 128 << 10;
 /// An open file or directory.
 #[derive(Debug)]
 pub(super) enum Reader {
-    File {
-        number: u64,
-        opened: Opened,
-    },
-    /// The names as they were when the directory was read from the beginning.
-    Dir(Mutex<Option<Arc<Vec<Listed>>>>),
+    File { number: u64, opened: Opened },
+    Dir(Names<Listed>),
 }
 
 #[derive(Debug)]
@@ -38,30 +35,19 @@ struct Way {
 /// All that is open in one mount.
 #[derive(Debug, Default)]
 pub(super) struct Readers {
-    open: Mutex<HashMap<u64, Arc<Reader>>>,
+    open: Table<Reader>,
     ways: Mutex<HashMap<u64, Way>>,
-    last: AtomicU64,
     /// The kernel may be asked to pass requests through.
     pub(super) passthrough: AtomicBool,
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Readers {
-    fn add(&self, reader: Reader) -> u64 {
-        let handle = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        locked(&self.open).insert(handle, Arc::new(reader));
-        handle
-    }
-
     pub(super) fn get(&self, handle: u64) -> Option<Arc<Reader>> {
-        locked(&self.open).get(&handle).cloned()
+        self.open.get(handle)
     }
 
     pub(super) fn open_dir(&self) -> u64 {
-        self.add(Reader::Dir(Mutex::default()))
+        self.open.add(Reader::Dir(Names::default()))
     }
 
     /// Opens a file; returns its handle, and the registered file to which its reads are passed through, if they are.
@@ -92,11 +78,11 @@ impl Readers {
             }
         };
         drop(ways);
-        (self.add(Reader::File { number, opened }), backing)
+        (self.open.add(Reader::File { number, opened }), backing)
     }
 
     pub(super) fn close(&self, handle: u64) {
-        let Some(reader) = locked(&self.open).remove(&handle) else { return };
+        let Some(reader) = self.open.remove(handle) else { return };
         let Reader::File { number, .. } = &*reader else { return };
         let mut ways = locked(&self.ways);
         if let Entry::Occupied(mut way) = ways.entry(*number) {
