@@ -6,6 +6,8 @@
 
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
+#[path = "../support/copies.rs"]
+mod copies;
 mod dump;
 mod log;
 mod measure;

@@ -9,8 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use fsnap::catalog::{Access, Catalog, Intent, PendingCheckpoint};
-use fsnap::checkpoint::{Checkpoint, CheckpointId};
 use fsnap::fuse::browse::{Browse, ROOT, Records};
 use fsnap_backend::{Capabilities, Consistency};
 use fsnap_conformance::{Listing, Model, samples};
@@ -19,6 +17,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Case;
+use crate::copies::record_copies;
 use crate::past::{Past, names, until};
 use crate::site::is_mounted;
 use crate::tree;
@@ -378,32 +377,6 @@ fn names_of(browse: &Browse, dir: u64) -> Vec<String> {
 
 const MANY: usize = 10_000;
 
-/// Records copies of the newest checkpoint, which all have the same snapshots.
-fn record_many(state: &Path) {
-    let catalog = Catalog::open(state, Access::Write, Duration::from_secs(10)).unwrap();
-    let mut last = catalog.latest().unwrap().unwrap();
-    for _ in 0..MANY {
-        let id = CheckpointId::random().unwrap();
-        let pending = PendingCheckpoint {
-            id,
-            branch: None,
-            message: String::new(),
-            tags: Vec::new(),
-            engine: None,
-            owner: None,
-            tree: None,
-            boot: String::new(),
-            freeze: None,
-            members: Vec::new(),
-            pinned: false,
-        };
-        let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending))).unwrap();
-        last = Checkpoint { id, parent: Some(last.id), ..last };
-        assert!(catalog.seal(intent, &last, &[]).unwrap());
-        lock.finish();
-    }
-}
-
 fn ten_thousand_checkpoints_activate_nothing() {
     let past = Past::new();
     for backend in ["btrfs", "rsync"] {
@@ -412,7 +385,8 @@ fn ten_thousand_checkpoints_activate_nothing() {
         fs::write(dir.join("a/b/file"), backend).unwrap();
     }
     past.checkpoint();
-    record_many(&past.state());
+    // All have the same snapshots.
+    record_copies(&past.state(), MANY, |_, _| Ok(())).unwrap();
     let browse = browse(&past);
     let ids = names_of(&browse, find(&browse, &["ids"]));
     assert_eq!(ids.len(), MANY + 1);

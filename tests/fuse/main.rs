@@ -4,6 +4,8 @@
 //! Everything happens in a mount namespace of this program's own.
 
 mod browse;
+#[path = "../support/copies.rs"]
+mod copies;
 mod differential;
 mod faults;
 mod past;

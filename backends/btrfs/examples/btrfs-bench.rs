@@ -16,14 +16,13 @@ mod sys;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use fsnap_backend::{Backend, Locator, Source, Volume, beneath};
 use fsnap_btrfs::Store;
-use fsnap_conformance::measure::{median, ms, ratio, timed};
+use fsnap_conformance::measure::{dirty, median, ms, ratio, timed};
 use support::{Disk, make_subvolume, run};
 
 /// As many files as a project of some size has.
@@ -96,10 +95,7 @@ impl Bench {
     }
 
     fn dirty(&self, mib: u64) {
-        let chunk = vec![0x5a; 1 << 20];
-        for at in 0..mib {
-            self.file.write_all_at(&chunk, at << 20).expect("write");
-        }
+        dirty(&self.file, mib);
     }
 
     fn bare(&self, mib: u64, synced: bool) -> Duration {

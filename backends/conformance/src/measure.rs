@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, reason = "a table on standard output is what a benchmark is for")]
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 /// How long `work` takes.
@@ -9,6 +11,18 @@ pub fn timed(work: impl FnOnce()) -> Duration {
     let start = Instant::now();
     work();
     start.elapsed()
+}
+
+/// Leaves so much data at the beginning of the file unwritten in the page cache.
+///
+/// # Panics
+///
+/// If it cannot be written.
+pub fn dirty(file: &File, mebibytes: u64) {
+    let chunk = vec![0x5a; 1 << 20];
+    for at in 0..mebibytes {
+        file.write_all_at(&chunk, at << 20).expect("write");
+    }
 }
 
 /// The median, which one disturbed measurement does not move.

@@ -17,13 +17,12 @@ mod support;
 mod sys;
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dm::{By, Mapper, Target};
 use fsnap_backend::{Backend, Locator, MountSpec, Source, Volume};
-use fsnap_conformance::measure::{median, ratio, tell, timed};
+use fsnap_conformance::measure::{dirty, median, ratio, tell, timed};
 use fsnap_dm_thin::{FileSystem, Limits, Store};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use support::{TestPool, device_of, dmsetup};
@@ -119,10 +118,7 @@ impl Bench {
     }
 
     fn dirty(&self, mib: u64) {
-        let chunk = vec![0x5a; 1 << 20];
-        for at in 0..mib {
-            self.file.write_all_at(&chunk, at << 20).expect("write");
-        }
+        dirty(&self.file, mib);
     }
 
     fn rest(&self) {

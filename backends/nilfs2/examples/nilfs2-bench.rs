@@ -18,7 +18,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use fsnap_backend::{Backend, Locator, MountSpec, Source, Volume};
-use fsnap_conformance::measure::{median, ratio, tell, timed};
+use fsnap_conformance::measure::{dirty, median, ratio, tell, timed};
 use fsnap_nilfs2::Store;
 use rustix::mount::MountFlags;
 use support::Disk;
@@ -94,10 +94,7 @@ impl Bench {
     }
 
     fn dirty(&self, mib: u64) {
-        let chunk = vec![0x5a; 1 << 20];
-        for at in 0..mib {
-            self.file.write_all_at(&chunk, at << 20).expect("write");
-        }
+        dirty(&self.file, mib);
         // Something has to differ, for else the bare calls have nothing to do.
         self.file.write_all_at(&self.now().to_le_bytes(), 0).expect("write");
     }
