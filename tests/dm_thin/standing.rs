@@ -55,9 +55,9 @@ impl Base {
         )
     }
 
-    /// Metadata that take their time to be written.
-    fn slow(&self) -> String {
-        self.with(Some(&format!("delay {0} 0 0 {0} 0 3000", self.lower)), None)
+    /// Metadata of which each write takes so many milliseconds.
+    fn slow(&self, each: u32) -> String {
+        self.with(Some(&format!("delay {0} 0 0 {0} 0 {each}", self.lower)), None)
     }
 
     fn switch(&self, table: &str) -> Done {
@@ -78,6 +78,9 @@ impl Drop for Base {
         let _ = Command::new("losetup").args(["--detach", &self.lower]).output();
     }
 }
+
+/// Long enough to be seen: a snapshot waits for several such writes.
+const SLOW: u32 = 150;
 
 /// A registered volume in a pool on such a device.
 fn on_base() -> Result<(Base, Site), Failed> {
@@ -136,7 +139,7 @@ fn until_it_runs(site: &Site) -> Done {
 /// Nobody needs to call fsnap again: a process that stands by sees to it.
 fn killed_while_it_stands() -> Done {
     let (base, site) = on_base()?;
-    base.switch(&base.slow())?;
+    base.switch(&base.slow(SLOW))?;
     let mut taking = site.command(&["checkpoint"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     until_it_stands(&site, &mut taking)?;
     // It dies when the kernel has done what it was asked for, and never comes to the resumption.
@@ -168,7 +171,7 @@ fn guards_of(parent: u32) -> Result<Vec<i32>, Failed> {
 /// Even if whoever stands by is killed before, the next command resumes the volume.
 fn killed_with_its_guard() -> Done {
     let (base, site) = on_base()?;
-    base.switch(&base.slow())?;
+    base.switch(&base.slow(SLOW))?;
     let mut taking = site.command(&["checkpoint"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     until_it_stands(&site, &mut taking)?;
     let guards = guards_of(taking.id())?;
@@ -192,7 +195,7 @@ fn a_hook_killed_while_it_stands() -> Done {
     let mut tree = Command::new("sleep").arg("1000").spawn()?;
     let tried = || -> Done {
         output(&mut hook(&site, &images, "pre-dump", tree.id())?)?;
-        base.switch(&base.slow())?;
+        base.switch(&base.slow(SLOW))?;
         let mut taking = hook(&site, &images, "post-dump", tree.id())?;
         let mut taking = taking.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
         until_it_stands(&site, &mut taking)?;
@@ -243,7 +246,7 @@ fn the_deadline_ends_the_standing() -> Done {
     let mut tree = Command::new("sleep").arg("1000").spawn()?;
     let tried = || -> Done {
         output(&mut hook(&site, &images, "pre-dump", tree.id())?)?;
-        base.switch(&base.slow())?;
+        base.switch(&base.slow(1000))?;
         // The time is over while the kernel suspends it, or makes the snapshot: both take longer than the deadline, and none
         // of them can be cut short. Whoever just ends then leaves it suspended.
         let ended = hook(&site, &images, "post-dump", tree.id())?.output()?;
