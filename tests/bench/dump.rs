@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::measure::{Failure, head, in_turns, ms, ratio, row, time, times};
-use crate::site::{Site, delete_subvolume, run};
+use crate::measure::{Failure, head, in_turns, ms, ratio, row, run, time, times};
+use crate::site::{Site, delete_subvolume};
 use crate::sys;
 
 const ROUNDS: usize = 15;

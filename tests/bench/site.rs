@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::measure::Failure;
+use crate::measure::{Failure, run};
 
 /// The files in the volume: enough that their number would show if it mattered.
 const FILES: usize = 20_000;
@@ -51,7 +51,7 @@ impl Site {
         fs::create_dir(site.path("mnt"))?;
         run(Command::new("mkfs.btrfs").arg("-q").arg(&image).stderr(Stdio::null()))?;
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(site.path("mnt")))?;
-        run(Command::new("btrfs").args(["subvolume", "create"]).arg(site.volume()).stdout(Stdio::null()))?;
+        run(Command::new("btrfs").args(["subvolume", "create"]).arg(site.volume()))?;
         for number in 0..FILES {
             let dir = site.volume().join(format!("{:02x}", number % 256));
             if number < 256 {
@@ -63,7 +63,7 @@ impl Site {
         fs::write(site.path("btrfs-hook"), site.bash_hook())?;
         run(Command::new("chmod").arg("+x").arg(site.path("btrfs-hook")))?;
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.path("fsnap-criu-hook"))?;
-        run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()).stdout(Stdio::null()))?;
+        run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()))?;
         site.writer = Command::new("setsid")
             .args(["sh", "-c", "exec 3>>held; exec sleep infinity"])
             .current_dir(site.volume())
@@ -150,13 +150,7 @@ impl Drop for Site {
     }
 }
 
-/// Runs a command that must succeed.
-pub fn run(command: &mut Command) -> Result<(), Failure> {
-    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
-}
-
 /// Deletes a snapshot.
 pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
-    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path).stdout(Stdio::null()))
+    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path))
 }

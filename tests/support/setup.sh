@@ -17,6 +17,8 @@ to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin faketi
 # A kernel to test on, and the tools of what only it has.
 to_test+=(user-mode-linux dmsetup nilfs-tools thin-provisioning-tools kmod util-linux mount)
 to_test+=(qemu-system-x86 iproute2)
+# What benchmarks compare with, and what suites run.
+to_test+=(fuse-overlayfs unionfs-fuse)
 to_unpack=(mmdebstrap)
 # The release whose kernel the machine of QEMU has, with the CRIU that knows it.
 machine_release=bookworm
