@@ -95,8 +95,9 @@ pub(crate) fn take(
 /// Sends away the process that stands by for the engine's images, if there is one, so that its intent's lock is free.
 pub(crate) fn dismiss(state: &Path, images: &EngineImages) -> Result<(), Failure> {
     if let Some(mut attendant) = called(state, images)? {
-        // Its end, or that of the connection, is the answer.
-        let _ = say(&mut attendant, &Call::Leave).and_then(|()| hear::<Answer>(&attendant));
+        // Its end, or that of the connection, is the answer. One that somebody has stopped is not waited for.
+        let left = attendant.set_read_timeout(Some(AT_ONCE)).and_then(|()| say(&mut attendant, &Call::Leave));
+        let _ = left.and_then(|()| hear::<Answer>(&attendant));
     }
     Ok(())
 }
