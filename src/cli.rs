@@ -2,6 +2,7 @@
 //!
 //! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod attendant;
 mod branch;
 mod branches;
 mod checkpoint;

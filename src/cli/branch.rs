@@ -27,7 +27,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.write()?;
-    let (checkpoint, fresh) = match reference::past(&args.checkpoint, &TimeZone::system())? {
+    let (checkpoint, fresh) = match reference::past(&args.checkpoint, TimeZone::system)? {
         Some((volume, past)) => {
             let pinned = coordinator.pin(volume, &past)?;
             (pinned.checkpoint, pinned.fresh)

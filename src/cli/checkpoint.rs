@@ -82,7 +82,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         take_searching(&mut window, false, Tree::of_processes([]))
     };
     // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
-    let noted = taken.and_then(|()| window.write_note());
+    let noted = taken.and_then(|()| Ok(window.write_note()?.appear()?));
     let begun = window.close();
     if let Err(error) = noted {
         return Err(Failure::Error(coordinator.give_up(begun, error)));

@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Prepares the process: every command needs it, and none may do it twice.
 pub(crate) fn prepare() {
-    if let Ok(spec) = std::env::var("FSNAP_FAILPOINT") {
+    if let Some(spec) = armed() {
         failpoint::arm(&spec);
     }
     // The walk of a deep tree holds one descriptor per level; the kernel's default limit is for select(2).
@@ -30,6 +30,11 @@ pub(crate) fn prepare() {
     // A file that may not grow is an error of the call that writes it, which is told and undone, and not a signal.
     let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigIgn, SaFlags::empty());
     let _ = sys::handle(Signal::SIGBUS, SigHandler::Handler(sys::end_without_page), SaFlags::empty());
+}
+
+/// Where a test makes this process die.
+pub(crate) fn armed() -> Option<String> {
+    std::env::var("FSNAP_FAILPOINT").ok()
 }
 
 /// The settings and places of this run.

@@ -17,6 +17,8 @@ pub(crate) enum Failure {
     Output(std::io::Error),
     /// The findings were printed already; the command has failed.
     Reported,
+    /// Another process of fsnap could not do it, and these are its words.
+    Told(String),
 }
 
 impl<E: Into<Error>> From<E> for Failure {
@@ -40,6 +42,7 @@ impl Failure {
             }
             Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
             Self::Reported => String::new(),
+            Self::Told(text) => text.clone(),
         }
     }
 }

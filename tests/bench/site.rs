@@ -150,6 +150,41 @@ impl Drop for Site {
     }
 }
 
+/// Processes that write to the volume, and have so much memory as a small server.
+#[derive(Debug)]
+pub struct Memory(Child);
+
+impl Memory {
+    /// How much.
+    pub const SIZE: &str = "64 MiB";
+
+    /// Starts them, and waits until they have it.
+    pub fn start(site: &Site) -> Result<Self, Failure> {
+        // What has no end of a line yet, tail(1) keeps.
+        let script = "exec 3>>server; { head -c 64M /dev/zero; echo >read; exec sleep infinity; } | tail";
+        let mut command = Command::new("setsid");
+        command.args(["sh", "-c", script]).current_dir(site.volume());
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        while !site.volume().join("read").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        Ok(Self(child))
+    }
+
+    /// The root of their tree.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // They are the session that it leads.
+        let _ = Command::new("kill").args(["-KILL", "--", &format!("-{}", self.0.id())]).status();
+        let _ = self.0.wait();
+    }
+}
+
 /// Deletes a snapshot.
 pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
     run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path))

@@ -5,6 +5,7 @@
 //! program, however it ends; and this program is its own oracle.
 
 mod alone;
+mod attended;
 mod by_hand;
 mod consistency;
 mod demo;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         ("consistency", consistency::CASES),
         ("hook", hook::CASES),
         ("killed", killed::CASES),
+        ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
         ("alone", alone::CASES),
@@ -50,6 +52,13 @@ fn main() -> ExitCode {
                 Ok(())
             }));
         }
+    }
+    // What the process that stands by does not do, the hook does by itself.
+    for &(name, case) in hook::CASES.iter().chain(killed::CASES) {
+        trials.push(Trial::test(format!("unattended::{name}"), move || {
+            site::unattended(case);
+            Ok(())
+        }));
     }
     for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
         trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {
