@@ -16,7 +16,9 @@ pub mod adapter;
 pub mod browse;
 pub mod browse_adapter;
 mod handles;
+pub mod lower;
 mod open;
-pub mod overlay;
 mod readers;
 pub mod session;
+
+pub use fsnap_layers as overlay;

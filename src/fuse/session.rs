@@ -19,7 +19,7 @@ use super::browse_adapter::BrowseAdapter;
 use super::overlay::Overlay;
 
 /// The type of our mounts in `/proc/self/mountinfo`.
-pub const TYPE: &str = "fuse.fsnap";
+pub const TYPE: &str = crate::mount::SERVED;
 
 /// Why a tree could not be served, or not be unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,9 @@ pub enum Error {
     /// The branch could not be opened.
     #[error(transparent)]
     Overlay(#[from] super::overlay::Error),
+    /// What lies below cannot be made visible.
+    #[error(transparent)]
+    Mount(#[from] crate::mount::Error),
     /// Nothing of ours is mounted there.
     #[error("{dir:?} is not mounted by fsnap")]
     NotMounted {

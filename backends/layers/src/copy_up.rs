@@ -117,7 +117,7 @@ impl Tree {
                 put_in_place(&work, &temporary, &dir, &name)?;
             }
             None => {
-                pin = Some(to.handle()?);
+                pin = Some(to.pin()?);
                 rustix::fs::unlinkat(&work, &temporary, AtFlags::empty())?;
             }
         }
@@ -134,7 +134,7 @@ impl Tree {
     }
 
     fn make_like(&mut self, from: &Object, stat: &Stat, to: &Object, path: &[u8], content: bool) -> Result<()> {
-        let (dir, name) = to.place();
+        let (dir, name) = to.place()?;
         match object::kind_of(stat) {
             FileType::Symlink => rustix::fs::symlinkat(from.read_link()?, dir, name)?,
             FileType::RegularFile => {
@@ -158,11 +158,11 @@ impl Tree {
 
     /// Shares the blocks where the file system can; else leaves the content below, until it is written.
     fn copy_content(&mut self, from: &Object, stat: &Stat, to: &Object, file: &OwnedFd, path: &[u8]) -> Result<()> {
-        let source = from.open(OFlags::RDONLY)?;
-        match rustix::fs::ioctl_ficlone(file, &source) {
-            Ok(()) => return Ok(()),
-            Err(Errno::NOSPC | Errno::DQUOT | Errno::IO) => return Err(Errno::NOSPC),
-            Err(_) => {}
+        let source = from.content()?;
+        match source.as_file().map(|whole| rustix::fs::ioctl_ficlone(file, whole)) {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(Errno::NOSPC | Errno::DQUOT | Errno::IO)) => return Err(Errno::NOSPC),
+            _ => {}
         }
         if !self.store.sparse {
             data::copy_all(&source, file)?;
