@@ -55,7 +55,6 @@ fn serve(args: &Args) -> Outcome {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,
         dev: args.dev,
-        read_only: false,
     };
     let source = server::absolute(&args.store)?;
     let ready = || {

@@ -3,11 +3,20 @@
 use std::path::Path;
 
 use fsnap_backend::MountSpec;
-use fsnap_layers::Below;
 use rustix::fs::{CWD, Mode, OFlags};
 
+use super::overlay::Below;
 use super::session::Error;
 use crate::mount::{Prepared, Restrictions};
+
+/// Opens what a backend's recipe for a snapshot shows. What the kernel has to mount for it is attached nowhere.
+pub(super) fn of_recipe(spec: MountSpec) -> Result<Below, Error> {
+    match spec {
+        MountSpec::Tree(tree) => Ok(Below::Tree(tree)),
+        MountSpec::Bind { dir, .. } => open_lower(&dir),
+        spec @ MountSpec::Mount { .. } => Ok(Below::Dir(Prepared::new(&spec, Restrictions::default())?.open()?)),
+    }
+}
 
 /// Opens a directory so that nothing of it can change, access times included, and nothing that is mounted in it shows.
 pub fn open_lower(lower: &Path) -> Result<Below, Error> {

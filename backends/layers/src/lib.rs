@@ -31,6 +31,7 @@ mod xattr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub use attr::{Attr, Change, SetTime};
 pub use data::OpenFile;
@@ -38,12 +39,12 @@ pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
 use rustix::io::Errno;
-pub use store::Error;
+pub use store::{Error, is_unchanged};
 
 use self::fd_cache::FdCache;
 use self::lower::Lower;
 use self::node::Nodes;
-use self::store::Store;
+use self::store::{PATIENCE, Store};
 
 /// The result of one operation on the tree: what the caller of the system call is told.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -65,8 +66,19 @@ pub struct Overlay {
 
 impl Overlay {
     /// Opens the branch that `store` keeps over `lower`; makes a new one where there is none.
+    ///
+    /// Waits a moment for a server that has just begun to end.
     pub fn open(lower: Below, store: &Path) -> Result<Self, Error> {
-        let (lower, store) = store::open(lower, store)?;
+        Self::open_within(lower, store, PATIENCE)
+    }
+
+    /// The same, and does not wait.
+    pub fn open_at_once(lower: Below, store: &Path) -> Result<Self, Error> {
+        Self::open_within(lower, store, Duration::ZERO)
+    }
+
+    fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
+        let (lower, store) = store::open(lower, store, patience)?;
         let nodes = Nodes::new(lower.root());
         Ok(Self { tree: Mutex::new(Tree { lower, store, nodes, dirs: FdCache::default() }) })
     }

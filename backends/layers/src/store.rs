@@ -55,7 +55,7 @@ pub enum Error {
 
 const VERSION: &str = "fsnap-overlay 1\n";
 /// How long a server that was just unmounted may take to end.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The store, opened by one server.
 #[derive(Debug)]
@@ -189,7 +189,7 @@ impl Store {
 }
 
 /// Opens the lower and its store.
-pub(super) fn open(below: Below, store: &Path) -> Result<(Lower, Store), Error> {
+pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<(Lower, Store), Error> {
     let failed = |action: &'static str, object: &Path| {
         let object = object.to_owned();
         move |error: Errno| Error::Io { action, object, source: error.into() }
@@ -197,7 +197,7 @@ pub(super) fn open(below: Below, store: &Path) -> Result<(Lower, Store), Error> 
     rustix::fs::mkdir(store, Mode::RWXU).or_else(exists_already).map_err(failed("make the directory", store))?;
     let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
     let dir = dir.map_err(failed("open the directory", store))?;
-    let lock = lock(&dir, store)?;
+    let lock = lock(&dir, store, patience)?;
     let version = version(&dir, store)?;
 
     let keys = Keys { prefix: if rustix::process::geteuid().is_root() { "trusted." } else { "user." } };
@@ -243,12 +243,31 @@ pub(super) fn open(below: Below, store: &Path) -> Result<(Lower, Store), Error> 
     Ok((lower, store))
 }
 
+/// Whether nothing was ever written to the branch that `store` keeps; also if it keeps none.
+///
+/// Looked at from outside, without the lock: what somebody writes at this very moment may be missed.
+pub fn is_unchanged(store: &Path) -> Result<bool, Error> {
+    for part in ["upper", "index"] {
+        let path = store.join(part);
+        match std::fs::read_dir(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Io { action: "list", object: path, source }),
+            Ok(mut entries) => {
+                if entries.next().is_some() {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+    Ok(true)
+}
+
 fn exists_already(error: Errno) -> Result<()> {
     if error == Errno::EXIST { Ok(()) } else { Err(error) }
 }
 
 /// Takes the store for this process.
-fn lock(dir: &OwnedFd, store: &Path) -> Result<File, Error> {
+fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> {
     use std::io::{Read, Seek};
     let io =
         |action: &'static str| move |source: std::io::Error| Error::Io { action, object: store.join("lock"), source };
@@ -260,12 +279,12 @@ fn lock(dir: &OwnedFd, store: &Path) -> Result<File, Error> {
     let flags = OFlags::RDWR | OFlags::CREATE | SAFE;
     let file = rustix::fs::openat(dir, "lock", flags, Mode::RUSR | Mode::WUSR);
     let mut file = File::from(file.map_err(|error| io("open")(error.into()))?);
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + patience;
     while let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         if error != Errno::WOULDBLOCK {
             return Err(io("lock")(error.into()));
         }
-        if Instant::now() > until {
+        if Instant::now() >= until {
             let mut by = String::new();
             let _ = file.read_to_string(&mut by);
             return Err(Error::Locked { store: store.into(), by: by.trim().to_owned() });
