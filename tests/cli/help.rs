@@ -275,8 +275,11 @@ fn branches() {
     Usage: fsnap branches [OPTIONS]
 
     Options:
-          --json  Print an array of JSON objects
-      -h, --help  Print help
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 

@@ -87,7 +87,8 @@ impl Tree {
         let (place, orphan) = (node.names.first().cloned(), node.names.is_empty());
         let from = if orphan { self.object(ino)? } else { self.lower.object(&at)? };
         let stat = from.stat()?;
-        let indexed = !orphan && stat.st_nlink > 1;
+        let marked = self.store.keys().can_mark(object::kind_of(&stat));
+        let indexed = !orphan && marked && stat.st_nlink > 1;
         if let (Some((parent, _)), false) = (&place, indexed) {
             self.copy_up(*parent, true)?;
         }
@@ -95,7 +96,9 @@ impl Tree {
         let to = Object::at(work.clone(), temporary.clone());
         let made = self.make_like(&from, &stat, &to, &at.path(), content).and_then(|()| {
             let keys = self.store.keys();
-            self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
+            if marked {
+                self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
+            }
             if indexed {
                 self.mark(&to, keys.links(), stat.st_nlink.to_string().as_bytes())?;
             }

@@ -110,6 +110,11 @@ impl Keys {
         self.own("node")
     }
 
+    /// Whether files of this kind can bear attributes of fsnap's own: users' attributes are for regular files and directories.
+    pub(super) fn can_mark(self, kind: FileType) -> bool {
+        self.prefix != "user." || matches!(kind, FileType::RegularFile | FileType::Directory)
+    }
+
     /// Under which name a user's attribute is kept; `None` if users have none of that name.
     pub(super) fn kept(self, name: &OsStr) -> Option<OsString> {
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(self.prefix)) else {
