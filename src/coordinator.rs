@@ -20,6 +20,7 @@ mod restore;
 mod targets;
 mod verify;
 mod window;
+mod written;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

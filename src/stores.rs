@@ -34,6 +34,12 @@ pub mod pools {
     pub use fsnap_dm_thin::{FileSystem, Fill, Limits, Mode, Plan, PoolState, PoolVolume, STORES, Store, survey};
 }
 
+/// Copy-on-write trees over whatever a store holds.
+#[cfg(feature = "fuse")]
+pub mod layers {
+    pub use fsnap_layers::*;
+}
+
 /// One storage technology that was compiled in.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {

@@ -45,7 +45,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     };
     let out = Output::new();
     if args.json {
-        return out.json(&json::branch(&branch));
+        return out.json(&json::branch(&coordinator, &branch));
     }
     branch.members.iter().try_for_each(|member| out.line(&member.path))
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use fsnap::fuse::lower::open_lower;
 use fsnap::fuse::overlay::Overlay;
 use fsnap::fuse::session::{self, Options};
 
@@ -49,12 +50,11 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn serve(args: &Args) -> Outcome {
-    let overlay = Overlay::open(&args.lower, &args.store).map_err(session::Error::from)?;
+    let overlay = Overlay::open(open_lower(&args.lower)?, &args.store).map_err(session::Error::from)?;
     let options = Options {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,
         dev: args.dev,
-        read_only: false,
     };
     let source = server::absolute(&args.store)?;
     let ready = || {

@@ -60,7 +60,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     })?;
     let out = Output::new();
     if args.json {
-        let mut object = json::branch(&branch);
+        let mut object = json::branch(&coordinator, &branch);
         object["init"] = json!(restored.init.pid);
         object["pid"] = json!(restored.root.map(|root| root.pid));
         out.json(&object)?;

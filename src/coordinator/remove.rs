@@ -39,6 +39,11 @@ impl Coordinator {
         if !users.is_empty() {
             return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
         }
+        self.remove_unchanged_branch(name)
+    }
+
+    /// Removes a branch of which nobody would miss anything: who uses it is not asked.
+    pub fn remove_unchanged_branch(&self, name: &Name) -> Result<()> {
         match self.catalog.remove_branch(name)? {
             Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
             Removal::Missing | Removal::Needed(_) => Err(self.no_such_branch(name)),

@@ -66,6 +66,11 @@ impl Handles {
         self.open.get(number)
     }
 
+    /// Whether nothing is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
     pub(super) fn open_dir(&self) -> u64 {
         self.open.add(Handle::Dir(DirHandle { names: Names::default() }))
     }

@@ -269,11 +269,17 @@ fn branches() {
     assert_snapshot!(help("branches"), @"
     List the branches, the checkpoint each grew from, and where its files are
 
+    Those of a branch that is written through `fsnap mount` are where something is mounted that shows
+    it.
+
     Usage: fsnap branches [OPTIONS]
 
     Options:
-          --json  Print an array of JSON objects
-      -h, --help  Print help
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 
@@ -586,8 +592,9 @@ fn mount() {
     Show every checkpoint and branch as files
 
     DIR then has, read-only, ids/ID/VOLUME for each checkpoint's files, and links to these: latest,
-    tags/TAG and snapshots/TIME. In branches/NAME are links to where the files of a branch are. The file
-    README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
+    tags/TAG and snapshots/TIME. In branches/NAME/VOLUME are the files of a branch, to be written;
+    `mkdir DIR/branches/NAME@CKPT` makes one. The file README in it tells more. New checkpoints show up
+    by themselves. `fsnap umount DIR` ends it.
 
     A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a
     while.

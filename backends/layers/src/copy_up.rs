@@ -87,7 +87,8 @@ impl Tree {
         let (place, orphan) = (node.names.first().cloned(), node.names.is_empty());
         let from = if orphan { self.object(ino)? } else { self.lower.object(&at)? };
         let stat = from.stat()?;
-        let indexed = !orphan && stat.st_nlink > 1;
+        let marked = self.store.keys().can_mark(object::kind_of(&stat));
+        let indexed = !orphan && marked && stat.st_nlink > 1;
         if let (Some((parent, _)), false) = (&place, indexed) {
             self.copy_up(*parent, true)?;
         }
@@ -95,7 +96,9 @@ impl Tree {
         let to = Object::at(work.clone(), temporary.clone());
         let made = self.make_like(&from, &stat, &to, &at.path(), content).and_then(|()| {
             let keys = self.store.keys();
-            self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
+            if marked {
+                self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
+            }
             if indexed {
                 self.mark(&to, keys.links(), stat.st_nlink.to_string().as_bytes())?;
             }
@@ -117,7 +120,7 @@ impl Tree {
                 put_in_place(&work, &temporary, &dir, &name)?;
             }
             None => {
-                pin = Some(to.handle()?);
+                pin = Some(to.pin()?);
                 rustix::fs::unlinkat(&work, &temporary, AtFlags::empty())?;
             }
         }
@@ -134,7 +137,7 @@ impl Tree {
     }
 
     fn make_like(&mut self, from: &Object, stat: &Stat, to: &Object, path: &[u8], content: bool) -> Result<()> {
-        let (dir, name) = to.place();
+        let (dir, name) = to.place()?;
         match object::kind_of(stat) {
             FileType::Symlink => rustix::fs::symlinkat(from.read_link()?, dir, name)?,
             FileType::RegularFile => {
@@ -158,11 +161,11 @@ impl Tree {
 
     /// Shares the blocks where the file system can; else leaves the content below, until it is written.
     fn copy_content(&mut self, from: &Object, stat: &Stat, to: &Object, file: &OwnedFd, path: &[u8]) -> Result<()> {
-        let source = from.open(OFlags::RDONLY)?;
-        match rustix::fs::ioctl_ficlone(file, &source) {
-            Ok(()) => return Ok(()),
-            Err(Errno::NOSPC | Errno::DQUOT | Errno::IO) => return Err(Errno::NOSPC),
-            Err(_) => {}
+        let source = from.content()?;
+        match source.as_file().map(|whole| rustix::fs::ioctl_ficlone(file, whole)) {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(Errno::NOSPC | Errno::DQUOT | Errno::IO)) => return Err(Errno::NOSPC),
+            _ => {}
         }
         if !self.store.sparse {
             data::copy_all(&source, file)?;

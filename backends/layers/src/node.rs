@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::FileType;
 
 use super::data::OpenFile;
 use super::lower::{LowerAt, LowerDir};
+use super::object::Object;
 
 /// The number of a file: what users see as `st_ino`.
 pub type Ino = u64;
@@ -31,7 +31,7 @@ pub(super) struct Node {
     /// A file's counterpart in the lower; meaningless once it is in the upper.
     pub(super) lower: Option<LowerAt>,
     /// The file itself, held since its last known name went.
-    pub(super) pin: Option<Arc<OwnedFd>>,
+    pub(super) pin: Option<Object>,
     /// Its content, while it is open.
     pub(super) file: Option<Arc<OpenFile>>,
     /// How many handles are open on it.

@@ -77,8 +77,7 @@ impl Tree {
             }
         }
         if let Some(lower) = lower {
-            let dir = self.lower.dir(&lower)?;
-            let names = object::names(dir.as_fd())?.into_iter().map(|(name, _)| name);
+            let names = self.lower.names(&lower)?.into_iter();
             found.extend(names.filter(|name| !hidden.contains(name)).map(|name| Listed { name }));
         }
         Ok(found)

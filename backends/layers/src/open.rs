@@ -63,7 +63,7 @@ impl Tree {
         let upper = node.upper;
         let object = self.object(ino)?;
         if !upper {
-            return Ok(Source::Lower(File::from(object.open(OFlags::RDONLY)?)));
+            return Ok(Source::Lower(object.content()?));
         }
         let file = match object.open(OFlags::RDWR) {
             // Without privileges, the file's own mode may allow only one of them.
@@ -81,10 +81,7 @@ impl Tree {
         let path = value[space + 1..].to_vec();
         let long = self.store.lengthen(path.clone())?;
         let (at, _) = self.lower.resolve(&long)?.ok_or(Errno::IO)?;
-        let lower = File::from(self.lower.object(&at)?.open(OFlags::RDONLY)?);
-        if !lower.metadata().map_err(|_| Errno::IO)?.is_file() {
-            return Err(Errno::IO);
-        }
+        let lower = self.lower.object(&at)?.content()?;
         Ok(Source::Partial(Partial { file, lower, valid, block: self.store.block, keys, path }))
     }
 }

@@ -1,24 +1,28 @@
 //! A bounded number of open directories.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
-/// Descriptors of directories by number, of which the least used are closed.
+/// Open directories by number, of which the least used are closed.
 ///
 /// Two generations: what was not asked for while the younger one filled up goes with the older one. A tree that is deeper
 /// than the cache is large still works, for whoever walks holds on to the descriptor that it needs next.
-#[derive(Debug, Default)]
-pub(super) struct FdCache {
-    young: HashMap<u64, Arc<OwnedFd>>,
-    old: HashMap<u64, Arc<OwnedFd>>,
+#[derive(Debug)]
+pub(super) struct FdCache<T> {
+    young: HashMap<u64, T>,
+    old: HashMap<u64, T>,
+}
+
+impl<T> Default for FdCache<T> {
+    fn default() -> Self {
+        Self { young: HashMap::new(), old: HashMap::new() }
+    }
 }
 
 /// How many descriptors one generation holds.
 const GENERATION: usize = 1024;
 
-impl FdCache {
-    pub(super) fn get(&mut self, number: u64) -> Option<Arc<OwnedFd>> {
+impl<T: Clone> FdCache<T> {
+    pub(super) fn get(&mut self, number: u64) -> Option<T> {
         if let Some(found) = self.young.get(&number) {
             return Some(found.clone());
         }
@@ -27,11 +31,11 @@ impl FdCache {
         Some(found)
     }
 
-    pub(super) fn put(&mut self, number: u64, descriptor: Arc<OwnedFd>) {
+    pub(super) fn put(&mut self, number: u64, open: T) {
         if self.young.len() >= GENERATION {
             self.old = std::mem::take(&mut self.young);
         }
-        self.young.insert(number, descriptor);
+        self.young.insert(number, open);
     }
 
     pub(super) fn remove(&mut self, number: u64) {
@@ -42,6 +46,9 @@ impl FdCache {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]

@@ -72,7 +72,7 @@ impl Tree {
             }
             let node = self.node(at)?;
             if let Some(pin) = &node.pin {
-                break pin.clone();
+                break pin.as_handle()?;
             }
             let (parent, name) = node.names.first().ok_or(Errno::STALE)?.clone();
             missing.push((at, name));
@@ -92,7 +92,7 @@ impl Tree {
         }
         let node = self.node(ino)?;
         if let Some(pin) = &node.pin {
-            return Ok(Object::of(pin.clone()));
+            return Ok(pin.clone());
         }
         if let Some(index) = node.index.clone() {
             return Ok(Object::at(self.store.index(), index));
@@ -102,7 +102,7 @@ impl Tree {
             return Ok(Object::at(self.upper_dir(parent)?, name));
         }
         if let Some(dir) = node.lower_dir.clone() {
-            return Ok(Object::of(self.lower.dir(&dir)?));
+            return self.lower.dir(&dir);
         }
         let lower = node.lower.clone().ok_or(Errno::STALE)?;
         self.lower.object(&lower)
@@ -180,7 +180,7 @@ impl Tree {
                 Some(known) => Some(known),
                 None => Some(entered),
             };
-            let object = Object::at(self.lower.dir(&dir)?, name);
+            let object = self.lower.object(&LowerAt { dir, name: name.to_owned() })?;
             let attr = self.attr_of(ino, &object, stat, false, false)?;
             return Ok(Some(Seen { ino, attr, node, upper_name: false }));
         }

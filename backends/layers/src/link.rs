@@ -62,7 +62,7 @@ impl Tree {
         if object.stat()?.st_nlink > 1 || self.lower_links(&object)? > 0 {
             return Ok(());
         }
-        let pin = object.handle()?;
+        let pin = object.pin()?;
         rustix::fs::unlinkat(&*self.store.index(), &index, AtFlags::empty())?;
         let node = self.node_mut(ino)?;
         node.pin = Some(pin);

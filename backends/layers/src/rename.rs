@@ -49,7 +49,7 @@ impl Tree {
                     self.nodes.drop_unused(ino);
                     return Err(Errno::NOTEMPTY);
                 }
-                let pin = self.object(ino)?.handle()?;
+                let pin = self.object(ino)?.pin()?;
                 self.node_mut(ino)?.pin = Some(pin);
                 if upper_name {
                     let dir = self.upper_dir(to)?;

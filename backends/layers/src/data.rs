@@ -10,6 +10,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 
 use super::Result;
+use super::below::{self, LowerContent};
 use super::store::Keys;
 
 /// An open regular file, shared by all handles on it.
@@ -26,7 +27,7 @@ pub struct OpenFile {
 #[derive(Debug)]
 pub(super) enum Source {
     /// In the lower, unchanged.
-    Lower(File),
+    Lower(LowerContent),
     /// In the upper, all of them.
     Whole(Arc<File>),
     /// In the upper as far as they were written, else in the lower.
@@ -37,7 +38,7 @@ pub(super) enum Source {
 #[derive(Debug)]
 pub(super) struct Partial {
     pub(super) file: Arc<File>,
-    pub(super) lower: File,
+    pub(super) lower: LowerContent,
     /// From here on, a hole is a hole. The file was never shorter since it was copied up.
     pub(super) valid: u64,
     pub(super) block: u64,
@@ -52,20 +53,19 @@ const CHUNK: u64 = 1 << 20;
 const MOST_ZEROS: u64 = 8 << 20;
 
 fn io_errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+    below::io_errno(&error)
 }
 
 /// Copies a whole content, holes left out.
-pub(super) fn copy_all(from: &OwnedFd, to: &OwnedFd) -> Result<()> {
-    let length = rustix::fs::fstat(from)?.st_size as u64;
-    rustix::fs::ftruncate(to, length)?;
+pub(super) fn copy_all(from: &LowerContent, to: &OwnedFd) -> Result<()> {
+    rustix::fs::ftruncate(to, from.length()?)?;
     let mut at = 0;
-    while let Some(data) = next_data(from, at)? {
+    while let Some(data) = from.data(at)? {
         at = data;
-        let end = rustix::fs::seek(from, SeekFrom::Hole(at))?;
+        let end = from.hole(at)?;
         while at < end {
             let mut buffer = vec![0; CHUNK.min(end - at) as usize];
-            let read = rustix::io::pread(from, &mut buffer, at)?;
+            let read = from.read(&mut buffer, at)?;
             if read == 0 {
                 return Ok(());
             }
@@ -115,7 +115,7 @@ impl Partial {
     fn read_lower(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         let wanted = (self.valid.saturating_sub(offset)).min(buffer.len() as u64) as usize;
         let (below, beyond) = buffer.split_at_mut(wanted);
-        self.lower.read_exact_at(below, offset).map_err(io_errno)?;
+        self.lower.read_exact(below, offset)?;
         beyond.fill(0);
         Ok(())
     }
@@ -199,7 +199,7 @@ impl Partial {
             return Err(Errno::NXIO);
         }
         let above = next_data(&*self.file, offset)?;
-        let below = next_data(&self.lower, offset)?.filter(|&at| at < self.valid);
+        let below = self.lower.data(offset)?.filter(|&at| at < self.valid);
         above.into_iter().chain(below).min().ok_or(Errno::NXIO)
     }
 
@@ -215,10 +215,10 @@ impl Partial {
                 at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
                 continue;
             }
-            if at >= self.valid || next_data(&self.lower, at)? != Some(at) {
+            if at >= self.valid || self.lower.data(at)? != Some(at) {
                 return Ok(at);
             }
-            let below = rustix::fs::seek(&self.lower, SeekFrom::Hole(at))?.min(self.valid);
+            let below = self.lower.hole(at)?.min(self.valid);
             if below < above {
                 return Ok(below.min(size));
             }
@@ -265,7 +265,7 @@ impl OpenFile {
             Ok(done)
         };
         match &*self.source() {
-            Source::Lower(file) => read(file, buffer),
+            Source::Lower(content) => content.read(buffer, offset),
             Source::Whole(file) => read(file, buffer),
             Source::Partial(partial) => partial.read(buffer, offset),
         }
@@ -333,7 +333,14 @@ impl OpenFile {
         let seek =
             |file: &File| rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) });
         match &*self.source() {
-            Source::Lower(file) => seek(file),
+            Source::Lower(content) if hole => {
+                if offset < content.length()? {
+                    content.hole(offset)
+                } else {
+                    Err(Errno::NXIO)
+                }
+            }
+            Source::Lower(content) => content.data(offset)?.ok_or(Errno::NXIO),
             Source::Whole(file) => seek(file),
             Source::Partial(partial) if hole => partial.seek_hole(offset),
             Source::Partial(partial) => partial.seek_data(offset),
@@ -347,7 +354,10 @@ impl OpenFile {
         {
             let (mut from, mut to) = (from, to);
             let copied = match &*other.source() {
-                Source::Lower(file) => copy_range(file, &mut from, target, &mut to, length),
+                Source::Lower(content) => match content.as_file() {
+                    Some(file) => copy_range(file, &mut from, target, &mut to, length),
+                    None => Err(Errno::XDEV),
+                },
                 Source::Whole(file) => copy_range(file, &mut from, target, &mut to, length),
                 Source::Partial(_) => Err(Errno::XDEV),
             };

@@ -8,14 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fsnap_backend::MountSpec;
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-use super::lower::Lower;
+use super::lower::{Below, Lower};
 use super::object::{self, Object, SAFE};
 use super::{Result, copy_up};
-use crate::mount::{Prepared, Restrictions};
 
 /// Why a branch could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -43,9 +41,6 @@ pub enum Error {
         /// What it says of itself.
         found: String,
     },
-    /// The lower cannot be made visible.
-    #[error(transparent)]
-    Mount(#[from] crate::mount::Error),
     /// A system call failed.
     #[error("cannot {action} {object:?}: {source}")]
     Io {
@@ -60,7 +55,7 @@ pub enum Error {
 
 const VERSION: &str = "fsnap-overlay 1\n";
 /// How long a server that was just unmounted may take to end.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The store, opened by one server.
 #[derive(Debug)]
@@ -113,6 +108,11 @@ impl Keys {
     /// This empty file stands for a device node that the kernel would take for a whiteout.
     pub(super) fn node(self) -> OsString {
         self.own("node")
+    }
+
+    /// Whether files of this kind can bear attributes of fsnap's own: users' attributes are for regular files and directories.
+    pub(super) fn can_mark(self, kind: FileType) -> bool {
+        self.prefix != "user." || matches!(kind, FileType::RegularFile | FileType::Directory)
     }
 
     /// Under which name a user's attribute is kept; `None` if users have none of that name.
@@ -194,16 +194,15 @@ impl Store {
 }
 
 /// Opens the lower and its store.
-pub(super) fn open(lower: &Path, store: &Path) -> Result<(Lower, Store), Error> {
+pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<(Lower, Store), Error> {
     let failed = |action: &'static str, object: &Path| {
         let object = object.to_owned();
         move |error: Errno| Error::Io { action, object, source: error.into() }
     };
-    let root = open_lower(lower)?;
     rustix::fs::mkdir(store, Mode::RWXU).or_else(exists_already).map_err(failed("make the directory", store))?;
     let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
     let dir = dir.map_err(failed("open the directory", store))?;
-    let lock = lock(&dir, store)?;
+    let lock = lock(&dir, store, patience)?;
     let version = version(&dir, store)?;
 
     let keys = Keys { prefix: if rustix::process::geteuid().is_root() { "trusted." } else { "user." } };
@@ -218,13 +217,14 @@ pub(super) fn open(lower: &Path, store: &Path) -> Result<(Lower, Store), Error> 
         .map_err(std::io::Error::from)
         .and_then(|names| names.iter().try_for_each(|(name, _)| fsnap_backend::beneath::remove_tree(&work, name)));
     emptied.map_err(|source| Error::Io { action: "empty the work directory of", object: store.into(), source })?;
+    let mut lower = Lower::new(below, &dir).map_err(failed("examine the lower of", store))?;
     if !version {
         // The upper's root is made like any other directory that is copied up, and the version says that it is there.
-        let prepare = || {
+        let mut prepare = || {
             rustix::fs::mkdirat(&work, "root", Mode::RWXU)?;
-            let (from, to) = (Object::at(root.clone(), "."), Object::at(work.clone(), "root"));
+            let (from, to) = (lower.dir(&lower.root())?, Object::at(work.clone(), "root"));
             copy_up::copy_attributes(&from, &to, keys)?;
-            to.set_times(&object::times_of(&rustix::fs::fstat(&root)?))?;
+            to.set_times(&object::times_of(&from.stat()?))?;
             match rustix::fs::renameat_with(&work, "root", &dir, "upper", rustix::fs::RenameFlags::NOREPLACE) {
                 Err(Errno::EXIST) => Ok(()),
                 done => done,
@@ -244,23 +244,27 @@ pub(super) fn open(lower: &Path, store: &Path) -> Result<(Lower, Store), Error> 
     }
     let upper = object::open_dir(&dir, OsStr::new("upper")).map_err(failed("open the upper of", store))?;
     let (sparse, block) = probe(&work).map_err(failed("examine", store))?;
-    let lower = Lower::new(Arc::into_inner(root).unwrap_or_else(|| unreachable!("nobody else has it")))
-        .map_err(failed("examine", lower))?;
     let store = Store { upper: Arc::new(upper), work, index, refs, _lock: lock, made: 0, keys, sparse, block };
     Ok((lower, store))
 }
 
-/// Opens the lower so that nothing of it can change, access times included, and nothing that is mounted in it shows.
-fn open_lower(lower: &Path) -> Result<Arc<OwnedFd>, Error> {
-    if rustix::process::geteuid().is_root() {
-        let dir = std::path::absolute(lower).and_then(|dir| dir.canonicalize());
-        let dir = dir.map_err(|source| Error::Io { action: "open", object: lower.into(), source })?;
-        let spec = MountSpec::Bind { dir, read_only: true };
-        // The first user of it holds the mount; here it is a descriptor that only this process has.
-        return Ok(Arc::new(Prepared::new(&spec, Restrictions::default())?.open()?));
+/// Whether nothing was ever written to the branch that `store` keeps; also if it keeps none.
+///
+/// Looked at from outside, without the lock: what somebody writes at this very moment may be missed.
+pub fn is_unchanged(store: &Path) -> Result<bool, Error> {
+    for part in ["upper", "index"] {
+        let path = store.join(part);
+        match std::fs::read_dir(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Io { action: "list", object: path, source }),
+            Ok(mut entries) => {
+                if entries.next().is_some() {
+                    return Ok(false);
+                }
+            }
+        }
     }
-    let opened = rustix::fs::openat(CWD, lower, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    Ok(Arc::new(opened.map_err(|error| Error::Io { action: "open", object: lower.into(), source: error.into() })?))
+    Ok(true)
 }
 
 fn exists_already(error: Errno) -> Result<()> {
@@ -268,7 +272,7 @@ fn exists_already(error: Errno) -> Result<()> {
 }
 
 /// Takes the store for this process.
-fn lock(dir: &OwnedFd, store: &Path) -> Result<File, Error> {
+fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> {
     use std::io::{Read, Seek};
     let io =
         |action: &'static str| move |source: std::io::Error| Error::Io { action, object: store.join("lock"), source };
@@ -280,12 +284,12 @@ fn lock(dir: &OwnedFd, store: &Path) -> Result<File, Error> {
     let flags = OFlags::RDWR | OFlags::CREATE | SAFE;
     let file = rustix::fs::openat(dir, "lock", flags, Mode::RUSR | Mode::WUSR);
     let mut file = File::from(file.map_err(|error| io("open")(error.into()))?);
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + patience;
     while let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         if error != Errno::WOULDBLOCK {
             return Err(io("lock")(error.into()));
         }
-        if Instant::now() > until {
+        if Instant::now() >= until {
             let mut by = String::new();
             let _ = file.read_to_string(&mut by);
             return Err(Error::Locked { store: store.into(), by: by.trim().to_owned() });

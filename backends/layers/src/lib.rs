@@ -3,7 +3,7 @@
 //! The words are overlayfs's. The *lower* is a directory that never changes. The *upper*, in the store, mirrors the tree as
 //! far as it was changed: what stands there hides what the lower has under the same name. A *whiteout* hides a name without
 //! putting anything in its place; an *opaque* directory hides the whole directory below it. *Copy-up* makes an upper object
-//! out of a lower one before its first change. The [format](crate::design::overlay_format) says how all this is kept.
+//! out of a lower one before its first change. The page `overlay-format` of fsnap's design says how all this is kept.
 //!
 //! A file is named by its [`Ino`], which is what users see as `st_ino`: it stays the same across copy-up, rename and
 //! remount. All names and attributes are behind one lock, and every change of them is one atomic system call on the upper,
@@ -11,6 +11,7 @@
 //! read and written outside of that lock, through [`OpenFile`].
 
 mod attr;
+mod below;
 mod copy_up;
 mod create;
 mod data;
@@ -27,20 +28,23 @@ mod rename;
 mod store;
 mod xattr;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 pub use attr::{Attr, Change, SetTime};
 pub use data::OpenFile;
 pub use list::Listed;
+pub use lower::Below;
 pub use node::{Ino, ROOT};
 use rustix::io::Errno;
-pub use store::Error;
+pub use store::{Error, is_unchanged};
 
 use self::fd_cache::FdCache;
 use self::lower::Lower;
 use self::node::Nodes;
-use self::store::Store;
+use self::store::{PATIENCE, Store};
 
 /// The result of one operation on the tree: what the caller of the system call is told.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -62,8 +66,19 @@ pub struct Overlay {
 
 impl Overlay {
     /// Opens the branch that `store` keeps over `lower`; makes a new one where there is none.
-    pub fn open(lower: &Path, store: &Path) -> Result<Self, Error> {
-        let (lower, store) = store::open(lower, store)?;
+    ///
+    /// Waits a moment for a server that has just begun to end.
+    pub fn open(lower: Below, store: &Path) -> Result<Self, Error> {
+        Self::open_within(lower, store, PATIENCE)
+    }
+
+    /// The same, and does not wait.
+    pub fn open_at_once(lower: Below, store: &Path) -> Result<Self, Error> {
+        Self::open_within(lower, store, Duration::ZERO)
+    }
+
+    fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
+        let (lower, store) = store::open(lower, store, patience)?;
         let nodes = Nodes::new(lower.root());
         Ok(Self { tree: Mutex::new(Tree { lower, store, nodes, dirs: FdCache::default() }) })
     }
@@ -87,5 +102,5 @@ struct Tree {
     store: Store,
     nodes: Nodes,
     /// Upper directories, by their inode number.
-    dirs: FdCache,
+    dirs: FdCache<Arc<OwnedFd>>,
 }

@@ -170,7 +170,7 @@ impl Tree {
             Some(value) => std::str::from_utf8(&value).ok().and_then(|text| u64::from_str_radix(text, 16).ok()),
             None => None,
         };
-        Ok(origin.unwrap_or(stat.st_ino | UPPER_NUMBERS))
+        Ok(origin.unwrap_or((stat.st_ino & (UPPER_NUMBERS - 1)) | UPPER_NUMBERS))
     }
 
     /// The number of a file of the lower.

@@ -1,16 +1,27 @@
 //! The lower: a directory tree that never changes, and the files in it.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::Arc;
 
+use fsnap_backend::Dir;
 use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
 use super::Result;
+use super::below::{self, errno};
 use super::fd_cache::FdCache;
 use super::object::{self, Object};
+
+/// What a copy-on-write tree begins with.
+#[derive(Debug)]
+pub enum Below {
+    /// A directory of a mounted file system.
+    Dir(OwnedFd),
+    /// A snapshot that the kernel cannot mount. Its files' numbers must be unique in the whole tree.
+    Tree(Arc<dyn Dir>),
+}
 
 /// A directory of the lower.
 ///
@@ -54,23 +65,49 @@ impl LowerAt {
     }
 }
 
+/// An open directory of the lower.
+#[derive(Debug, Clone)]
+enum Opened {
+    Dir(Arc<OwnedFd>),
+    Tree(Arc<dyn Dir>),
+}
+
+impl Opened {
+    fn below(&self, name: &OsStr) -> Result<Self> {
+        match self {
+            Self::Dir(dir) => Ok(Self::Dir(Arc::new(object::open_dir(dir, name)?))),
+            Self::Tree(dir) => Ok(Self::Tree(Arc::from(dir.open_dir(name).map_err(errno)?))),
+        }
+    }
+}
+
 /// The lower tree.
 #[derive(Debug)]
 pub(super) struct Lower {
     root: Arc<LowerDir>,
-    descriptor: Arc<OwnedFd>,
-    open: FdCache,
+    opened: Opened,
+    open: FdCache<Opened>,
     made: u64,
+    /// What attributes of a [`Dir`] are filled into.
+    template: Stat,
 }
 
 /// Numbers above this one are given to files that the lower does not have.
 pub(super) const UPPER_NUMBERS: u64 = 1 << 52;
 
 impl Lower {
-    pub(super) fn new(descriptor: OwnedFd) -> Result<Self> {
-        let dev = rustix::fs::fstat(&descriptor)?.st_dev;
+    /// `store` is any open file.
+    pub(super) fn new(below: Below, store: impl AsFd) -> Result<Self> {
+        let template = rustix::fs::fstat(store)?;
+        let (opened, dev) = match below {
+            Below::Dir(root) => {
+                let dev = rustix::fs::fstat(&root)?.st_dev;
+                (Opened::Dir(Arc::new(root)), dev)
+            }
+            Below::Tree(root) => (Opened::Tree(root), template.st_dev),
+        };
         let root = Arc::new(LowerDir { number: 0, parent: None, dev, realm: 0 });
-        Ok(Self { root, descriptor: Arc::new(descriptor), open: FdCache::default(), made: 0 })
+        Ok(Self { root, opened, open: FdCache::default(), made: 0, template })
     }
 
     pub(super) fn root(&self) -> Arc<LowerDir> {
@@ -78,35 +115,62 @@ impl Lower {
     }
 
     /// Opens a directory of the lower.
-    pub(super) fn dir(&mut self, dir: &Arc<LowerDir>) -> Result<Arc<OwnedFd>> {
+    fn open(&mut self, dir: &Arc<LowerDir>) -> Result<Opened> {
         let mut missing = Vec::new();
         let mut at = dir.clone();
         let mut open = loop {
             if at.parent.is_none() {
-                break self.descriptor.clone();
+                break self.opened.clone();
             }
             if let Some(found) = self.open.get(at.number) {
                 break found;
             }
             missing.push(at.clone());
-            let Some((parent, _)) = &at.parent else { break self.descriptor.clone() };
+            let Some((parent, _)) = &at.parent else { break self.opened.clone() };
             at = parent.clone();
         };
         for dir in missing.into_iter().rev() {
             let Some((_, name)) = &dir.parent else { continue };
-            open = Arc::new(object::open_dir(&open, name)?);
+            open = open.below(name)?;
             self.open.put(dir.number, open.clone());
         }
         Ok(open)
     }
 
+    /// The directory as an object.
+    pub(super) fn dir(&mut self, dir: &Arc<LowerDir>) -> Result<Object> {
+        Ok(match self.open(dir)? {
+            Opened::Dir(dir) => Object::of(dir),
+            Opened::Tree(dir) => Object::below(dir, None, self.template),
+        })
+    }
+
+    /// All names in a directory.
+    pub(super) fn names(&mut self, dir: &Arc<LowerDir>) -> Result<Vec<OsString>> {
+        match self.open(dir)? {
+            Opened::Dir(dir) => Ok(object::names(dir.as_fd())?.into_iter().map(|(name, _)| name).collect()),
+            Opened::Tree(dir) => {
+                let entries = dir.entries().map_err(errno)?;
+                Ok(entries.into_iter().map(|entry| entry.name).collect())
+            }
+        }
+    }
+
     pub(super) fn find(&mut self, dir: &Arc<LowerDir>, name: &OsStr) -> Result<Option<Stat>> {
-        let open = self.dir(dir)?;
-        object::find_at(&open, name)
+        match self.open(dir)? {
+            Opened::Dir(dir) => object::find_at(&dir, name),
+            Opened::Tree(dir) => {
+                let found = dir.entry(name).map_err(errno)?;
+                Ok(found.map(|entry| below::stat(&entry.meta, self.template)))
+            }
+        }
     }
 
     pub(super) fn object(&mut self, at: &LowerAt) -> Result<Object> {
-        Ok(Object::at(self.dir(&at.dir)?, at.name.clone()))
+        Ok(match self.open(&at.dir)? {
+            Opened::Dir(dir) => Object::at(dir, at.name.clone()),
+            Opened::Tree(dir) => Object::below(dir, Some(at.name.clone()), self.template),
+        })
     }
 
     /// The directory `name` in `dir`, whose attributes are `stat`.

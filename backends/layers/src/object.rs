@@ -1,14 +1,17 @@
 //! One file of the upper or the lower, found by a directory's descriptor and a name.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use fsnap_backend::{Dir, Xattrs};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 
 use super::Result;
+use super::below::{self, LowerContent, errno};
 
 /// Flags with which everything in a tree is opened.
 pub(super) const SAFE: OFlags = OFlags::CLOEXEC.union(OFlags::NOFOLLOW);
@@ -48,102 +51,157 @@ pub(super) fn find_at(dir: &OwnedFd, name: &OsStr) -> Result<Option<Stat>> {
     }
 }
 
-/// Where a file is: a name in a directory, or the descriptor of the file itself.
+/// Where a file is: a name in a directory, or the descriptor of the file itself; or a name in a directory of a snapshot that the
+/// kernel cannot mount.
 ///
 /// Nobody but this server writes to the upper, and nobody writes to the lower, so that a name keeps leading to the file it
 /// was found for as long as the tree is locked.
 #[derive(Debug, Clone)]
 pub(super) struct Object {
-    dir: Arc<OwnedFd>,
+    place: Place,
     name: Option<OsString>,
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Dir(Arc<OwnedFd>),
+    /// With what the attributes are filled into.
+    Below(Arc<dyn Dir>, Box<Stat>),
 }
 
 impl Object {
     pub(super) fn at(dir: Arc<OwnedFd>, name: impl Into<OsString>) -> Self {
-        Self { dir, name: Some(name.into()) }
+        Self { place: Place::Dir(dir), name: Some(name.into()) }
     }
 
     /// The file that a handle (`O_PATH`) stands for.
     pub(super) fn of(handle: Arc<OwnedFd>) -> Self {
-        Self { dir: handle, name: None }
+        Self { place: Place::Dir(handle), name: None }
     }
 
-    /// The directory and the name; for a handle the name is empty.
-    pub(super) fn place(&self) -> (&Arc<OwnedFd>, &OsStr) {
-        (&self.dir, self.name.as_deref().unwrap_or_default())
+    /// A file of a snapshot, or without a name the directory itself.
+    pub(super) fn below(dir: Arc<dyn Dir>, name: Option<OsString>, template: Stat) -> Self {
+        Self { place: Place::Below(dir, Box::new(template)), name }
     }
 
-    pub(super) fn stat(&self) -> Result<Stat> {
-        match &self.name {
-            Some(name) => stat_at(&self.dir, name),
-            None => rustix::fs::fstat(&self.dir),
+    /// The directory and the name; for a handle the name is empty. What lies in a snapshot cannot be written.
+    pub(super) fn place(&self) -> Result<(&Arc<OwnedFd>, &OsStr)> {
+        match &self.place {
+            Place::Dir(dir) => Ok((dir, self.name.as_deref().unwrap_or_default())),
+            Place::Below(..) => Err(Errno::ROFS),
         }
     }
 
-    /// A handle of the file, whatever it is.
-    pub(super) fn handle(&self) -> Result<Arc<OwnedFd>> {
-        match &self.name {
-            Some(name) => Ok(Arc::new(rustix::fs::openat(&self.dir, name, OFlags::PATH | SAFE, Mode::empty())?)),
-            None => Ok(self.dir.clone()),
+    /// The handle, of an object that is one.
+    pub(super) fn as_handle(&self) -> Result<Arc<OwnedFd>> {
+        match (&self.place, &self.name) {
+            (Place::Dir(handle), None) => Ok(handle.clone()),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    pub(super) fn stat(&self) -> Result<Stat> {
+        match (&self.place, &self.name) {
+            (Place::Dir(dir), Some(name)) => stat_at(dir, name),
+            (Place::Dir(handle), None) => rustix::fs::fstat(handle),
+            (Place::Below(dir, template), Some(name)) => {
+                let entry = dir.entry(name).map_err(errno)?.ok_or(Errno::NOENT)?;
+                Ok(below::stat(&entry.meta, **template))
+            }
+            (Place::Below(dir, template), None) => Ok(below::stat(&dir.meta().map_err(errno)?, **template)),
+        }
+    }
+
+    /// The file itself, whatever it is and whatever becomes of its name.
+    pub(super) fn pin(&self) -> Result<Self> {
+        match (&self.place, &self.name) {
+            (Place::Dir(dir), Some(name)) => {
+                Ok(Self::of(Arc::new(rustix::fs::openat(dir, name, OFlags::PATH | SAFE, Mode::empty())?)))
+            }
+            // Names in a snapshot stay.
+            _ => Ok(self.clone()),
         }
     }
 
     /// Opens the regular file or directory.
     pub(super) fn open(&self, flags: OFlags) -> Result<OwnedFd> {
         let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        match &self.name {
-            Some(name) => rustix::fs::openat(&self.dir, name, flags | OFlags::NOFOLLOW, Mode::empty()),
+        match self.place()? {
             // The magic link leads to exactly this file.
-            None => rustix::fs::openat(CWD, magic(&self.dir), flags, Mode::empty()),
+            (dir, _) if self.name.is_none() => rustix::fs::openat(CWD, magic(dir), flags, Mode::empty()),
+            (dir, name) => rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW, Mode::empty()),
         }
+    }
+
+    /// Opens the content of the regular file for reading.
+    pub(super) fn content(&self) -> Result<LowerContent> {
+        if let (Place::Below(dir, _), Some(name)) = (&self.place, &self.name) {
+            return Ok(LowerContent::Content(dir.open_file(name).map_err(errno)?));
+        }
+        let file = File::from(self.open(OFlags::RDONLY)?);
+        if file.metadata().is_ok_and(|meta| meta.is_file()) { Ok(LowerContent::File(file)) } else { Err(Errno::IO) }
     }
 
     pub(super) fn read_link(&self) -> Result<OsString> {
         use std::os::unix::ffi::OsStringExt;
-        let target = match &self.name {
-            Some(name) => rustix::fs::readlinkat(&self.dir, name, Vec::new())?,
-            None => rustix::fs::readlinkat(&self.dir, "", Vec::new())?,
-        };
-        Ok(OsString::from_vec(target.into_bytes()))
+        if let (Place::Below(dir, _), Some(name)) = (&self.place, &self.name) {
+            return dir.read_link(name).map_err(errno);
+        }
+        let (dir, name) = self.place()?;
+        Ok(OsString::from_vec(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes()))
     }
 
     pub(super) fn chown(&self, uid: Option<u32>, gid: Option<u32>) -> Result<()> {
         let (uid, gid) = (uid.map(rustix::fs::Uid::from_raw), gid.map(rustix::fs::Gid::from_raw));
-        match &self.name {
-            Some(name) => rustix::fs::chownat(&self.dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW),
-            None => rustix::fs::chownat(&self.dir, "", uid, gid, AtFlags::EMPTY_PATH),
-        }
+        let (dir, name) = self.place()?;
+        let flags = if self.name.is_some() { AtFlags::SYMLINK_NOFOLLOW } else { AtFlags::EMPTY_PATH };
+        rustix::fs::chownat(dir, name, uid, gid, flags)
     }
 
     /// Requires that the file is no symbolic link.
     pub(super) fn chmod(&self, mode: Mode) -> Result<()> {
-        let handle = self.handle()?;
+        let handle = self.pin()?.as_handle()?;
         rustix::fs::chmod(magic(&handle), mode)
     }
 
     pub(super) fn set_times(&self, times: &Timestamps) -> Result<()> {
-        match &self.name {
-            Some(name) => rustix::fs::utimensat(&self.dir, name, times, AtFlags::SYMLINK_NOFOLLOW),
-            None => rustix::fs::utimensat(CWD, magic(&self.dir), times, AtFlags::empty()),
+        match self.place()? {
+            (dir, _) if self.name.is_none() => rustix::fs::utimensat(CWD, magic(dir), times, AtFlags::empty()),
+            (dir, name) => rustix::fs::utimensat(dir, name, times, AtFlags::SYMLINK_NOFOLLOW),
         }
     }
 
     /// Gives the file a further name.
     pub(super) fn link(&self, dir: &OwnedFd, name: &OsStr) -> Result<()> {
-        match &self.name {
-            Some(own) => rustix::fs::linkat(&self.dir, own, dir, name, AtFlags::empty()),
-            None => rustix::fs::linkat(CWD, magic(&self.dir), dir, name, AtFlags::SYMLINK_FOLLOW),
+        match self.place()? {
+            (own, _) if self.name.is_none() => rustix::fs::linkat(CWD, magic(own), dir, name, AtFlags::SYMLINK_FOLLOW),
+            (own_dir, own) => rustix::fs::linkat(own_dir, own, dir, name, AtFlags::empty()),
         }
     }
 
     /// A path for those calls that take nothing else. It leads to this file, and is never followed further.
-    fn path(&self) -> PathBuf {
-        let base = magic(&self.dir);
-        self.name.as_ref().map_or(base.clone(), |name| base.join(name))
+    fn path(&self) -> Result<PathBuf> {
+        let (dir, _) = self.place()?;
+        let base = magic(dir);
+        Ok(self.name.as_ref().map_or(base.clone(), |name| base.join(name)))
+    }
+
+    /// All attributes of a file of a snapshot; `None` for others.
+    fn xattrs_below(&self) -> Result<Option<Xattrs>> {
+        let Place::Below(dir, _) = &self.place else { return Ok(None) };
+        let read = match &self.name {
+            Some(name) => dir.xattrs(name),
+            None => dir.own_xattrs(),
+        };
+        read.map(Some).map_err(errno)
     }
 
     pub(super) fn xattr(&self, key: impl AsRef<OsStr>) -> Result<Option<Vec<u8>>> {
-        let (path, key) = (self.path(), key.as_ref());
+        let key = key.as_ref();
+        if let Some(xattrs) = self.xattrs_below()? {
+            return Ok(xattrs.into_iter().find(|(name, _)| name == key).map(|(_, value)| value));
+        }
+        let path = self.path()?;
         let read = |buffer: &mut [u8]| match self.name {
             Some(_) => rustix::fs::lgetxattr(&path, key, buffer),
             None => rustix::fs::getxattr(&path, key, buffer),
@@ -156,7 +214,10 @@ impl Object {
 
     pub(super) fn xattr_names(&self) -> Result<Vec<OsString>> {
         use std::os::unix::ffi::OsStrExt;
-        let path = self.path();
+        if let Some(xattrs) = self.xattrs_below()? {
+            return Ok(xattrs.into_iter().map(|(name, _)| name).collect());
+        }
+        let path = self.path()?;
         let read = |buffer: &mut [u8]| match self.name {
             Some(_) => rustix::fs::llistxattr(&path, buffer),
             None => rustix::fs::listxattr(&path, buffer),
@@ -171,15 +232,15 @@ impl Object {
 
     pub(super) fn set_xattr(&self, key: impl AsRef<OsStr>, value: &[u8], flags: XattrFlags) -> Result<()> {
         match self.name {
-            Some(_) => rustix::fs::lsetxattr(self.path(), key.as_ref(), value, flags),
-            None => rustix::fs::setxattr(self.path(), key.as_ref(), value, flags),
+            Some(_) => rustix::fs::lsetxattr(self.path()?, key.as_ref(), value, flags),
+            None => rustix::fs::setxattr(self.path()?, key.as_ref(), value, flags),
         }
     }
 
     pub(super) fn remove_xattr(&self, key: impl AsRef<OsStr>) -> Result<()> {
         match self.name {
-            Some(_) => rustix::fs::lremovexattr(self.path(), key.as_ref()),
-            None => rustix::fs::removexattr(self.path(), key.as_ref()),
+            Some(_) => rustix::fs::lremovexattr(self.path()?, key.as_ref()),
+            None => rustix::fs::removexattr(self.path()?, key.as_ref()),
         }
     }
 }

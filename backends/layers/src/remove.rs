@@ -46,7 +46,7 @@ impl Overlay {
             return Err(Errno::NOTEMPTY);
         }
         tree.copy_up(parent, true)?;
-        let pin = tree.object(ino)?.handle()?;
+        let pin = tree.object(ino)?.pin()?;
         let covers = tree.lower_at(parent, name)?.is_some();
         let dir = tree.upper_dir(parent)?;
         match (upper_name, covers) {
@@ -73,7 +73,7 @@ impl Tree {
         let node = self.node(ino)?;
         // Only those that somebody holds are worth a descriptor; the others go from the table at once.
         if node.index.is_none() && node.pin.is_none() && node.names.len() == 1 {
-            let pin = self.object(ino)?.handle()?;
+            let pin = self.object(ino)?.pin()?;
             self.node_mut(ino)?.pin = Some(pin);
         }
         Ok((ino, upper_name))
