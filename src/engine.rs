@@ -8,7 +8,7 @@ mod confine;
 pub mod criu;
 mod dump;
 mod images;
-mod os_text;
+pub(crate) mod os_text;
 mod program;
 mod reasons;
 mod relay;

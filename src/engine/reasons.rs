@@ -19,7 +19,7 @@ const KNOWN: &[(&str, &str)] = &[
         "Connected TCP socket",
         "a process has an open TCP connection: close it, or add `-- --tcp-established` if its peer can wait",
     ),
-    ("tty", "a process has a terminal that is not its run's own: start it with `fsnap run --tty`, or without a terminal"),
+    ("tty: ", "a process has a terminal that is not its run's own: start it with `fsnap run --tty`, or without a terminal"),
     (
         "Can't lookup mount=",
         "a process has a file open that it inherited from outside of the run: start it without that file",
