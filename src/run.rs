@@ -32,7 +32,7 @@ pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{HookCommand, RESTORE_ARGS, RunCheckpoint, sweep_images};
 
 use crate::checkpoint::{CheckpointId, PathText};
-use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, os_text};
+use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, TerminalId, os_text};
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{ProcessId, Tree};
@@ -61,7 +61,7 @@ pub struct RunRecord {
     /// The branch that it works on.
     pub branch: Option<Name>,
     /// Whether it has a terminal.
-    pub terminal: Option<Terminal>,
+    pub terminal: Option<TerminalId>,
     /// What it can write to, apart from its volumes.
     pub confinement: Confinement,
     /// Where it finds each of its volumes.
@@ -75,15 +75,6 @@ pub struct SeenVolume {
     pub volume: Name,
     /// The path.
     pub at: PathText,
-}
-
-/// A terminal, by the numbers that an engine knows it by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terminal {
-    /// The device number of the terminal.
-    pub rdev: u64,
-    /// That of the file system it lies in.
-    pub dev: u64,
 }
 
 impl RunRecord {
@@ -101,6 +92,14 @@ impl RunRecord {
             confinement,
             volumes,
         }
+    }
+
+    /// A copy of it, from that checkpoint, on a branch of the copy's name.
+    pub fn copied(&self, name: Name, checkpoint: CheckpointId) -> Self {
+        let (command, confinement) = (self.command.clone(), self.confinement.clone());
+        let mut copy = Self::new(name.clone(), command, confinement, self.volumes.clone());
+        (copy.checkpoint, copy.branch) = (Some(checkpoint), Some(name));
+        copy
     }
 
     /// The run that was saved in an image directory; `None` if it is of something else.

@@ -9,7 +9,7 @@ use super::Coordinator;
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::engine::criu::{self, Criu};
-use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand};
+use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
 use crate::error::IoContext;
 use crate::mount::Restrictions;
 use crate::name::Name;
@@ -33,7 +33,18 @@ pub struct RestoreRequest<'a> {
     /// Where the restored pids are valid.
     pub pids: PidSpace,
     /// The run that the processes shall be, and its directory.
-    pub run: Option<(&'a RunRecord, &'a Path)>,
+    pub run: Option<RunRequest<'a>>,
+}
+
+/// The run that restored processes shall be.
+#[derive(Debug, Clone, Copy)]
+pub struct RunRequest<'a> {
+    /// What it is.
+    pub record: &'a RunRecord,
+    /// Its directory.
+    pub place: &'a Path,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub terminal: Option<(TerminalId, &'a Path)>,
 }
 
 impl Coordinator {
@@ -59,7 +70,7 @@ impl Coordinator {
         let mut mounts = Vec::with_capacity(branch.members.len());
         for member in &branch.members {
             // A run tells where its processes see a volume: on a branch, that is not where its files are.
-            let seen = request.run.and_then(|(run, _)| run.volumes.iter().find(|seen| seen.volume == member.volume));
+            let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
             let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
             let restrictions = Restrictions::of(&at)?;
             let spec = match member.overlay {
@@ -79,7 +90,8 @@ impl Coordinator {
             pids: request.pids,
             log: &logs.join(format!("restore-{}.log", branch.name)),
             stage: request.stage,
-            cell: request.run.map(|(run, place)| (&run.confinement, place)),
+            cell: request.run.map(|run| (&run.record.confinement, run.place)),
+            terminal: request.run.and_then(|run| run.terminal),
         };
         let _work = self.begin_work(Work::Restoring, None);
         Ok(restore.run()?)

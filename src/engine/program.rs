@@ -19,6 +19,22 @@ use serde::{Deserialize, Serialize};
 use super::stage::{Failure, Report, send};
 use super::{os_text, sys};
 
+/// A terminal, by the numbers that the engine knows it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalId {
+    /// The device number of the terminal.
+    pub rdev: u64,
+    /// That of the file system it lies in.
+    pub dev: u64,
+}
+
+impl TerminalId {
+    /// The name by which CRIU takes it for something that is not saved, and given again on restore.
+    pub fn key(self) -> String {
+        format!("tty[{:x}:{:x}]", self.rdev, self.dev)
+    }
+}
+
 /// A program to be run, and how it begins.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Program {

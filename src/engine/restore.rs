@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::criu::{self, Criu};
 use super::confine::{Cell, Confinement, LOG};
-use super::program::Program;
+use super::program::{Program, TerminalId};
 use super::stage::{Failure, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};
 use crate::checkpoint::PathText;
@@ -88,6 +88,8 @@ pub struct Restore<'a> {
     pub stage: &'a StageCommand,
     /// What the processes are put in, if they shall be a run.
     pub cell: Option<(&'a Confinement, &'a Path)>,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub terminal: Option<(TerminalId, &'a Path)>,
 }
 
 /// A program to be started in namespaces of its own, so that it can be saved and restored many times side by side.
@@ -155,6 +157,7 @@ impl Restore<'_> {
             stage: self.stage.clone(),
             cell: self.cell.map(cell),
             program: None,
+            terminal: self.terminal.map(|(id, path)| (id, path.into())),
         })
     }
 }
@@ -177,6 +180,7 @@ impl Start<'_> {
             stage: self.stage.clone(),
             cell: Some(cell(self.cell)),
             program: Some((program, self.last_stage.clone())),
+            terminal: None,
         };
         Launch { stage: self.stage, log: self.log, pids: PidSpace::New }.run(&plan)
     }

@@ -15,7 +15,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 use serde::{Deserialize, Serialize};
 
 use super::confine::{self, Cell, ENDED};
-use super::program::Program;
+use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
 use crate::mount::{Prepared, Restrictions};
@@ -40,6 +40,8 @@ pub(super) struct Plan {
     pub(super) cell: Option<Cell>,
     /// A program to start, in the place of CRIU, and what becomes it.
     pub(super) program: Option<(Program, StageCommand)>,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub(super) terminal: Option<(TerminalId, PathBuf)>,
 }
 
 /// A [`MountPlan`] that can be sent to another process.
@@ -267,9 +269,15 @@ fn saved_scratch(images: &OwnedFd) -> Result<Option<std::fs::File>, Failure> {
 }
 
 fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
-    let status = Command::new(&plan.criu)
-        .args(["restore", "--restore-detached", "--images-dir"])
-        .arg(format!("/proc/self/fd/{}", images.as_raw_fd()))
+    let mut command = Command::new(&plan.criu);
+    command.args(["restore", "--restore-detached", "--images-dir"]);
+    command.arg(format!("/proc/self/fd/{}", images.as_raw_fd()));
+    let terminal = plan.terminal.as_ref().map(|(id, path)| Ok((id, open_terminal(path)?)));
+    let terminal = terminal.transpose().map_err(Failure::step("open the terminal"))?;
+    if let Some((id, terminal)) = &terminal {
+        command.arg("--inherit-fd").arg(format!("fd[{}]:{}", terminal.as_raw_fd(), id.key()));
+    }
+    let status = command
         .args(&plan.args)
         .stdin(Stdio::null())
         .stdout(io::stderr().as_fd().try_clone_to_owned().map_err(Failure::step("open the log"))?)
@@ -280,6 +288,14 @@ fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
         return Err(Failure::Engine { status: status.to_string() });
     }
     Ok(restored_root(plan.root))
+}
+
+/// Opens the terminal so that CRIU inherits it.
+fn open_terminal(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    rustix::io::fcntl_setfd(&terminal, FdFlags::empty())?;
+    Ok(terminal)
 }
 
 /// Starts the program; returns its pid here.

@@ -72,6 +72,9 @@ impl RunCheckpoint<'_> {
         let images = Images::open(dir)?;
         let scratch: Vec<PathBuf> = self.run.record.confinement.scratch.iter().map(|dir| dir.0.clone()).collect();
         let mut args: Vec<OsString> = DUMP.map(OsString::from).to_vec();
+        if let Some(terminal) = self.run.record.terminal {
+            args.extend(["--external".into(), terminal.key().into()]);
+        }
         args.extend_from_slice(self.args);
         let (mut id, mut failed) = (None, None);
         let dump = Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
