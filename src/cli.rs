@@ -115,9 +115,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
         return finish(hook::criu());
     }
-    if arguments.len() == 1
-        && fsnap::engine::is_relay(Path::new(&arguments[0]), |name| std::env::var_os(name))
-    {
+    if arguments.len() == 1 && fsnap::engine::is_relay(Path::new(&arguments[0]), |name| std::env::var_os(name)) {
         return finish(internal::relay());
     }
     // What is not for users is no part of the help, the completions and the manual.

@@ -262,7 +262,9 @@ pub enum Error {
         name: Name,
     },
     /// The first process of a run has ended, and others go on without it.
-    #[error("the command of the run {name} has ended and left other processes behind, which cannot be saved as one tree")]
+    #[error(
+        "the command of the run {name} has ended and left other processes behind, which cannot be saved as one tree"
+    )]
     RunHasNoRoot {
         /// The run.
         name: Name,
@@ -284,8 +286,6 @@ pub enum Error {
     /// fsnap's own part of the engine's checkpoint failed.
     #[error("{said}")]
     HookFailed {
-        /// What it was called for.
-        action: String,
         /// What it said.
         said: String,
     },

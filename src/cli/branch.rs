@@ -53,7 +53,8 @@ pub(crate) fn run(args: Args) -> Outcome {
         None => (reference::resolve(coordinator.catalog(), &args.checkpoint)?, false),
     };
     if args.run {
-        let wanted = copy::Wanted { name: args.name, count: args.count, tty: args.tty, json: args.json, args: args.args };
+        let wanted =
+            copy::Wanted { name: args.name, count: args.count, tty: args.tty, json: args.json, args: args.args };
         return copy::run(&context, &coordinator, &checkpoint, &wanted);
     }
     let name = match args.name {

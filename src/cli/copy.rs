@@ -2,9 +2,9 @@
 
 use std::ffi::OsString;
 
-use fsnap::checkpoint::Checkpoint;
 use fsnap::Error;
 use fsnap::branch::Branch;
+use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
 use fsnap::engine::{Images, PidSpace, Restored};
 use fsnap::name::Name;

@@ -40,10 +40,14 @@ pub(crate) fn run(args: Args) -> Outcome {
     match args.part {
         Part::ThawGuard => Ok(run_guard(input, output)?),
         // It reports its failure to the one who started it.
-        Part::RestoreStage if run_stage(input, output) == 0 => Ok(()),
-        Part::RestoreStage => Err(Failure::Reported),
-        Part::DumpStage if run_dump_stage(input) == 0 => Ok(()),
-        Part::DumpStage => Err(Failure::Reported),
+        Part::RestoreStage => match run_stage(input, output) {
+            0 => Ok(()),
+            _ => Err(Failure::Reported),
+        },
+        Part::DumpStage => match run_dump_stage(input) {
+            0 => Ok(()),
+            _ => Err(Failure::Reported),
+        },
         Part::Program => {
             // What is ignored stays so in the program, which did not ask for it.
             let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigDfl, SaFlags::empty());
@@ -55,9 +59,8 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Hands a call of CRIU's action script inside a run to the fsnap outside.
 pub(crate) fn relay() -> Outcome {
-    fsnap::engine::run_relay(|name| std::env::var_os(name)).map_err(|source| {
-        Failure::Error(fsnap::Error::Io { action: "reach", object: "the fsnap that saves the run".into(), source })
-    })
+    fsnap::engine::run_relay(|name| std::env::var_os(name))
+        .map_err(|error| Failure::Error(fsnap::Error::HookFailed { said: error.to_string() }))
 }
 
 /// Starts the guard of a freeze.

@@ -187,18 +187,20 @@ pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> 
         return Ok(());
     }
     let file = File::create(images.join(SAVED_SCRATCH))?;
-    tar(Command::new("tar").args(["--create", "--one-file-system", "--sparse"]).args(used).stdout(file))
+    tar(&["--create", "--one-file-system", "--sparse"], &used, |tar| tar.stdout(file))
 }
 
 fn load_scratch(saved: File) -> io::Result<()> {
-    tar(Command::new("tar").args(["--extract", "--preserve-permissions", "--same-owner"]).stdin(saved))
+    tar(&["--extract", "--preserve-permissions", "--same-owner"], &[], |tar| tar.stdin(saved))
 }
 
-fn tar(command: &mut Command) -> io::Result<()> {
-    command.args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
-    let output = command.stderr(Stdio::piped()).spawn()?.wait_with_output()?;
+fn tar(work: &[&str], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
+    let mut command = Command::new("tar");
+    command.args(work).args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
+    command.args(places).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let output = connect(&mut command).spawn()?.wait_with_output()?;
     if output.status.success() {
         return Ok(());
     }
-    Err(io::Error::other(format!("tar: {}", String::from_utf8_lossy(&output.stderr).trim())))
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }

@@ -127,10 +127,12 @@ impl Dump<'_> {
 
     /// Makes sure that all processes of the run are in the tree that is saved.
     fn check_whole(&self) -> Result<()> {
-        let tree = |pid| Tree::of_standing(pid).map_err(|error| Error::Restore {
-            step: "look at the processes of the run".into(),
-            reason: error.to_string(),
-        });
+        let tree = |pid| {
+            Tree::of_standing(pid).map_err(|error| Error::Restore {
+                step: "look at the processes of the run".into(),
+                reason: error.to_string(),
+            })
+        };
         let (all, saved) = (tree(self.init.pid)?, tree(self.root.pid)?);
         let left = all.members().filter(|member| member.id != self.init && !saved.contains(member.id));
         let strays: Vec<_> = left
@@ -166,7 +168,12 @@ impl Dump<'_> {
     }
 
     /// Answers the relays until the stage has ended.
-    fn follow(&self, listener: &UnixListener, stage: &Child, mut hook: impl FnMut(Action<'_>) -> bool) -> io::Result<()> {
+    fn follow(
+        &self,
+        listener: &UnixListener,
+        stage: &Child,
+        mut hook: impl FnMut(Action<'_>) -> bool,
+    ) -> io::Result<()> {
         let pid = Pid::from_raw(stage.id().cast_signed()).ok_or_else(|| io::Error::other("no process"))?;
         let ended = pidfd_open(pid, PidfdFlags::empty())?;
         loop {
@@ -248,7 +255,8 @@ fn dump_inside(plan: &Plan) -> io::Result<u8> {
     move_into_thread_name_spaces(init.as_fd(), kinds)
         .map_err(|error| context("enter the namespaces of the run", error.into()))?;
     if criu(()).ok() != Some(outside) {
-        let hidden = format!("{:?} cannot be seen inside the run: move it out of its volumes and scratch places", plan.criu);
+        let hidden =
+            format!("{:?} cannot be seen inside the run: move it out of its volumes and scratch places", plan.criu);
         return Err(io::Error::other(hidden));
     }
     let status = Command::new(&plan.criu)

@@ -121,7 +121,8 @@ impl Images {
 
     /// Reads one of its files, under the same conditions.
     pub(crate) fn read(&self, name: &'static str, limit: u64) -> Result<Option<Vec<u8>>> {
-        let refuse = |error: io::Error| Error::ImageFile { dir: self.path.clone(), file: name, reason: error.to_string() };
+        let refuse =
+            |error: io::Error| Error::ImageFile { dir: self.path.clone(), file: name, reason: error.to_string() };
         let Some(file) = self.file(name, limit)? else { return Ok(None) };
         let mut content = Vec::new();
         // The file may have grown since it was examined.

@@ -19,13 +19,19 @@ const KNOWN: &[(&str, &str)] = &[
         "Connected TCP socket",
         "a process has an open TCP connection: close it, or add `-- --tcp-established` if its peer can wait",
     ),
-    ("tty: ", "a process has a terminal that is not its run's own: start it with `fsnap run --tty`, or without a terminal"),
+    (
+        "tty: ",
+        "a process has a terminal that is not its run's own: start it with `fsnap run --tty`, or without a terminal",
+    ),
     (
         "Can't lookup mount=",
         "a process has a file open that it inherited from outside of the run: start it without that file",
     ),
     ("Can't dump ghost file", "a process has a large file open whose name is gone: add `-- --ghost-limit SIZE`"),
-    ("Use link-remap option", "a process has a file or directory open whose name is gone or covered: add `-- --link-remap`"),
+    (
+        "Use link-remap option",
+        "a process has a file or directory open whose name is gone or covered: add `-- --link-remap`",
+    ),
     ("file locks are hold", "a process holds file locks: add `-- --file-locks`"),
     ("io_uring", "a process uses io_uring, which CRIU cannot save: turn it off in the program's settings"),
     ("is traced by", "a process is being traced by a debugger: end that first"),
@@ -53,6 +59,10 @@ pub(super) fn of(log: &str) -> Vec<String> {
 
 /// What follows `Error (criu/file.c:12): ` in a line that has it.
 fn error(line: &str) -> Option<String> {
+    // What fsnap itself says there, as the engine's action script.
+    if let Some(said) = line.strip_prefix("fsnap: error: ") {
+        return Some(crate::printable(said.trim().as_ref()));
+    }
     let (_, rest) = line.split_once("Error (")?;
     let (_, said) = rest.split_once("): ")?;
     Some(crate::printable(said.trim().as_ref()))
@@ -60,9 +70,15 @@ fn error(line: &str) -> Option<String> {
 
 /// Complaints that CRIU makes in every dump, or of its own end.
 fn is_noise(line: &str) -> bool {
-    ["rlimit: Can't setup RLIMIT_NOFILE", "Dumping FAILED", "Unable to detach from", "exited, status="]
-        .iter()
-        .any(|noise| line.contains(noise))
+    [
+        "rlimit: Can't setup RLIMIT_NOFILE",
+        "Dumping FAILED",
+        "Unable to detach from",
+        "exited, status=",
+        "exited with -1",
+    ]
+    .iter()
+    .any(|noise| line.contains(noise))
 }
 
 #[cfg(test)]
@@ -84,7 +100,8 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_shown_as_it_stands() {
-        let log = "(00.1) Error (criu/a.c:1): something\u{1b}[2J new\n(00.2) Error (criu/cr-dump.c:2111): Dumping FAILED.\n";
+        let log =
+            "(00.1) Error (criu/a.c:1): something\u{1b}[2J new\n(00.2) Error (criu/cr-dump.c:2111): Dumping FAILED.\n";
         assert_eq!(of(log), ["CRIU says: something\\u{1b}[2J new"]);
         assert_eq!(of("(00.1) all went well\n"), [""; 0]);
     }

@@ -30,7 +30,8 @@ pub fn run_relay(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> io::R
     let (action, images) = (asked("CRTOOLS_SCRIPT_ACTION")?, PathBuf::from(asked("CRTOOLS_IMAGE_DIR")?));
     if action == "post-dump" {
         let places: Vec<PathBuf> = std::env::split_paths(&asked(PLACES)?).collect();
-        confine::save_scratch(&places, &images)?;
+        confine::save_scratch(&places, &images)
+            .map_err(|error| io::Error::other(format!("cannot save the files in scratch places: {error}")))?;
     }
     ask(&action, &images)
 }

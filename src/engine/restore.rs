@@ -25,8 +25,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use super::criu::{self, Criu};
 use super::confine::{Cell, Confinement, LOG};
+use super::criu::{self, Criu};
 use super::program::{Program, TerminalId};
 use super::stage::{Failure, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};

@@ -263,7 +263,8 @@ fn set_up(plan: &Plan, images: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Fail
 
 /// What was saved of the scratch places, opened before anything covers it.
 fn saved_scratch(images: &OwnedFd) -> Result<Option<std::fs::File>, Failure> {
-    let failed = |error: Error| Failure::Step { step: "open the saved scratch files".into(), reason: error.to_string() };
+    let failed =
+        |error: Error| Failure::Step { step: "open the saved scratch files".into(), reason: error.to_string() };
     let dir = images.try_clone().map_err(Failure::step("open the images"))?;
     Images::new(dir, "of the checkpoint".into()).file(confine::SAVED_SCRATCH, u64::MAX).map_err(failed)
 }

@@ -77,7 +77,8 @@ impl RunCheckpoint<'_> {
         }
         args.extend_from_slice(self.args);
         let (mut id, mut failed) = (None, None);
-        let dump = Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
+        let dump =
+            Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
         let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root) {
             Ok(said) => {
                 id = id.or(said);
@@ -115,7 +116,7 @@ impl RunCheckpoint<'_> {
             .context("run", &self.hook.program)?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(Error::HookFailed { action: action.into(), said: said.trim_end().replace("fsnap: error: ", "") });
+            return Err(Error::HookFailed { said: said.trim_end().replace("fsnap: error: ", "") });
         }
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()))
