@@ -14,7 +14,7 @@ mod reasons;
 mod relay;
 mod restore;
 mod stage;
-mod sys;
+pub(crate) mod sys;
 
 use std::io;
 use std::path::{Path, PathBuf};

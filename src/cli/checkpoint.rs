@@ -158,6 +158,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         args: &args.args,
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
+        stores: &context.config.stores(),
     }
     .take();
     // In any case: what the hook took is sealed, what it began in vain is undone.

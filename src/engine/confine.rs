@@ -135,10 +135,14 @@ impl Cell {
     pub(super) fn close(&self, volumes: &[&Path], saved: Option<File>) -> Result<(), Failure> {
         sys::make_everything_read_only().map_err(Failure::step("make all mounts read-only"))?;
         let Confinement { writable, scratch, .. } = &self.confinement;
+        let mut scratch: Vec<&Path> = scratch.iter().map(PathText::as_path).collect();
+        scratch.sort_by_key(|at| at.components().count());
         for at in scratch {
-            let at = at.as_path();
             let covered = volumes.contains(&at) || writable.iter().any(|dir| dir.as_path() == at);
-            if covered || !fs::symlink_metadata(at).is_ok_and(|found| found.is_dir()) {
+            // What is missing can be made within another scratch place only; a link leads to one of its own.
+            let is_there =
+                || make_mount_point(at).is_ok() && fs::symlink_metadata(at).is_ok_and(|found| found.is_dir());
+            if covered || !is_there() {
                 continue;
             }
             let spec = MountSpec::Mount {
@@ -166,6 +170,19 @@ impl Opened {
     pub(super) fn into_parts(self) -> (Vec<(PathBuf, Prepared)>, OwnedFd) {
         (self.mounts, self.place)
     }
+}
+
+/// Takes the settings of the kernel away, which are no files: not before an engine that needs them has done its work.
+pub(super) fn protect_settings() -> Result<(), Failure> {
+    let at = Path::new("/proc/sys");
+    let spec = MountSpec::Bind { dir: at.into(), read_only: true };
+    let mounted = Prepared::new(&spec, Restrictions::default()).and_then(|mount| mount.attach(at));
+    let failed = |error: crate::mount::Error| Failure::Step {
+        step: "protect the settings of the kernel".into(),
+        reason: error.to_string(),
+    };
+    mounted.map_err(failed)?.keep();
+    Ok(())
 }
 
 /// Makes the directory `at`, if it is missing: in a scratch place, for elsewhere it is there or nothing can be made.

@@ -218,8 +218,19 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
     };
     let place = set_up(plan, images.as_ref())?;
     let root = match (&plan.program, images) {
-        (Some((program, stage)), _) => Some(start_program(program, stage)?),
-        (None, Some(images)) => restore(plan, images)?,
+        (Some((program, stage)), _) => {
+            keep_low_pids()?;
+            confine::protect_settings()?;
+            Some(start_program(program, stage)?)
+        }
+        (None, Some(images)) => {
+            let root = restore(plan, images)?;
+            if plan.cell.is_some() {
+                keep_low_pids()?;
+                confine::protect_settings()?;
+            }
+            root
+        }
         (None, None) => None,
     };
     // Nobody knows of the processes if this cannot be said; the end of this one is theirs, too.
@@ -259,6 +270,21 @@ fn set_up(plan: &Plan, images: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Fail
     }
     attach_mounts(plan, prepared, criu)?;
     Ok(place)
+}
+
+/// The pids below belong to the stages, the engine and what they start: a process that took one could not be restored.
+///
+/// The kernel keeps the same away from processes when it begins again at the lowest.
+const FIRST_PID: i32 = 300;
+
+/// Makes all new processes have pids that no stage of a later restore has.
+fn keep_low_pids() -> Result<(), Failure> {
+    let keep = || {
+        let names = std::fs::read_dir("/proc")?.flatten().map(|entry| entry.file_name());
+        let last = names.filter_map(|name| name.to_str()?.parse::<i32>().ok()).max();
+        std::fs::write("/proc/sys/kernel/ns_last_pid", last.unwrap_or(0).max(FIRST_PID - 1).to_string())
+    };
+    keep().map_err(Failure::step("keep pids for later restores"))
 }
 
 /// What was saved of the scratch places, opened before anything covers it.

@@ -13,12 +13,13 @@ use std::process::{Command, Stdio};
 
 use super::{COPY_RECORD, Run};
 use crate::catalog::{Catalog, Intent};
-use crate::checkpoint::{CheckpointId, PathText};
-use crate::engine::criu::Criu;
-use crate::engine::{Dump, Images, StageCommand};
+use crate::checkpoint::{CheckpointId, EngineImages, PathText};
+use crate::coordinator::Window;
+use crate::engine::criu::{self, Criu};
+use crate::engine::{Dump, Images, StageCommand, sys};
 use crate::error::IoContext;
 use crate::processes::ProcessId;
-use crate::{Error, Result};
+use crate::{Error, Result, stores};
 
 /// How to call fsnap as the engine's action script: a program, and the name that it is called by.
 #[derive(Debug, Clone)]
@@ -44,6 +45,8 @@ pub struct RunCheckpoint<'a> {
     pub stage: &'a StageCommand,
     /// How to call the hook.
     pub hook: &'a HookCommand,
+    /// How stores are opened.
+    pub stores: &'a stores::Options,
 }
 
 /// What a run needs of CRIU: locks that it holds, and files whose names are gone, come back in its copies.
@@ -94,10 +97,21 @@ impl RunCheckpoint<'_> {
             }
         });
         match (dumped, failed, id) {
-            (_, Some(error), _) => Err(error),
-            (Err(error), None, _) => Err(error.into()),
+            (_, Some(error), _) => Err(self.give_up(&images, error)),
+            (Err(error), None, _) => Err(self.give_up(&images, error.into())),
             (Ok(()), None, Some(id)) => Ok(id),
             (Ok(()), None, None) => Err(Error::NothingToTake { why: self.no_volume() }),
+        }
+    }
+
+    /// Undoes what the hook took for an engine that failed afterwards; the next command drops the intent.
+    fn give_up(&self, images: &Images, error: Error) -> Error {
+        let Ok(path) = images.path().canonicalize() else { return error };
+        let images = EngineImages { name: criu::NAME.into(), images: PathText(path) };
+        match Window::reopen(self.state, &images, self.stores) {
+            Ok(Some(window)) => window.give_up(error),
+            Ok(None) => error,
+            Err(undo) => error.and_undo(Err(undo)),
         }
     }
 
@@ -106,7 +120,9 @@ impl RunCheckpoint<'_> {
     }
 
     fn call_hook(&self, action: &str, images: &Images, root: ProcessId) -> Result<Option<CheckpointId>> {
-        let output = Command::new(&self.hook.program)
+        let mut command = Command::new(&self.hook.program);
+        // When this program dies, the relay fails and the processes run: nothing may be taken any more.
+        let output = sys::dies_with_this_thread(&mut command)
             .arg0(&self.hook.name)
             .env("CRTOOLS_SCRIPT_ACTION", action)
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
