@@ -273,9 +273,9 @@ fn is_locked(place: &Path) -> bool {
 
 /// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
 fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
-    let recorded: Option<ProcessId> = fs::read(place.join("root")).ok().and_then(|b| serde_json::from_slice(&b).ok());
+    let recorded = fs::read(place.join("root")).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
     if let Some(root) = recorded {
-        return root.is_alive().then_some(root);
+        return root.filter(|root| root.is_alive());
     }
     let tree = Tree::of_pid(init.pid).ok()?;
     let mut children = tree.members().filter(|member| member.parent == init.pid).map(|member| member.id);
@@ -293,9 +293,9 @@ impl Place {
         self.path.join("start.log")
     }
 
-    /// It runs: records the root of its tree.
+    /// It runs: records the root of its tree, which may have ended already.
     pub fn started(self, root: Option<ProcessId>) -> Result<()> {
-        root.map_or(Ok(()), |root| self.write("root", &root))
+        self.write("root", &root)
     }
 
     /// It does not run: removes everything.

@@ -26,6 +26,9 @@ use crate::processes::ProcessId;
 /// Where programs expect to find a place for files that need not last.
 pub const SCRATCH: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 
+/// Where the kernel shows terminals.
+const TERMINALS: &str = "/dev/pts";
+
 /// The directory within a run's own that its processes see.
 pub const OUTPUT: &str = "output";
 /// The file in it with standard output and standard error of the processes.
@@ -118,6 +121,10 @@ impl Cell {
             for dir in dirs {
                 mounts.push(bind(dir.as_path(), dir.as_path(), is_read_only)?);
             }
+        }
+        // Terminals are no files, and change hands.
+        if Path::new(TERMINALS).is_dir() {
+            mounts.push(bind(Path::new(TERMINALS), Path::new(TERMINALS), false)?);
         }
         mounts.push(bind(&self.place.as_path().join(OUTPUT), output.as_path(), false)?);
         // The processes do not see it: it says who they are, and they are not asked.

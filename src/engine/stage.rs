@@ -181,6 +181,13 @@ fn first_stage(mut plan: Plan, output: &mut impl Write) -> Result<(), Failure> {
     let privileged = rustix::process::geteuid().is_root();
     namespaces.set(CloneFlags::CLONE_NEWUSER, plan.cell.is_some() && !privileged);
     let user = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let mut kept = None;
+    if namespaces.contains(CloneFlags::CLONE_NEWUSER) && plan.program.is_none() {
+        // From within, the files of fsnap cannot be looked at.
+        let images = open_images(&plan.images).map_err(Failure::step("open the images"))?;
+        plan.images = format!("/proc/self/fd/{}", images.as_raw_fd()).into();
+        kept = Some(images);
+    }
     nix::sched::unshare(namespaces).map_err(|error| Failure::step("make namespaces")(error.into()))?;
     if namespaces.contains(CloneFlags::CLONE_NEWUSER) {
         map_user(user).map_err(Failure::step("keep the user in the new user namespace"))?;
@@ -189,7 +196,9 @@ fn first_stage(mut plan: Plan, output: &mut impl Write) -> Result<(), Failure> {
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(|error| Failure::step("make the mounts private")(error.into()))?;
     plan.second = true;
-    start_second_stage(&plan, output).map_err(Failure::step("start the second stage of the restore"))
+    let started = start_second_stage(&plan, output);
+    drop(kept);
+    started.map_err(Failure::step("start the second stage of the restore"))
 }
 
 /// Makes the user root in the new user namespace, for whoever is not loses the right to mount with the next program.
