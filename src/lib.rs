@@ -38,7 +38,8 @@
 //! | [`reference`](mod@reference) | what users write for a checkpoint |
 //! | [`processes`] | `/proc`: trees, what they can write to, who else writes |
 //! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
-//! | [`engine`] | CRIU's hooks, images and restores |
+//! | [`engine`] | CRIU's hooks, images, dumps and restores; the namespaces of a run |
+//! | [`run`] | commands that can be saved and copied live: where they are recorded, and how they are saved |
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
@@ -88,6 +89,7 @@ pub mod processes;
 pub mod progress;
 pub mod quiesce;
 pub mod reference;
+pub mod run;
 pub mod stores;
 pub mod volume;
 

@@ -13,6 +13,7 @@ mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod runs;
 mod sandbox;
 mod site;
 mod volumes;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
         ("alone", alone::CASES),
+        ("runs", runs::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
