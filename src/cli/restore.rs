@@ -57,6 +57,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         args: &args.args,
         stage: &internal::stage_command(),
         pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
+        run: None,
     })?;
     let out = Output::new();
     if args.json {

@@ -23,10 +23,14 @@ impl Coordinator {
 
     /// Removes a checkpoint; refused while branches that grew from it exist.
     pub fn remove_checkpoint(&self, id: &CheckpointId) -> Result<()> {
+        let engine = self.catalog.checkpoint(id)?.and_then(|checkpoint| checkpoint.engine);
         match self.catalog.remove_checkpoint(id)? {
             Removal::Missing => Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() }),
             Removal::Needed(by) => Err(Error::Needed { id: *id, by }),
-            Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
+            Removal::Begun(intent, lock, doomed) => {
+                self.finish_removal(intent, lock, &doomed)?;
+                engine.map_or(Ok(()), |engine| crate::run::remove_images(self.catalog.state(), &engine.images))
+            }
         }
     }
 

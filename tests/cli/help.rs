@@ -40,7 +40,12 @@ fn all() {
       branch       Make a writable branch from a checkpoint, and print where its files are
       branches     List the branches, the checkpoint each grew from, and where its files are
       restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
-      rm           Remove checkpoints, a branch, or a volume from fsnap's care
+      run          Start a command so that it can be saved and copied live
+      ps           List the runs: the process, the checkpoint and the branch of each, and since when it
+                   runs
+      logs         Print what the processes of a run have written to standard output and standard error
+      stop         End runs: ask each command to (SIGTERM), and kill what is left after a while
+      rm           Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
       tag          Give a checkpoint a name
       mount        Show every checkpoint and branch as files
       overlay      Write to a directory copy-on-write
@@ -127,12 +132,17 @@ fn checkpoint() {
     write to; the snapshots are then one point in time. Without, every volume is taken as it is while
     its writers run, and the checkpoint records that weaker consistency.
 
-    Usage: fsnap checkpoint [OPTIONS] [VOLUME]...
+    With the name of a run (`fsnap run`), its processes are saved as well, by CRIU, and go on.
+
+    Usage: fsnap checkpoint [OPTIONS] [VOLUME|RUN]... [-- <ENGINE ARGS>...]
 
     Arguments:
-      [VOLUME]...
+      [VOLUME|RUN]...
               The volumes, by name or path; if none is given, all that the processes can write to, or
-              all there are
+              all there are; or one run
+
+      [ENGINE ARGS]...
+              Further arguments for the engine's dump of a run, after --
 
     Options:
       -m, --message <MESSAGE>
@@ -245,7 +255,10 @@ fn branch() {
     past states by itself, such as NILFS2, `VOLUME@TIME` and `VOLUME@cp:N` make a checkpoint of one that
     nobody asked for, and grow from that.
 
-    Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
+    With --run, a run that the checkpoint saved (`fsnap checkpoint RUN`) goes on from there on the
+    branch, beside the original and other copies.
+
+    Usage: fsnap branch [OPTIONS] <CKPT> [NAME] [-- <ENGINE ARGS>...]
 
     Arguments:
       <CKPT>
@@ -255,9 +268,23 @@ fn branch() {
       [NAME]
               The branch's name; one is made up, if not given
 
+      [ENGINE ARGS]...
+              Further arguments for the engine's restore, after --
+
     Options:
+          --run
+              Restore the run that was saved onto it, as a run of the branch's name; prints the name
+
+          --count <N>
+              So many branches and runs, named NAME-1 and so on
+
+              [default: 1]
+
+          --tty
+              Give the copy this terminal, and stay until it ends
+
           --json
-              Print a JSON object
+              Print a JSON object; with --run, an array of them
 
       -h, --help
               Print help (see a summary with '-h')
@@ -323,12 +350,12 @@ fn restore() {
 #[test]
 fn rm() {
     assert_snapshot!(help("rm"), @"
-    Remove checkpoints, a branch, or a volume from fsnap's care
+    Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
 
     A checkpoint is kept while branches that grew from it exist. A removed branch's files are deleted. A
     removed volume's own files are not touched, and its checkpoints stay.
 
-    Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
 
     Arguments:
       [CKPT]...
@@ -340,6 +367,9 @@ fn rm() {
 
           --volume <NAME>
               Forget this volume; its files and checkpoints stay
+
+          --run <NAME>
+              Remove what is left of this run: its record and its log; its branch stays
 
       -h, --help
               Print help (see a summary with '-h')
@@ -672,6 +702,103 @@ fn umount() {
               Where it is mounted
 
     Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn run() {
+    assert_snapshot!(help("run"), @"
+    Start a command so that it can be saved and copied live
+
+    It gets namespaces of its own (pids, mounts, IPC), in which everything is read-only but its volumes,
+    so that a checkpoint holds all that it can change. Each copy has its own /tmp, /var/tmp and /dev/shm
+    in memory. It goes on in the background, and what it says goes to a log (`fsnap logs`), unless it
+    has a terminal. Prints the run's name.
+
+    Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT
+    --run` starts a copy.
+
+    Usage: fsnap run [OPTIONS] -- <COMMAND>...
+
+    Arguments:
+      <COMMAND>...
+              The command and its arguments
+
+    Options:
+          --name <NAME>
+              The run's name; one is made up from the command, if not given
+
+          --volume <VOLUME>
+              A volume that it writes to, by name or path; may be given several times
+
+          --rw <DIR>
+              A directory that it writes to and that is in no checkpoint; all copies share it
+
+          --ro <DIR>
+              A directory that it sees read-only, also in a volume or below /tmp
+
+          --tmp <DIR>
+              A directory that it sees empty, in memory, each copy its own
+
+          --tty
+              Give it this terminal, and stay until it ends
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn ps() {
+    assert_snapshot!(help("ps"), @"
+    List the runs: the process, the checkpoint and the branch of each, and since when it runs
+
+    Usage: fsnap ps [OPTIONS]
+
+    Options:
+      -a, --all   Those that have ended as well, as long as their logs are kept
+          --json  Print an array of JSON objects
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn logs() {
+    assert_snapshot!(help("logs"), @"
+    Print what the processes of a run have written to standard output and standard error
+
+    Usage: fsnap logs [OPTIONS] <RUN>
+
+    Arguments:
+      <RUN>  The run
+
+    Options:
+      -f, --follow  Go on until it ends
+      -h, --help    Print help
+    ");
+}
+
+#[test]
+fn stop() {
+    assert_snapshot!(help("stop"), @"
+    End runs: ask each command to (SIGTERM), and kill what is left after a while
+
+    What they wrote stays: their branches, their logs.
+
+    Usage: fsnap stop [OPTIONS] <RUN>...
+
+    Arguments:
+      <RUN>...
+              The runs
+
+    Options:
+      -t, --time <SECONDS>
+              How long to wait before the rest is killed; 0 kills at once
+
+              [default: 10]
+
       -h, --help
               Print help (see a summary with '-h')
     ");
