@@ -22,7 +22,7 @@ use rustix::io::Errno;
 
 use super::adapter::Adapter;
 use super::browse::{Records, Report, errno_of};
-use super::overlay::{self, Overlay};
+use super::overlay::{self, Origin, Overlay};
 use super::{lower, session};
 use crate::branch::BranchMember;
 use crate::error::IoContext;
@@ -146,9 +146,15 @@ impl Branches {
         if let Some(home) = slot.dir.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(home).context("make the directory", home)?;
         }
-        let overlay = Overlay::open_at_once(below, &slot.dir).map_err(session::Error::from)?;
+        let tree = Overlay::open_at_once(below, &slot.dir).map_err(session::Error::from)?;
         let (notifier, base) = (self.notifier.clone(), number << OWN_BITS);
-        let adapter = Arc::new(Adapter::within(overlay, notifier, base, self.passthrough.load(Ordering::Relaxed)));
+        if let Some(record) = coordinator.catalog().store(&member.store)? {
+            let (backend, place, at) = (member.backend.clone(), record.place.0, member.at.clone());
+            let origin = Origin::Image { backend, place, store: member.store.clone(), at };
+            overlay::note(&slot.dir, &origin)?;
+        }
+        let passthrough = self.passthrough.load(Ordering::Relaxed);
+        let adapter = Arc::new(Adapter::within(tree, &slot.dir, notifier, base, passthrough));
         slot.below = Some(Below { store, at });
         slot.used = Instant::now();
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(number, adapter.clone());
