@@ -16,6 +16,7 @@ mod oracle;
 mod runs;
 mod sandbox;
 mod site;
+mod tour;
 mod volumes;
 
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         ("identity", identity::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
+        ("tour", tour::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
