@@ -35,7 +35,6 @@ pub(crate) struct Site {
     ground: Ground,
     made: AtomicU32,
     attended: bool,
-    criu: PathBuf,
 }
 
 thread_local! {
@@ -58,8 +57,7 @@ impl Site {
         let dir = sandbox::scratch().join(format!("site-{}", SITES.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&dir).unwrap();
         let ground = Ground::new(&dir);
-        let (made, attended, criu) = (AtomicU32::new(0), ATTENDED.get(), Criu::find().program().into());
-        let mut site = Self { dir, volumes: Vec::new(), ground, made, attended, criu };
+        let mut site = Self { dir, volumes: Vec::new(), ground, made: AtomicU32::new(0), attended: ATTENDED.get() };
         site.configure("");
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.hook()).unwrap();
         for (index, volume) in volumes.iter().enumerate() {
@@ -141,11 +139,6 @@ impl Site {
         calls.lines().map(str::to_owned).collect()
     }
 
-    /// Has fsnap use another CRIU.
-    pub(crate) fn use_criu(&mut self, program: PathBuf) {
-        self.criu = program;
-    }
-
     /// Settings, which every command and hook reads.
     pub(crate) fn configure(&self, text: &str) {
         let text = match self.attended {
@@ -160,7 +153,7 @@ impl Site {
         [
             ("FSNAP_STATE", self.path("state").into()),
             ("FSNAP_CONFIG", self.path("config.toml").into()),
-            ("FSNAP_CRIU", self.criu.clone().into()),
+            ("FSNAP_CRIU", Criu::find().program().into()),
         ]
     }
 

@@ -1,7 +1,6 @@
 //! Real programs, saved while they work and copied live: PostgreSQL, and Python with SQLite.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -36,8 +35,11 @@ impl<'a> Server<'a> {
             fs::create_dir(volume.join(dir)).unwrap();
             run(Command::new("chown").arg("postgres:").arg(volume.join(dir)));
         }
-        let mut initdb = Command::new("setpriv");
-        initdb.args(USER).arg(bin.join("initdb")).args(["--no-sync", "--no-locale", "-A", "trust", "-D"]);
+        let programs = site.path("programs");
+        fs::create_dir(&programs).unwrap();
+        let user = as_postgres(&programs);
+        let mut initdb = Command::new(&user[0]);
+        initdb.args(&user[1..]).arg(bin.join("initdb")).args(["--no-sync", "--no-locale", "-A", "trust", "-D"]);
         run(initdb.arg(volume.join("data")).current_dir("/"));
         let settings = "listen_addresses=''\nshared_buffers=16MB\nmax_connections=20\n";
         let settings = format!("{settings}unix_socket_directories='/tmp,{}'\n", volume.join("socket").display());
@@ -49,9 +51,9 @@ impl<'a> Server<'a> {
             volume.display(),
             bin.display(),
         );
-        let programs = site.path("programs").display().to_string();
-        let begin = ["run", "--name", "server", "--volume", "v0", "--ro", &programs, "--", "setpriv"];
-        site.ok([&begin[..], &USER, &["sh", "-c", &script]].concat());
+        let (programs, user) = (programs.display().to_string(), user.iter().map(String::as_str).collect::<Vec<_>>());
+        let begin = ["run", "--name", "server", "--volume", "v0", "--ro", &programs, "--"];
+        site.ok([&begin[..], &user, &["sh", "-c", &script]].concat());
         let server = Self { site, bin };
         wait_until("the first rows", || server.ask(volume, "select count(*) from entry").is_some_and(|n| n.len() > 2));
         server
@@ -89,27 +91,27 @@ impl<'a> Server<'a> {
     }
 }
 
-const USER: [&str; 5] = ["--reuid=postgres", "--regid=postgres", "--clear-groups", "--", "env"];
-
-/// A CRIU that can save the processes of another user.
+/// What makes the programs of PostgreSQL run, which refuse to be root.
 ///
-/// To read their limits it needs `CAP_SYS_RESOURCE`, which a sandbox may withhold even from root, or their user's id as its own.
-fn criu_for_others(site: &Site) -> PathBuf {
+/// They are the user `postgres`. To save another user's processes, CRIU needs `CAP_SYS_RESOURCE` (prlimit(2)); where a sandbox withholds it
+/// from root, they are root, and a library in the directory `programs` tells them that they are not.
+fn as_postgres(programs: &Path) -> Vec<String> {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let caps = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
-    let may = u64::from_str_radix(caps, 16).unwrap() & (1 << 24) != 0;
-    let path = site.path("programs/criu");
-    let options = if may { "" } else { "--ruid=postgres --rgid=postgres" };
-    let criu = fsnap_oracle::criu::Criu::find();
-    fs::create_dir(path.parent().unwrap()).unwrap();
-    fs::write(&path, format!("#!/bin/sh\nexec setpriv {options} '{}' \"$@\"\n", criu.program().display())).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
+    if u64::from_str_radix(caps, 16).unwrap() & (1 << 24) != 0 {
+        return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"].map(str::to_owned).to_vec();
+    }
+    let id = Command::new("id").args(["-u", "postgres"]).output().unwrap();
+    let id = String::from_utf8(id.stdout).unwrap();
+    let (source, library) = (programs.join("postgres.c"), programs.join("postgres.so"));
+    let functions = ["getuid", "geteuid"].map(|name| format!("unsigned {name}(void) {{ return {}; }}\n", id.trim()));
+    fs::write(&source, functions.concat()).unwrap();
+    run(Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]));
+    vec!["env".into(), format!("LD_PRELOAD={}", library.display())]
 }
 
 fn postgresql_is_copied_live() {
-    let mut site = Site::new(&[Volume::Btrfs]);
-    site.use_criu(criu_for_others(&site));
+    let site = Site::new(&[Volume::Btrfs]);
     let running = Running(&site);
     let server = Server::start(&site);
     let original = site.volumes[0].clone();
@@ -193,7 +195,7 @@ fn by_criu_alone(site: &Site) {
         -o dump.log -D /proc/self/fd/7 -t "$4""#;
     let mut command = Command::new("sh");
     command.args(["-c", script, "sh"]).arg(&images).arg(&init);
-    command.arg(site.path("programs/criu")).arg(inner);
+    command.arg(fsnap_oracle::criu::Criu::find().program()).arg(inner);
     let output = command.stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{}", said(&output));
     fs::remove_dir_all(images).unwrap();
