@@ -1,6 +1,7 @@
 //! Real programs, saved while they work and copied live: PostgreSQL, and Python with SQLite.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -177,7 +178,8 @@ fn pauses(site: &Site, server: &Server<'_>) {
         times.sort_by(f64::total_cmp);
     }
     let (with, without) = (with[ROUNDS / 2], without[ROUNDS / 2]);
-    println!(
+    let _ = writeln!(
+        std::io::stdout(),
         "the longest pause of a client of PostgreSQL: {with:.1} ms with fsnap, {without:.1} ms by CRIU alone; \
          fsnap's share is {:.0} % (goal: 15 %)",
         (with - without).max(0.0) / with * 100.0
