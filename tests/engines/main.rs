@@ -8,6 +8,7 @@ mod alone;
 mod attended;
 mod by_hand;
 mod consistency;
+mod containers;
 mod demo;
 mod hook;
 mod identity;
@@ -74,6 +75,9 @@ fn main() -> ExitCode {
                 }
             }
         }));
+    }
+    for &(name, case) in containers::CASES {
+        trials.push(Trial::ignorable_test(format!("containers::{name}"), move || Ok(case())));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }
