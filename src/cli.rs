@@ -15,6 +15,7 @@ mod environment;
 mod failure;
 mod hook;
 mod init;
+mod install_hooks;
 mod internal;
 mod json;
 mod log;
@@ -103,6 +104,7 @@ enum Command {
     Pool(pool::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
+    InstallHooks(install_hooks::Args),
     Hook(hook::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -179,6 +181,7 @@ fn run(command: Command) -> Outcome {
         Command::Pool(args) => pool::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::InstallHooks(args) => install_hooks::run(args),
         Command::Hook(args) => hook::run(args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),

@@ -6,6 +6,7 @@
 
 mod confine;
 pub mod criu;
+pub mod drop_in;
 mod dump;
 mod images;
 pub(crate) mod os_text;

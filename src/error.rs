@@ -283,6 +283,12 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// What is installed cannot call a hook.
+    #[error("no hook can be installed: {reason}")]
+    NoHooks {
+        /// Why not.
+        reason: String,
+    },
     /// fsnap's own part of the engine's checkpoint failed.
     #[error("{said}")]
     HookFailed {
