@@ -225,6 +225,7 @@ impl Coordinator {
                 // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
                 consistency: store.store().capabilities.live,
                 snapshot,
+                needs: plan.needs.clone(),
                 writers: Vec::new(),
             });
         }
