@@ -20,6 +20,7 @@ mod restore;
 mod targets;
 mod verify;
 mod window;
+mod written;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,7 +43,7 @@ pub use history::{Pinned, time_of};
 pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
-pub use restore::RestoreRequest;
+pub use restore::{RestoreRequest, RunRequest};
 pub use targets::{Target, WriterSearch, find_writers};
 pub use verify::Finding;
 pub use window::Window;

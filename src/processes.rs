@@ -30,6 +30,7 @@ use std::path::PathBuf;
 use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use files::How;
+pub(crate) use mounts::mounted_from;
 pub use process_id::ProcessId;
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use tree::{Member, Tree};

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use fsnap::branch::Branch;
 use fsnap::checkpoint::Checkpoint;
+use fsnap::coordinator::Coordinator;
 use fsnap::name::Name;
 use serde_json::{Value, json};
 
@@ -45,14 +46,18 @@ pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
     })
 }
 
-/// A branch, as `branch --json` and each element of `branches --json` print it.
-pub(crate) fn branch(branch: &Branch) -> Value {
+/// A branch, as `branch --json` and each element of `branches --json` print it. What no mount shows has no path.
+pub(crate) fn branch(coordinator: &Coordinator, branch: &Branch) -> Value {
     json!({
         "name": branch.name,
         "checkpoint": branch.checkpoint,
         "time": rfc3339(branch.time),
         "members": branch.members.iter().map(|member| {
-            with_path(json!({ "volume": member.volume }), "path", member.path.as_path())
+            let object = json!({ "volume": member.volume, "path": null });
+            match coordinator.files_of(branch, member) {
+                Some(files) => with_path(object, "path", &files),
+                None => object,
+            }
         }).collect::<Vec<_>>(),
     })
 }

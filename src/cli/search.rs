@@ -69,15 +69,11 @@ impl Searcher<'_> {
     fn run(mut self) {
         // What the engine gave the hook, and the hook's own volumes, are not to be kept busy by this.
         let kept = [self.answer.as_fd(), self.tree_is_known.as_fd(), self.hook_lives.as_fd()];
-        if sys::detach(&kept, self.limit).is_err() {
+        if sys::end_after(self.limit).and_then(|()| sys::detach(&kept)).is_err() {
             return;
         }
-        failpoint::hit("search:started");
-        let search = Tree::of_standing(self.tree)
-            .map_err(fsnap::Error::from)
-            .and_then(|tree| WriterSearch::new(self.pending, tree, std::mem::take(&mut self.ignore)));
+        let search = among_standing(self.pending, self.tree, std::mem::take(&mut self.ignore));
         let _ = self.tree_is_known.write(b".");
-        failpoint::hit("search:tree");
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
         // The end of the pipe, and so of the hook.
@@ -86,11 +82,25 @@ impl Searcher<'_> {
             return;
         }
         let members = self.pending.members.len();
-        let found = search.and_then(|search| search.run());
-        failpoint::hit("search:found");
-        let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
-        let writers: WriterLists = found.unwrap_or_else(unknown);
-        // Nobody listens any more; without an answer, the checkpoint claims less.
-        let _ = self.answer.write(&writers);
+        finish(search, members, self.answer);
     }
+}
+
+/// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands.
+pub(crate) fn among_standing(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
+    failpoint::hit("search:started");
+    let tree = Tree::of_standing(tree)?;
+    let search = WriterSearch::new(pending, tree, ignore);
+    failpoint::hit("search:tree");
+    search
+}
+
+/// Searches, and leaves the answer: one list for each of so many members.
+pub(crate) fn finish(search: fsnap::Result<WriterSearch>, members: usize, answer: SearchFile) {
+    let found = search.and_then(|search| search.run());
+    failpoint::hit("search:found");
+    let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
+    let writers: WriterLists = found.unwrap_or_else(unknown);
+    // Nobody listens any more; without an answer, the checkpoint claims less.
+    let _ = answer.write(&writers);
 }

@@ -5,15 +5,19 @@
 //! program, however it ends; and this program is its own oracle.
 
 mod alone;
+mod attended;
 mod by_hand;
 mod consistency;
+mod containers;
 mod demo;
 mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod runs;
 mod sandbox;
 mod site;
+mod tour;
 mod volumes;
 
 use std::process::ExitCode;
@@ -39,9 +43,12 @@ fn main() -> ExitCode {
         ("consistency", consistency::CASES),
         ("hook", hook::CASES),
         ("killed", killed::CASES),
+        ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
         ("alone", alone::CASES),
+        ("runs", runs::CASES),
+        ("tour", tour::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
@@ -50,6 +57,13 @@ fn main() -> ExitCode {
                 Ok(())
             }));
         }
+    }
+    // What the process that stands by does not do, the hook does by itself.
+    for &(name, case) in hook::CASES.iter().chain(killed::CASES) {
+        trials.push(Trial::test(format!("unattended::{name}"), move || {
+            site::unattended(case);
+            Ok(())
+        }));
     }
     for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
         trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {
@@ -61,6 +75,9 @@ fn main() -> ExitCode {
                 }
             }
         }));
+    }
+    for &(name, case) in containers::CASES {
+        trials.push(Trial::ignorable_test(format!("containers::{name}"), move || Ok(case())));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }

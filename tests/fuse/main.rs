@@ -3,6 +3,7 @@
 //!
 //! Everything happens in a mount namespace of this program's own.
 
+mod branches;
 mod browse;
 #[path = "../support/copies.rs"]
 mod copies;
@@ -10,6 +11,7 @@ mod differential;
 mod faults;
 mod past;
 mod site;
+mod sys;
 mod tree;
 mod union;
 
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     rustix::mount::mount_change("/", flags).expect("the namespace's mounts can be made private");
     let mut trials = Vec::new();
     let modules = [
+        ("branches", branches::CASES),
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),
