@@ -26,4 +26,5 @@ page!(restore, "restore.md");
 page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
 page!(browsing, "browsing.md");
+page!(fuse_costs, "fuse-costs.md");
 page!(runs, "runs.md");

@@ -151,12 +151,16 @@ impl Attendant<'_> {
     /// Waits for the hook of the frozen window; `None` if it will not come.
     fn wait(&self, engine: &impl AsFd) -> Option<(UnixStream, i32, Vec<i32>)> {
         let limit = Timespec { tv_sec: LONGEST.as_secs().cast_signed(), tv_nsec: 0 };
-        let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
-        poll(&mut events, Some(&limit)).ok()?;
-        if events[0].revents().is_empty() {
-            return None;
-        }
-        let caller = self.calls.accept().ok()?;
+        let caller = loop {
+            let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
+            poll(&mut events, Some(&limit)).ok()?;
+            if events[0].revents().is_empty() {
+                return None;
+            }
+            if let Some(caller) = self.calls.accept().ok()? {
+                break caller;
+            }
+        };
         caller.set_read_timeout(Some(AT_ONCE)).ok()?;
         let Ok(Call::Take { images, tree, ignore, armed }) = hear(&caller) else { return None };
         // The engine may have made another directory under that name.

@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,7 +19,7 @@ use fuser::{
 
 use super::handles::{Handle, Handles};
 use super::open::Dots;
-use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, SetTime};
+use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// No file is ever another one's successor under the same number while the kernel knows it.
@@ -28,22 +28,30 @@ pub(super) const GENERATION: Generation = Generation(0);
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
 pub struct Adapter {
-    overlay: Overlay,
-    handles: Handles,
+    overlay: Arc<Overlay>,
+    handles: Arc<Handles>,
     notifier: Arc<OnceLock<Notifier>>,
+    /// The directory of its layers.
+    store: PathBuf,
     /// What is added to the tree's numbers, where one mount shows several.
     base: u64,
 }
 
 impl Adapter {
-    /// Serves this tree. The notifier is set once the session has one.
-    pub fn new(overlay: Overlay, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { overlay, handles: Handles::default(), notifier, base: 0 }
+    /// Serves this tree, whose layers lie in the directory `store`. The notifier is set once the session has one.
+    pub fn new(overlay: Overlay, store: &Path, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { overlay: Arc::new(overlay), handles: Arc::default(), notifier, store: store.to_owned(), base: 0 }
     }
 
     /// Serves this tree as one of several in a mount, all of whose numbers have `base` added.
-    pub(super) fn within(overlay: Overlay, notifier: Arc<OnceLock<Notifier>>, base: u64, passthrough: bool) -> Self {
-        let adapter = Self { base, ..Self::new(overlay, notifier) };
+    pub(super) fn within(
+        overlay: Overlay,
+        store: &Path,
+        notifier: Arc<OnceLock<Notifier>>,
+        base: u64,
+        passthrough: bool,
+    ) -> Self {
+        let adapter = Self { base, ..Self::new(overlay, store, notifier) };
         adapter.handles.passthrough.store(passthrough, Ordering::Relaxed);
         adapter
     }
@@ -349,7 +357,7 @@ impl Filesystem for Adapter {
         if truncate && request.uid() != 0 {
             let _ = self.overlay.drop_privileges(self.own(ino));
         }
-        let may_pass = !write || self.overlay.is_unprivileged(self.own(ino));
+        let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
         let opened = self.handles.open_file(self.own(ino), file, write, may_pass, |file| reply.open_backing(file));
         match &opened.backing {
             Some(backing) => {
@@ -376,7 +384,7 @@ impl Filesystem for Adapter {
             Ok(created) => created,
             Err(error) => return reply.error(errno(error)),
         };
-        let may_pass = mode & 0o6000 == 0;
+        let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
         let opened = self.handles.open_file(attr.ino, file, true, may_pass, |file| reply.open_backing(file));
         let fuse = self.to_fuse(&attr);
         let handle = FileHandle(opened.handle);
@@ -427,7 +435,7 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        match file.write(data, offset) {
+        match self.overlay.write(self.own(ino), &file, data, offset) {
             Ok(written) => {
                 if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
                     && !self.overlay.is_unprivileged(self.own(ino))
@@ -538,11 +546,33 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn setxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, value: &[u8], flags: i32, _: u32, reply: ReplyEmpty) {
-        done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        if name != SEAL {
+            return done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
+        }
+        match std::str::from_utf8(value) {
+            Ok(image) if self.own(ino) == ROOT && self.is_ours(request) => self.seal(image, reply),
+            Ok(_) => reply.error(Errno::EPERM),
+            Err(_) => reply.error(Errno::EINVAL),
+        }
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if name == STORE {
+            return match self.own(ino) {
+                ROOT => sized(self.store.as_os_str().as_encoded_bytes(), size, reply),
+                _ => reply.error(Errno::ENODATA),
+            };
+        }
         match self.overlay.xattr(self.own(ino), name) {
             Ok(value) => sized(&value, size, reply),
             Err(error) => reply.error(errno(error)),
@@ -595,7 +625,7 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        let allocated = file.allocate(mode.cast_unsigned(), offset, length);
+        let allocated = self.overlay.allocate(self.own(ino), &file, mode.cast_unsigned(), offset, length);
         if allocated.is_ok() && request.uid() != 0 && !self.overlay.is_unprivileged(self.own(ino)) {
             let _ = self.overlay.drop_privileges(self.own(ino));
         }
@@ -639,7 +669,7 @@ impl Filesystem for Adapter {
             Ok(files) => files,
             Err(error) => return reply.error(error),
         };
-        match to.copy_from(&from, offset_in, offset_out, len) {
+        match self.overlay.copy_range(self.own(ino_out), &to, &from, (offset_in, offset_out), len) {
             Ok(copied) => {
                 reply.written(copied as u32);
                 if self.handles.is_passed(self.own(ino_out)) {
@@ -652,6 +682,26 @@ impl Filesystem for Adapter {
 }
 
 impl Adapter {
+    /// Whether somebody asks who may do with the store what he likes.
+    fn is_ours(&self, request: &Request) -> bool {
+        [0, rustix::process::geteuid().as_raw()].contains(&request.uid())
+    }
+
+    /// Seals the layer, in a thread of its own: the kernel writes to us meanwhile what it holds back.
+    fn seal(&self, image: &str, reply: ReplyEmpty) {
+        let (overlay, handles, notifier) = (self.overlay.clone(), self.handles.clone(), self.notifier.clone());
+        let (image, base) = (image.to_owned(), self.base);
+        std::thread::spawn(move || {
+            if let Some(notifier) = notifier.get() {
+                for ino in handles.dirty() {
+                    // Waits until what was changed in shared mappings is written.
+                    let _ = notifier.inval_inode(INodeNo(ino + base), 0, 0);
+                }
+            }
+            done(overlay.seal(&image, || handles.passed()), reply);
+        });
+    }
+
     /// Makes the kernel ask for the attributes again.
     fn attributes_changed(&self, ino: u64) {
         if let Some(notifier) = self.notifier.get() {

@@ -74,7 +74,7 @@ fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> E
 /// Mounts a copy-on-write tree at `dir`, calls `ready`, and serves it until it is unmounted.
 pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, ready: impl FnOnce()) -> Result<(), Error> {
     let notifier = Arc::new(OnceLock::new());
-    let adapter = Adapter::new(overlay, notifier.clone());
+    let adapter = Adapter::new(overlay, source, notifier.clone());
     serve_by(adapter, &notifier, source, dir, options, ready)
 }
 

@@ -11,6 +11,7 @@ mod differential;
 mod faults;
 mod past;
 mod site;
+mod sys;
 mod tree;
 mod union;
 

@@ -3,7 +3,7 @@
 use rustix::fs::{FileType, Mode, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
-use super::lower::{Lower, UPPER_NUMBERS};
+use super::lower::UPPER_NUMBERS;
 use super::node::{Ino, ROOT};
 use super::object::{self, Object};
 use super::{Overlay, Result, Tree};
@@ -116,6 +116,10 @@ fn drop_privileges(object: &Object) -> Result<()> {
     if privileges != 0 {
         object.chmod(Mode::from_raw_mode(stat.st_mode & 0o7777 & !privileges))?;
     }
+    // To remove what is not there takes the privilege, too.
+    if object.xattr("security.capability")?.is_none() {
+        return Ok(());
+    }
     match object.remove_xattr("security.capability") {
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
         done => done,
@@ -144,7 +148,7 @@ impl Tree {
         if kind == FileType::Directory {
             attr.nlink = 1;
         } else if indexed {
-            attr.nlink = attr.nlink.saturating_sub(1) + self.lower_links(object)?;
+            attr.nlink = u32::try_from(self.indexed_links(object, &stat)?).unwrap_or(0);
         }
         if upper && kind == FileType::RegularFile && stat.st_size == 0 && self.is_device(object)? {
             attr.kind = FileType::CharacterDevice;
@@ -158,10 +162,15 @@ impl Tree {
         Ok(object.xattr(self.store.keys().node())?.is_some())
     }
 
-    /// How many names an indexed file has in the lower alone.
-    pub(super) fn lower_links(&self, object: &Object) -> Result<u32> {
+    /// How many names an indexed file has in the lower alone; less than none if it has names of sealed layers that are gone.
+    pub(super) fn lower_links(&self, object: &Object) -> Result<i64> {
         let value = object.xattr(self.store.keys().links())?.unwrap_or_default();
         Ok(std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok()).unwrap_or(0))
+    }
+
+    /// How many names an indexed file has.
+    pub(super) fn indexed_links(&self, object: &Object, stat: &Stat) -> Result<i64> {
+        Ok(stat.st_nlink.cast_signed() - 1 + self.lower_links(object)?)
     }
 
     /// The number that users see for an object of the upper.
@@ -170,12 +179,13 @@ impl Tree {
             Some(value) => std::str::from_utf8(&value).ok().and_then(|text| u64::from_str_radix(text, 16).ok()),
             None => None,
         };
-        Ok(origin.unwrap_or((stat.st_ino & (UPPER_NUMBERS - 1)) | UPPER_NUMBERS))
+        let own = ((stat.st_ino ^ self.store.salt) & (UPPER_NUMBERS - 1)) | UPPER_NUMBERS;
+        Ok(origin.unwrap_or(own))
     }
 
     /// The number of a file of the lower.
     pub(super) fn number_below(&self, dir: &super::lower::LowerDir, stat: &Stat) -> Ino {
-        match Lower::number(dir, stat) {
+        match self.lower.number(dir, stat) {
             ROOT => ROOT | (1 << 51),
             number => number,
         }

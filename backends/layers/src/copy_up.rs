@@ -56,11 +56,11 @@ impl Tree {
         let mut missing = vec![ino];
         loop {
             let node = self.node(missing[missing.len() - 1])?;
-            let (parent, _) = node.names.first().ok_or(Errno::NOENT)?;
-            if self.node(*parent)?.upper {
+            let parent = node.names.first().ok_or(Errno::NOENT)?.0;
+            if self.node(parent)?.upper {
                 break;
             }
-            missing.push(*parent);
+            missing.push(parent);
         }
         for ino in missing.into_iter().rev() {
             let (parent, name) = self.node(ino)?.names[0].clone();
@@ -94,7 +94,8 @@ impl Tree {
         }
         let (work, temporary) = (self.store.work(), self.store.fresh());
         let to = Object::at(work.clone(), temporary.clone());
-        let made = self.make_like(&from, &stat, &to, &at.path(), content).and_then(|()| {
+        let path = (!orphan).then(|| at.path());
+        let made = self.make_like(&from, &stat, &to, path.as_deref(), content).and_then(|()| {
             let keys = self.store.keys();
             if marked {
                 self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
@@ -136,7 +137,7 @@ impl Tree {
         Ok(())
     }
 
-    fn make_like(&mut self, from: &Object, stat: &Stat, to: &Object, path: &[u8], content: bool) -> Result<()> {
+    fn make_like(&mut self, from: &Object, stat: &Stat, to: &Object, path: Option<&[u8]>, content: bool) -> Result<()> {
         let (dir, name) = to.place()?;
         match object::kind_of(stat) {
             FileType::Symlink => rustix::fs::symlinkat(from.read_link()?, dir, name)?,
@@ -160,18 +161,26 @@ impl Tree {
     }
 
     /// Shares the blocks where the file system can; else leaves the content below, until it is written.
-    fn copy_content(&mut self, from: &Object, stat: &Stat, to: &Object, file: &OwnedFd, path: &[u8]) -> Result<()> {
+    fn copy_content(
+        &mut self,
+        from: &Object,
+        stat: &Stat,
+        to: &Object,
+        file: &OwnedFd,
+        path: Option<&[u8]>,
+    ) -> Result<()> {
         let source = from.content()?;
         match source.as_file().map(|whole| rustix::fs::ioctl_ficlone(file, whole)) {
             Some(Ok(())) => return Ok(()),
             Some(Err(Errno::NOSPC | Errno::DQUOT | Errno::IO)) => return Err(Errno::NOSPC),
             _ => {}
         }
-        if !self.store.sparse {
+        // A file without a name is copied whole: nothing that would have to be remembered of it.
+        let Some(path) = path.filter(|_| self.store.sparse) else {
             data::copy_all(&source, file)?;
             // Else a power cut could leave the new name with nothing in it.
             return rustix::fs::fdatasync(file);
-        }
+        };
         rustix::fs::ftruncate(file, stat.st_size as u64)?;
         let mut value = format!("{:x} ", stat.st_size).into_bytes();
         value.extend(self.store.shorten(path.to_vec())?);

@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use fsnap_backend::Content;
 use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 
@@ -21,6 +23,43 @@ pub struct OpenFile {
     source: RwLock<Source>,
     /// Held for a write to a file that is partly below: its first and last blocks are read before they are written.
     writing: Mutex<()>,
+    gate: Arc<Gate>,
+}
+
+/// What every change of a content passes through: closed while a layer is sealed.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) changes: RwLock<()>,
+    /// A layer was sealed and has not been synced since.
+    pub(super) unsettled: AtomicBool,
+    /// Any file of the store's file system.
+    pub(super) store: OwnedFd,
+}
+
+impl Gate {
+    pub(super) fn new(store: OwnedFd) -> Self {
+        Self { changes: RwLock::default(), unsettled: AtomicBool::new(false), store }
+    }
+
+    fn enter(&self) -> std::sync::RwLockReadGuard<'_, ()> {
+        self.changes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After a layer was sealed, the first who wants something durable makes all of it so: it may lie in a layer that the disk does not
+    /// have yet. Tells whether that was done.
+    pub(super) fn settle(&self) -> Result<bool> {
+        if !self.unsettled.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        self.unsettled.store(false, Ordering::Release);
+        rustix::fs::syncfs(&self.store).inspect_err(|_| self.unsettled.store(true, Ordering::Release))?;
+        Ok(true)
+    }
+}
+
+/// A file that has to be copied up before it is written.
+fn below() -> Errno {
+    Errno::ROFS
 }
 
 /// Where the bytes are.
@@ -32,6 +71,8 @@ pub(super) enum Source {
     Whole(Arc<File>),
     /// In the upper as far as they were written, else in the lower.
     Partial(Partial),
+    /// Where they were when the layer was sealed, never to be written again.
+    Sealed(Box<Source>),
 }
 
 /// A file of the upper whose holes stand for the content of one of the lower.
@@ -228,9 +269,121 @@ impl Partial {
     }
 }
 
+impl Source {
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        match self {
+            Self::Lower(content) => content.read(buffer, offset),
+            Self::Whole(file) => read_file(file, buffer, offset),
+            Self::Partial(partial) => partial.read(buffer, offset),
+            Self::Sealed(sealed) => sealed.read(buffer, offset),
+        }
+    }
+
+    fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        match self {
+            Self::Lower(content) if hole => {
+                if offset < content.length()? {
+                    content.hole(offset)
+                } else {
+                    Err(Errno::NXIO)
+                }
+            }
+            Self::Lower(content) => content.data(offset)?.ok_or(Errno::NXIO),
+            Self::Whole(file) => {
+                rustix::fs::seek(&**file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+            }
+            Self::Partial(partial) if hole => partial.seek_hole(offset),
+            Self::Partial(partial) => partial.seek_data(offset),
+            Self::Sealed(sealed) => sealed.seek(offset, hole),
+        }
+    }
+
+    /// The file of the upper; `None` where it was never written.
+    fn written(&self) -> Option<Arc<File>> {
+        match self {
+            Self::Lower(_) => None,
+            Self::Whole(file) => Some(file.clone()),
+            Self::Partial(partial) => Some(partial.file.clone()),
+            Self::Sealed(sealed) => sealed.written(),
+        }
+    }
+
+    /// The file that holds exactly these bytes, if there is one.
+    pub(super) fn as_file(&self) -> Option<&File> {
+        match self {
+            Self::Lower(content) => content.as_file(),
+            Self::Whole(file) => Some(file),
+            Self::Partial(_) => None,
+            Self::Sealed(sealed) => sealed.as_file(),
+        }
+    }
+
+    pub(super) fn length(&self) -> Result<u64> {
+        match self {
+            Self::Lower(content) => content.length(),
+            Self::Whole(file) => Ok(file.metadata().map_err(io_errno)?.len()),
+            Self::Partial(partial) => Ok(partial.file.metadata().map_err(io_errno)?.len()),
+            Self::Sealed(sealed) => sealed.length(),
+        }
+    }
+}
+
+/// A content that never changes, for whoever reads a sealed state.
+impl Content for Source {
+    fn len(&self) -> u64 {
+        self.length().unwrap_or(0)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        Ok(self.read(buffer, offset)?)
+    }
+
+    fn data_after(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        if offset >= Content::len(self) {
+            return Ok(None);
+        }
+        match self.seek(offset, false) {
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(start) => Ok(Some(start..self.seek(start, true)?)),
+        }
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Self::as_file(self)
+    }
+}
+
+fn read_file(file: &File, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(io_errno(error)),
+        }
+    }
+    Ok(done)
+}
+
 impl OpenFile {
-    pub(super) fn new(source: Source) -> Self {
-        Self { source: RwLock::new(source), writing: Mutex::new(()) }
+    pub(super) fn new(source: Source, gate: Arc<Gate>) -> Self {
+        Self { source: RwLock::new(source), writing: Mutex::new(()), gate }
+    }
+
+    /// The layer that it was written to is sealed.
+    pub(super) fn seal(&self) {
+        let mut source = self.source.write().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*source, Source::Whole(_) | Source::Partial(_)) {
+            let nothing = Source::Sealed(Box::new(Source::Lower(LowerContent::Content(Box::new(Nothing)))));
+            *source = Source::Sealed(Box::new(std::mem::replace(&mut *source, nothing)));
+        }
+    }
+
+    /// Whether it has to be copied up before it can be written.
+    pub(super) fn is_below(&self) -> bool {
+        matches!(*self.source(), Source::Lower(_) | Source::Sealed(_))
     }
 
     /// The file has been copied up.
@@ -252,29 +405,14 @@ impl OpenFile {
 
     /// Reads at `offset`; fewer bytes than asked for only at the end.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
-        let read = |file: &File, buffer: &mut [u8]| {
-            let mut done = 0;
-            while done < buffer.len() {
-                match file.read_at(&mut buffer[done..], offset + done as u64) {
-                    Ok(0) => break,
-                    Ok(read) => done += read,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(io_errno(error)),
-                }
-            }
-            Ok(done)
-        };
-        match &*self.source() {
-            Source::Lower(content) => content.read(buffer, offset),
-            Source::Whole(file) => read(file, buffer),
-            Source::Partial(partial) => partial.read(buffer, offset),
-        }
+        self.source().read(buffer, offset)
     }
 
     /// Writes at `offset`.
-    pub fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let _open = self.gate.enter();
         match &*self.source() {
-            Source::Lower(_) => Err(Errno::BADF),
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
             Source::Whole(file) => file.write_all_at(data, offset).map(|()| data.len()).map_err(io_errno),
             Source::Partial(partial) => {
                 let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
@@ -285,24 +423,24 @@ impl OpenFile {
 
     /// Makes what was written durable.
     pub fn sync(&self, content_only: bool) -> Result<()> {
-        let file = match &*self.source() {
-            Source::Lower(_) => return Ok(()),
-            Source::Whole(file) => file.clone(),
-            Source::Partial(partial) => partial.file.clone(),
-        };
+        let Some(file) = self.source().written() else { return Ok(()) };
+        if self.gate.settle()? {
+            return Ok(());
+        }
         if content_only { rustix::fs::fdatasync(&*file) } else { rustix::fs::fsync(&*file) }
     }
 
     pub(super) fn truncate(&self, size: u64) -> Result<()> {
         match &mut *self.source.write().unwrap_or_else(PoisonError::into_inner) {
-            Source::Lower(_) => Err(Errno::BADF),
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
             Source::Whole(file) => rustix::fs::ftruncate(&**file, size),
             Source::Partial(partial) => partial.truncate(size),
         }
     }
 
     /// `fallocate(2)`.
-    pub fn allocate(&self, mode: u32, offset: u64, length: u64) -> Result<()> {
+    pub(super) fn allocate(&self, mode: u32, offset: u64, length: u64) -> Result<()> {
+        let _open = self.gate.enter();
         let flags = FallocateFlags::from_bits_retain(mode);
         let removes = FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
         let shifts = FallocateFlags::COLLAPSE_RANGE | FallocateFlags::INSERT_RANGE;
@@ -321,7 +459,7 @@ impl OpenFile {
             }
         }
         match &*source {
-            Source::Lower(_) => Err(Errno::BADF),
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
             _ if offset == end => Ok(()),
             Source::Whole(file) => rustix::fs::fallocate(&**file, flags, offset, end - offset),
             Source::Partial(partial) => rustix::fs::fallocate(&*partial.file, flags, offset, end - offset),
@@ -330,39 +468,20 @@ impl OpenFile {
 
     /// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`.
     pub fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
-        let seek =
-            |file: &File| rustix::fs::seek(file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) });
-        match &*self.source() {
-            Source::Lower(content) if hole => {
-                if offset < content.length()? {
-                    content.hole(offset)
-                } else {
-                    Err(Errno::NXIO)
-                }
-            }
-            Source::Lower(content) => content.data(offset)?.ok_or(Errno::NXIO),
-            Source::Whole(file) => seek(file),
-            Source::Partial(partial) if hole => partial.seek_hole(offset),
-            Source::Partial(partial) => partial.seek_data(offset),
-        }
+        self.source().seek(offset, hole)
     }
 
     /// Copies from another file, or from this one, as much as can be done at once.
-    pub fn copy_from(self: &Arc<Self>, other: &Arc<Self>, from: u64, to: u64, length: u64) -> Result<u64> {
-        if !Arc::ptr_eq(self, other)
-            && let (Source::Lower(_) | Source::Whole(_), Source::Whole(target)) = (&*other.source(), &*self.source())
-        {
-            let (mut from, mut to) = (from, to);
-            let copied = match &*other.source() {
-                Source::Lower(content) => match content.as_file() {
-                    Some(file) => copy_range(file, &mut from, target, &mut to, length),
-                    None => Err(Errno::XDEV),
-                },
-                Source::Whole(file) => copy_range(file, &mut from, target, &mut to, length),
-                Source::Partial(_) => Err(Errno::XDEV),
-            };
-            if !matches!(copied, Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP)) {
-                return copied;
+    pub(super) fn copy_from(self: &Arc<Self>, other: &Arc<Self>, from: u64, to: u64, length: u64) -> Result<u64> {
+        if !Arc::ptr_eq(self, other) {
+            let _open = self.gate.enter();
+            let (source, target) = (other.source(), self.source());
+            if let (Some(file), Source::Whole(target)) = (source.as_file(), &*target) {
+                let (mut from, mut to) = (from, to);
+                let copied = copy_range(file, &mut from, target, &mut to, length);
+                if !matches!(copied, Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP)) {
+                    return copied;
+                }
             }
         }
         let mut buffer = vec![0; length.min(CHUNK) as usize];
@@ -372,6 +491,24 @@ impl OpenFile {
             written += self.write(&buffer[written..read], to + written as u64)?;
         }
         Ok(read as u64)
+    }
+}
+
+/// No bytes at all.
+#[derive(Debug)]
+struct Nothing;
+
+impl Content for Nothing {
+    fn len(&self) -> u64 {
+        0
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn data_after(&self, _: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        Ok(None)
     }
 }
 

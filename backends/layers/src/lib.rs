@@ -11,6 +11,7 @@
 //! read and written outside of that lock, through [`OpenFile`].
 
 mod attr;
+mod backend;
 mod below;
 mod copy_up;
 mod create;
@@ -23,9 +24,13 @@ mod lower;
 mod node;
 mod object;
 mod open;
+mod origin;
 mod remove;
 mod rename;
+mod seal;
+mod sealed;
 mod store;
+mod verify;
 mod xattr;
 
 use std::os::fd::OwnedFd;
@@ -34,17 +39,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use attr::{Attr, Change, SetTime};
+pub use backend::{KIND, SEAL, STORE, Store, abandon, prepare};
 pub use data::OpenFile;
 pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
+pub use origin::{OpenOrigin, Origin, note};
 use rustix::io::Errno;
+pub use seal::MOST_LAYERS;
 pub use store::{Error, is_unchanged};
 
+use self::data::Source;
 use self::fd_cache::FdCache;
 use self::lower::Lower;
 use self::node::Nodes;
-use self::store::{PATIENCE, Store};
+use self::store::PATIENCE;
 
 /// The result of one operation on the tree: what the caller of the system call is told.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -78,14 +87,35 @@ impl Overlay {
     }
 
     fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
-        let (lower, store) = store::open(lower, store, patience)?;
-        let nodes = Nodes::new(lower.root());
-        Ok(Self { tree: Mutex::new(Tree { lower, store, nodes, dirs: FdCache::default() }) })
+        let (lower, opened) = store::open(lower, store, patience)?;
+        let mut tree = Tree::new(lower, opened);
+        tree.climb().map_err(|error| Error::Io {
+            action: "open the layers of",
+            object: store.to_owned(),
+            source: error.into(),
+        })?;
+        Ok(Self::of(tree))
+    }
+
+    fn of(tree: Tree) -> Self {
+        Self { tree: Mutex::new(tree) }
+    }
+
+    /// Opens a content where it is now.
+    fn source(&self, ino: Ino) -> Result<Source> {
+        self.tree().source(ino)
     }
 
     fn tree(&self) -> MutexGuard<'_, Tree> {
         // A panic in one request leaves a tree that is still what the disk says: nothing of it is kept only in memory.
         self.tree.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether files may be written past this tree: a layer that is sealed meanwhile takes a copy of each. Where copies share no
+    /// blocks, no more than those that were open at the first seal are to be copied.
+    pub fn may_be_passed(&self) -> bool {
+        let tree = self.tree();
+        tree.store.shares || tree.epoch == 0
     }
 
     /// The space of the file system that holds the store.
@@ -99,8 +129,10 @@ impl Overlay {
 #[derive(Debug)]
 struct Tree {
     lower: Lower,
-    store: Store,
+    store: store::Store,
     nodes: Nodes,
     /// Upper directories, by their inode number.
     dirs: FdCache<Arc<OwnedFd>>,
+    /// How often a layer was sealed since the tree was opened.
+    epoch: u64,
 }

@@ -51,7 +51,7 @@ impl Tree {
     /// space; the other way round, a name that is still there would show the lower's content again.
     pub(super) fn lose_lower_name(&mut self, ino: Ino) -> Result<()> {
         let object = self.object(ino)?;
-        let links = self.lower_links(&object)?.saturating_sub(1);
+        let links = self.lower_links(&object)? - 1;
         self.mark(&object, self.store.keys().links(), links.to_string().as_bytes())
     }
 
@@ -59,7 +59,7 @@ impl Tree {
     pub(super) fn tidy_index(&mut self, ino: Ino) -> Result<()> {
         let Some(index) = self.node(ino)?.index.clone() else { return Ok(()) };
         let object = Object::at(self.store.index(), index.clone());
-        if object.stat()?.st_nlink > 1 || self.lower_links(&object)? > 0 {
+        if self.indexed_links(&object, &object.stat()?)? > 0 {
             return Ok(());
         }
         let pin = object.pin()?;

@@ -46,6 +46,10 @@ impl Overlay {
             }
             tree.upper_dir(ino)?
         };
+        let gate = self.tree().store.gate.clone();
+        if gate.settle()? {
+            return Ok(());
+        }
         rustix::fs::fsync(rustix::fs::openat(&dir, ".", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
     }
 }

@@ -51,11 +51,13 @@ pub(super) fn index_name(ino: Ino) -> OsString {
 }
 
 impl Tree {
-    pub(super) fn node(&self, ino: Ino) -> Result<&Node> {
+    pub(super) fn node(&mut self, ino: Ino) -> Result<&Node> {
+        self.refresh(ino);
         self.nodes.get(ino).ok_or(Errno::STALE)
     }
 
     pub(super) fn node_mut(&mut self, ino: Ino) -> Result<&mut Node> {
+        self.refresh(ino);
         self.nodes.get_mut(ino).ok_or(Errno::STALE)
     }
 
@@ -132,14 +134,18 @@ impl Tree {
     }
 
     fn look_in_upper(&mut self, parent: Ino, name: &OsStr, stat: Stat) -> Result<Seen> {
-        let object = Object::at(self.upper_dir(parent)?, name);
+        let (mut object, mut stat) = (Object::at(self.upper_dir(parent)?, name), stat);
         let mut node = Node::new(object::kind_of(&stat));
         node.upper = true;
         let ino = self.number_of(&object, &stat)?;
         if node.kind == FileType::Directory {
             node.lower_dir = self.lower_of(&object, parent, name)?;
         } else if stat.st_nlink > 1 && object.xattr(self.store.keys().links())?.is_some() {
-            node.index = Some(index_name(ino));
+            // In a sealed layer this may be another file: a copy of the one that the name leads to, which is still written.
+            if let Some(indexed) = object::find_at(&self.store.index(), &index_name(ino))? {
+                (object, stat) = (Object::at(self.store.index(), index_name(ino)), indexed);
+                node.index = Some(index_name(ino));
+            }
         }
         let attr = self.attr_of(ino, &object, stat, true, node.index.is_some())?;
         node.kind = attr.kind;
@@ -176,7 +182,7 @@ impl Tree {
             let entered = self.lower.enter(&dir, name, &stat);
             let ino = self.number_below(&entered, &stat);
             // The one that is known already is kept: its descriptor is open.
-            node.lower_dir = match self.nodes.get(ino).and_then(|known| known.lower_dir.clone()) {
+            node.lower_dir = match self.node(ino).ok().and_then(|known| known.lower_dir.clone()) {
                 Some(known) => Some(known),
                 None => Some(entered),
             };
@@ -185,7 +191,8 @@ impl Tree {
             return Ok(Some(Seen { ino, attr, node, upper_name: false }));
         }
         let ino = self.number_below(&dir, &stat);
-        if stat.st_nlink > 1 {
+        // A file that was open when its layer was sealed is in the index whatever it is called.
+        if stat.st_nlink > 1 || self.lower.is_tree() {
             let object = Object::at(self.store.index(), index_name(ino));
             if let Some(stat) = object::find_at(&self.store.index(), &index_name(ino))? {
                 node.upper = true;
@@ -204,7 +211,8 @@ impl Tree {
 
     /// Enters what was seen among the known files.
     pub(super) fn know(&mut self, parent: Ino, name: &OsStr, seen: Seen) -> (Ino, Attr) {
-        self.nodes.put(seen.ino, seen.node);
+        self.refresh(seen.ino);
+        self.nodes.put(seen.ino, seen.node, self.epoch);
         self.nodes.add_name(seen.ino, parent, name);
         (seen.ino, seen.attr)
     }

@@ -19,7 +19,7 @@ use super::object::{self, Object};
 pub enum Below {
     /// A directory of a mounted file system.
     Dir(OwnedFd),
-    /// A snapshot that the kernel cannot mount. Its files' numbers must be unique in the whole tree.
+    /// A snapshot that the kernel cannot mount. Its files' numbers must be unique in the whole tree; they are kept.
     Tree(Arc<dyn Dir>),
 }
 
@@ -182,7 +182,7 @@ impl Lower {
             dev: stat.st_dev,
             realm: dir.realm,
         };
-        if stat.st_dev != dir.dev {
+        if stat.st_dev != dir.dev && matches!(self.opened, Opened::Dir(_)) {
             let hash = blake3::hash(&entered.path());
             // 19 bits between the inode numbers of ordinary size and the bit of the upper's.
             let mut bytes = [0; 8];
@@ -192,9 +192,26 @@ impl Lower {
         Arc::new(entered)
     }
 
+    /// The directory `name` in `dir` of a tree that is one file system.
+    pub(super) fn enter_known(&mut self, dir: &Arc<LowerDir>, name: &OsStr) -> Arc<LowerDir> {
+        let mut stat = self.template;
+        stat.st_dev = dir.dev;
+        self.enter(dir, name, &stat)
+    }
+
+    /// Whether it is read through [`Dir`], so that it may be layers itself.
+    pub(super) fn is_tree(&self) -> bool {
+        matches!(self.opened, Opened::Tree(_))
+    }
+
     /// The number that users see for a file of the lower.
-    pub(super) fn number(dir: &LowerDir, stat: &Stat) -> u64 {
-        match (stat.st_ino ^ dir.realm) & (UPPER_NUMBERS - 1) {
+    pub(super) fn number(&self, dir: &LowerDir, stat: &Stat) -> u64 {
+        let number = match self.opened {
+            Opened::Dir(_) => (stat.st_ino ^ dir.realm) & (UPPER_NUMBERS - 1),
+            // Layers have numbers above that one, too.
+            Opened::Tree(_) => stat.st_ino & (2 * UPPER_NUMBERS - 1),
+        };
+        match number {
             // 0 is no inode, and 1 is the root of the mount.
             number @ (0 | 1) => number | (1 << 51),
             number => number,

@@ -34,6 +34,8 @@ pub(super) struct Node {
     pub(super) pin: Option<Object>,
     /// Its content, while it is open.
     pub(super) file: Option<Arc<OpenFile>>,
+    /// At which of the tree's seals this was true: afterwards, what it was in the upper it is in the lower.
+    pub(super) epoch: u64,
     /// How many handles are open on it.
     pub(super) opens: u64,
     /// How often the kernel was told its number.
@@ -53,6 +55,7 @@ impl Node {
             lower: None,
             pin: None,
             file: None,
+            epoch: 0,
             opens: 0,
             lookups: 0,
             children: 0,
@@ -84,8 +87,8 @@ impl Nodes {
     }
 
     /// Adds a file that was found, or what was found to the file.
-    pub(super) fn put(&mut self, ino: Ino, node: Node) -> &mut Node {
-        let known = self.table.entry(ino).or_insert_with(|| Node::new(node.kind));
+    pub(super) fn put(&mut self, ino: Ino, node: Node, epoch: u64) -> &mut Node {
+        let known = self.table.entry(ino).or_insert_with(|| Node { epoch, ..Node::new(node.kind) });
         known.kind = node.kind;
         known.upper |= node.upper;
         known.index = known.index.take().or(node.index);
@@ -154,6 +157,11 @@ impl Nodes {
                 candidates.push(parent);
             }
         }
+    }
+
+    /// The numbers of all files that are open.
+    pub(super) fn open(&self) -> Vec<Ino> {
+        self.table.iter().filter(|(_, node)| node.file.is_some()).map(|(ino, _)| *ino).collect()
     }
 
     pub(super) fn len(&self) -> usize {

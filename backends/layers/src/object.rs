@@ -245,6 +245,17 @@ impl Object {
     }
 }
 
+/// The user whose server serves the file system that this file lies on, if it is one of ours.
+pub(super) fn server_of(file: BorrowedFd<'_>) -> std::io::Result<Option<u32>> {
+    let wanted =
+        rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, rustix::fs::StatxFlags::MNT_ID)?.stx_mnt_id.to_string();
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
+    let line = table.lines().find(|line| line.split(' ').next() == Some(&wanted));
+    let Some((_, system)) = line.and_then(|line| line.split_once(" - fuse.fsnap ")) else { return Ok(None) };
+    let option = system.split([' ', ',']).find_map(|option| option.strip_prefix("user_id="));
+    Ok(option.and_then(|user| user.parse().ok()))
+}
+
 fn magic(descriptor: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", descriptor.as_raw_fd()).into()
 }

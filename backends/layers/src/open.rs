@@ -29,6 +29,40 @@ impl Overlay {
     }
 }
 
+impl Overlay {
+    /// Writes at `offset`; a file that was sealed while it was open is copied up first.
+    pub fn write(&self, ino: Ino, file: &OpenFile, data: &[u8], offset: u64) -> Result<usize> {
+        self.changing(ino, file, || file.write(data, offset))
+    }
+
+    /// `fallocate(2)`.
+    pub fn allocate(&self, ino: Ino, file: &OpenFile, mode: u32, offset: u64, length: u64) -> Result<()> {
+        self.changing(ino, file, || file.allocate(mode, offset, length))
+    }
+
+    /// Copies from another file, or from this one, as much as can be done at once.
+    pub fn copy_range(
+        &self,
+        ino: Ino,
+        file: &Arc<OpenFile>,
+        other: &Arc<OpenFile>,
+        (from, to): (u64, u64),
+        length: u64,
+    ) -> Result<u64> {
+        self.changing(ino, file, || file.copy_from(other, from, to, length))
+    }
+
+    fn changing<T>(&self, ino: Ino, file: &OpenFile, change: impl Fn() -> Result<T>) -> Result<T> {
+        let mut done = change();
+        // Sealed again and again at the right moments, it would have to be tried for ever.
+        while done.is_err() && file.is_below() {
+            self.tree().copy_up(ino, true)?;
+            done = change();
+        }
+        done
+    }
+}
+
 impl Tree {
     pub(super) fn open_file(&mut self, ino: Ino, write: bool, truncate: bool) -> Result<Arc<OpenFile>> {
         if write || truncate {
@@ -49,7 +83,8 @@ impl Tree {
         if let Some(file) = &self.node(ino)?.file {
             return Ok(file.clone());
         }
-        Ok(Arc::new(OpenFile::new(self.source(ino)?)))
+        let source = self.source(ino)?;
+        Ok(Arc::new(OpenFile::new(source, self.store.gate.clone())))
     }
 
     /// Opens the content where it is now.
@@ -61,11 +96,13 @@ impl Tree {
             _ => return Err(Errno::INVAL),
         }
         let upper = node.upper;
+        // Its name went before a layer was sealed: what it says of the lower is of another one.
+        let lost = node.pin.is_some() && node.epoch != self.epoch;
         let object = self.object(ino)?;
         if !upper {
             return Ok(Source::Lower(object.content()?));
         }
-        let file = match object.open(OFlags::RDWR) {
+        let file = match object.open(if self.store.read_only { OFlags::RDONLY } else { OFlags::RDWR }) {
             // Without privileges, the file's own mode may allow only one of them.
             Err(Errno::ACCESS) => object.open(OFlags::RDONLY).or_else(|_| object.open(OFlags::WRONLY))?,
             opened => opened?,
@@ -73,6 +110,9 @@ impl Tree {
         let file = Arc::new(File::from(file));
         let keys = self.store.keys();
         let Some(value) = object.xattr(keys.partial())? else { return Ok(Source::Whole(file)) };
+        if lost {
+            return Err(Errno::STALE);
+        }
         let size = file.metadata().map_err(|_| Errno::IO)?.len();
         let space = value.iter().position(|&byte| byte == b' ').ok_or(Errno::IO)?;
         let valid = std::str::from_utf8(&value[..space]).map_err(|_| Errno::IO)?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, CWD, FileType, FlockOperation, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 
+use super::data::Gate;
 use super::lower::{Below, Lower};
 use super::object::{self, Object, SAFE};
 use super::{Result, copy_up};
@@ -60,12 +61,13 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// The store, opened by one server.
 #[derive(Debug)]
 pub(super) struct Store {
+    pub(super) dir: Arc<OwnedFd>,
     upper: Arc<OwnedFd>,
     work: Arc<OwnedFd>,
     index: Arc<OwnedFd>,
     refs: Arc<OwnedFd>,
-    /// Held for as long as the store is open.
-    _lock: File,
+    /// Held for as long as the store is open by the one who writes it.
+    _lock: Option<File>,
     made: u64,
     /// The namespace of private attributes.
     keys: Keys,
@@ -73,6 +75,13 @@ pub(super) struct Store {
     pub(super) sparse: bool,
     /// The unit in which holes are found, in bytes.
     pub(super) block: u64,
+    /// Makes the numbers of new files others than those below.
+    pub(super) salt: u64,
+    pub(super) gate: Arc<Gate>,
+    /// Nothing in it is written, nor opened so.
+    pub(super) read_only: bool,
+    /// Files can share blocks.
+    pub(super) shares: bool,
 }
 
 /// The names of fsnap's own extended attributes.
@@ -144,6 +153,26 @@ impl Keys {
 const LONGEST_INLINE: usize = 1000;
 
 impl Store {
+    /// Goes on with another layer; returns the store as it was, for reading.
+    pub(super) fn replace_layer(&mut self, upper: Arc<OwnedFd>, index: Arc<OwnedFd>) -> Self {
+        Self {
+            dir: self.dir.clone(),
+            upper: std::mem::replace(&mut self.upper, upper),
+            work: self.work.clone(),
+            index: std::mem::replace(&mut self.index, index),
+            refs: self.refs.clone(),
+            _lock: None,
+            made: 0,
+            keys: self.keys,
+            sparse: self.sparse,
+            block: self.block,
+            salt: self.salt,
+            gate: self.gate.clone(),
+            read_only: true,
+            shares: self.shares,
+        }
+    }
+
     pub(super) fn keys(&self) -> Keys {
         self.keys
     }
@@ -193,19 +222,39 @@ impl Store {
     }
 }
 
-/// Opens the lower and its store.
-pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<(Lower, Store), Error> {
-    let failed = |action: &'static str, object: &Path| {
-        let object = object.to_owned();
-        move |error: Errno| Error::Io { action, object, source: error.into() }
-    };
+/// What a store of this kind may have in it.
+const PARTS: [&str; 13] = [
+    "lock",
+    "version",
+    "upper",
+    "work",
+    "index",
+    "refs",
+    "layers",
+    "live",
+    "lower",
+    "holds",
+    "identity",
+    "images",
+    "abandoned",
+];
+
+fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(Errno) -> Error + 'a {
+    move |error| Error::Io { action, object: object.to_owned(), source: error.into() }
+}
+
+/// The lower and its store.
+pub(super) type Opened = (Lower, Store);
+
+/// Opens the lower and its store; makes a new one where there is none.
+pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Opened, Error> {
     rustix::fs::mkdir(store, Mode::RWXU).or_else(exists_already).map_err(failed("make the directory", store))?;
     let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
     let dir = dir.map_err(failed("open the directory", store))?;
     let lock = lock(&dir, store, patience)?;
     let version = version(&dir, store)?;
 
-    let keys = Keys { prefix: if rustix::process::geteuid().is_root() { "trusted." } else { "user." } };
+    let keys = keys_of_ours();
     let part = |name: &'static str| {
         rustix::fs::mkdirat(&dir, name, Mode::RWXU).or_else(exists_already)?;
         object::open_dir(&dir, OsStr::new(name)).map(Arc::new)
@@ -229,30 +278,134 @@ pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<(Lo
                 Err(Errno::EXIST) => Ok(()),
                 done => done,
             }?;
-            let mut file = File::from(rustix::fs::openat(
-                &dir,
-                "version",
-                OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | SAFE,
-                Mode::RUSR | Mode::WUSR,
-            )?);
-            file.write_all(VERSION.as_bytes())
-                .and_then(|()| file.sync_all())
-                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            // A store may have been made to note images in before the tree was.
+            if read_file(&dir, "identity")?.is_none() {
+                write_file(&dir, "identity", format!("{}\n", random()?).as_bytes())?;
+            }
+            write_file(&dir, "version", VERSION.as_bytes())?;
             rustix::fs::fsync(&dir)
         };
         prepare().map_err(failed("make a store in", store))?;
     }
+    if read_file(&dir, "identity").map_err(failed("read the identity of", store))?.is_none() {
+        let named = random().and_then(|random| write_file(&dir, "identity", format!("{random}\n").as_bytes()));
+        named.map_err(failed("write the identity of", store))?;
+    }
     let upper = object::open_dir(&dir, OsStr::new("upper")).map_err(failed("open the upper of", store))?;
-    let (sparse, block) = probe(&work).map_err(failed("examine", store))?;
-    let store = Store { upper: Arc::new(upper), work, index, refs, _lock: lock, made: 0, keys, sparse, block };
+    let (sparse, block, shares) = probe(&work).map_err(failed("examine", store))?;
+    let gate = dir.try_clone().map(|dir| Arc::new(Gate::new(dir)));
+    let gate = gate.map_err(|source| Error::Io { action: "open", object: store.into(), source })?;
+    let salt = salt(&dir, &lower).map_err(failed("read the identity of", store))?;
+    let dir = Arc::new(dir);
+    let upper = Arc::new(upper);
+    let store = Store {
+        dir,
+        upper,
+        work,
+        index,
+        refs,
+        _lock: Some(lock),
+        made: 0,
+        keys,
+        sparse,
+        block,
+        salt,
+        gate,
+        read_only: false,
+        shares,
+    };
     Ok((lower, store))
+}
+
+/// Opens the lowest layer of a store for reading; whoever writes above is not disturbed.
+pub(super) fn open_to_read(below: Below, store: &Path) -> Result<Opened, Error> {
+    let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
+    let dir = Arc::new(dir.map_err(failed("open the directory", store))?);
+    if !version(&dir, store)? {
+        return Err(Error::NotAStore { store: store.into() });
+    }
+    let part = |name: &str| object::open_dir(&dir, OsStr::new(name)).map(Arc::new);
+    let open = || {
+        let lower = Lower::new(below, &dir)?;
+        let gate = Arc::new(Gate::new(rustix::io::fcntl_dupfd_cloexec(&dir, 0)?));
+        let (sparse, block, salt) =
+            (true, rustix::fs::fstatvfs(&dir)?.f_bsize.clamp(4096, 1 << 20), salt(&dir, &lower)?);
+        let (upper, index, work, refs) = (part("upper")?, part("index")?, part("work")?, part("refs")?);
+        let keys = keys_of_ours();
+        let store = Store {
+            dir: dir.clone(),
+            upper,
+            work,
+            index,
+            refs,
+            _lock: None,
+            made: 0,
+            keys,
+            sparse,
+            block,
+            salt,
+            gate,
+            read_only: true,
+            shares: false,
+        };
+        Ok((lower, store))
+    };
+    open().map_err(failed("open", store))
+}
+
+fn keys_of_ours() -> Keys {
+    Keys { prefix: if rustix::process::geteuid().is_root() { "trusted." } else { "user." } }
+}
+
+/// Replaces a small file as a whole. Not synced.
+pub(super) fn write_file(dir: &OwnedFd, name: &str, content: &[u8]) -> Result<()> {
+    let temporary = format!("work/{name}");
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | SAFE;
+    let mut file = File::from(rustix::fs::openat(dir, &temporary, flags, Mode::RUSR | Mode::WUSR)?);
+    let written = file.write_all(content).and_then(|()| if name == "version" { file.sync_all() } else { Ok(()) });
+    written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    rustix::fs::renameat(dir, &temporary, dir, name)
+}
+
+/// Reads a small file; `None` if there is none.
+pub(super) fn read_file(dir: &OwnedFd, name: &str) -> Result<Option<String>> {
+    use std::io::Read;
+    let file = match rustix::fs::openat(dir, name, OFlags::RDONLY | OFlags::NONBLOCK | SAFE, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        file => File::from(file?),
+    };
+    let mut text = String::new();
+    let read = file.take(1 << 16).read_to_string(&mut text);
+    read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    Ok(Some(text.trim_end().to_owned()))
+}
+
+/// Digits that nobody can guess or repeat.
+pub(super) fn random() -> Result<String> {
+    let mut bytes = [0; 16];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Tells the numbers of new files from those that layers below have: 19 bits above inode numbers of ordinary size.
+fn salt(dir: &OwnedFd, lower: &Lower) -> Result<u64> {
+    if !lower.is_tree() {
+        return Ok(0);
+    }
+    let identity = read_file(dir, "identity")?.unwrap_or_default();
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&blake3::hash(identity.as_bytes()).as_bytes()[..4]);
+    Ok(((u64::from_le_bytes(bytes) % 0x7_ffff) + 1) << 33)
 }
 
 /// Whether nothing was ever written to the branch that `store` keeps; also if it keeps none.
 ///
 /// Looked at from outside, without the lock: what somebody writes at this very moment may be missed.
 pub fn is_unchanged(store: &Path) -> Result<bool, Error> {
-    for part in ["upper", "index"] {
+    for part in ["upper", "index", "layers"] {
         let path = store.join(part);
         match std::fs::read_dir(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -277,8 +430,7 @@ fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> 
     let io =
         |action: &'static str| move |source: std::io::Error| Error::Io { action, object: store.join("lock"), source };
     let foreign = object::names(dir.as_fd()).map_err(|error| io("list")(error.into()))?;
-    let ours = ["lock", "version", "upper", "work", "index", "refs"];
-    if foreign.iter().any(|(name, _)| !ours.iter().any(|own| name == own)) {
+    if foreign.iter().any(|(name, _)| !PARTS.iter().any(|own| name == own)) {
         return Err(Error::NotAStore { store: store.into() });
     }
     let flags = OFlags::RDWR | OFlags::CREATE | SAFE;
@@ -325,8 +477,8 @@ fn version(dir: &OwnedFd, store: &Path) -> Result<bool, Error> {
     }
 }
 
-/// Whether the upper's file system tells where holes are, and in which unit.
-fn probe(work: &OwnedFd) -> Result<(bool, u64)> {
+/// Whether the upper's file system tells where holes are, and in which unit; and whether its files can share blocks.
+fn probe(work: &OwnedFd) -> Result<(bool, u64, bool)> {
     let block = rustix::fs::fstatvfs(work)?.f_bsize.clamp(4096, 1 << 20);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | SAFE;
     let file = rustix::fs::openat(work, "probe", flags, Mode::RUSR | Mode::WUSR)?;
@@ -335,7 +487,10 @@ fn probe(work: &OwnedFd) -> Result<(bool, u64)> {
     rustix::io::pwrite(&file, &vec![0; block as usize], block)?;
     let data = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(0));
     let hole = rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(block));
-    Ok((data == Ok(block) && hole == Ok(2 * block), block))
+    let other = rustix::fs::openat(work, "probe", flags, Mode::RUSR | Mode::WUSR)?;
+    rustix::fs::unlinkat(work, "probe", AtFlags::empty())?;
+    let shares = rustix::fs::ioctl_ficlone(&other, &file).is_ok();
+    Ok((data == Ok(block) && hole == Ok(2 * block), block, shares))
 }
 
 impl super::Tree {
