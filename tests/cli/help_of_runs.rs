@@ -1,4 +1,4 @@
-//! The help texts of the commands for runs.
+//! The help texts of the commands for runs and containers.
 
 use insta::assert_snapshot;
 
@@ -95,6 +95,43 @@ fn stop() {
               How long to wait before the rest is killed; 0 kills at once
 
               [default: 10]
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn install_hooks() {
+    assert_snapshot!(help("install-hooks"), @"
+    Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+
+    Adds marked lines to a file of CRIU's configuration in /etc/criu, after making sure that the
+    installed versions can do it, and a link to this fsnap in /usr/libexec/fsnap. From then on each
+    checkpoint of a container holds its volumes: those that are registered (`fsnap init`) and that its
+    processes can write to, its root file system and its bind mounts among them. Prints what it changes.
+
+    Usage: fsnap install-hooks [OPTIONS] <CALLER>
+
+    Arguments:
+      <CALLER>
+              Who calls CRIU
+
+              Possible values:
+              - criu:   All that read CRIU's default.conf
+              - runc:   The container runtime runc
+              - crun:   The container runtime crun
+              - podman: Podman: the runtime that it uses
+
+    Options:
+      -n, --dry-run
+              Print what would be changed, and change nothing
+
+          --uninstall
+              Take the lines out again, and the link when nobody needs it any more
+
+          --root <DIR>
+              Change the files below this directory, as for a package
 
       -h, --help
               Print help (see a summary with '-h')

@@ -211,6 +211,7 @@ fn every_command_has_a_manual_page() {
     fsnap-hook-criu.1
     fsnap-hook.1
     fsnap-init.1
+    fsnap-install-hooks.1
     fsnap-log.1
     fsnap-logs.1
     fsnap-man.1
