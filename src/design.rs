@@ -26,4 +26,6 @@ page!(restore, "restore.md");
 page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
 page!(browsing, "browsing.md");
+page!(layers, "layers.md");
+page!(semantics, "semantics.md");
 page!(runs, "runs.md");
