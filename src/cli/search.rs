@@ -2,22 +2,25 @@
 //!
 //! It is the longest part of a checkpoint on a machine with many processes, and nothing that the frozen processes need wait for: who is not
 //! frozen is no more at rest during the freeze than some milliseconds later. So only what the thaw would change is learnt in time, which is
-//! who belongs to the tree; and then the process waits until the hook has ended. If the hook failed there is nothing to do. Else it leaves its
+//! who belongs to the tree, and what these have in use; and then the process waits until the hook has ended. If the hook failed there is nothing to do. Else it leaves its
 //! answer for whoever seals the checkpoint, who waits for it.
 //!
 //! Whatever ends it before, the checkpoint is whole, and claims no more than what a snapshot beside unknown writers is.
 
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fsnap::catalog::{PendingCheckpoint, SearchFile, WriterLists};
+use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
 use fsnap::coordinator::{Window, WriterSearch};
 use fsnap::failpoint;
-use fsnap::processes::Tree;
+use fsnap::processes::{AuditRules, Policy, Tree};
 
 use super::sys;
+
+/// The longest that the hook is told.
+const OBJECTION: usize = 4000;
 
 /// The hook's end of it.
 #[derive(Debug)]
@@ -60,8 +63,17 @@ impl Search {
     }
 
     /// Waits until the tree may run again; in vain, and not for long, if the process is dead.
-    pub(crate) fn knows_the_tree(&self) {
-        let _ = (&self.tree_is_known).read(&mut [0]);
+    ///
+    /// Fails if the tree can write to what the checkpoint would not hold, and the rules forbid that, or if it cannot be told.
+    pub(crate) fn knows_the_tree(&self, rules: &AuditRules) -> fsnap::Result<()> {
+        let mut said = String::new();
+        let mut reader = BufReader::new((&self.tree_is_known).take(OBJECTION as u64));
+        let heard = reader.read_line(&mut said).is_ok_and(|length| length > 0);
+        match said.trim_end() {
+            "" if heard || rules.policy != Policy::Refuse => Ok(()),
+            "" => Err(fsnap::Error::Outside { what: "perhaps: the look at them was cut off".into() }),
+            what => Err(fsnap::Error::Outside { what: what.to_owned() }),
+        }
     }
 }
 
@@ -73,10 +85,16 @@ impl Searcher<'_> {
             return;
         }
         failpoint::hit("search:started");
+        let ignore = std::mem::take(&mut self.ignore);
         let search = Tree::of_standing(self.tree)
             .map_err(fsnap::Error::from)
-            .and_then(|tree| WriterSearch::new(self.pending, tree, std::mem::take(&mut self.ignore)));
-        let _ = self.tree_is_known.write(b".");
+            .and_then(|tree| Ok(WriterSearch::new(self.pending, tree.clone(), ignore)?.observing(&tree)));
+        let objection = match &search {
+            Ok(search) => search.objection(),
+            Err(_) if self.pending.audit.policy != Policy::Refuse => None,
+            Err(error) => Some(fsnap::Error::Outside { what: error.to_string() }),
+        };
+        let _ = self.tree_is_known.write(&line(objection));
         failpoint::hit("search:tree");
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
@@ -89,8 +107,23 @@ impl Searcher<'_> {
         let found = search.and_then(|search| search.run());
         failpoint::hit("search:found");
         let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
-        let writers: WriterLists = found.unwrap_or_else(unknown);
+        let answer = found.unwrap_or_else(|error| SearchAnswer { writers: unknown(error), tree: None });
         // Nobody listens any more; without an answer, the checkpoint claims less.
-        let _ = self.answer.write(&writers);
+        let _ = self.answer.write(&answer);
     }
+}
+
+/// What the hook hears: an empty line, or what stands against the checkpoint. A pipe takes as much at once.
+fn line(objection: Option<fsnap::Error>) -> Vec<u8> {
+    let what = match objection {
+        None => String::new(),
+        Some(fsnap::Error::Outside { what }) => what,
+        Some(error) => error.to_string(),
+    };
+    let mut said: Vec<u8> = fsnap::printable(what.as_ref()).into_bytes();
+    said.truncate(OBJECTION - 1);
+    // Not in the middle of a character.
+    let mut line = String::from_utf8_lossy(&said).into_owned().into_bytes();
+    line.push(b'\n');
+    line
 }
