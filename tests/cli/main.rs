@@ -16,5 +16,6 @@ mod hostile;
 mod init;
 mod lost_log;
 mod output;
+mod processes;
 mod readme;
 mod references;
