@@ -21,7 +21,9 @@ fn stop(shell: &Shell<'_>, mut child: Child) {
     // All of its session.
     shell.output(&format!("kill -KILL -- -{}", child.id()));
     child.wait().unwrap();
-    shell.run(&format!("while pgrep -s {} >/dev/null; do sleep 0.01; done", child.id()));
+    // One that nobody waits for stays a zombie, which holds nothing.
+    let line = format!("while ps -o stat= -s {} | grep -q '^[^Z]'; do sleep 0.01; done", child.id());
+    assert!(shell.output(&format!("timeout 20 sh -c \"{line}\"")).status.success(), "a process does not end");
 }
 
 fn json(shell: &Shell<'_>, line: &str) -> Value {
