@@ -19,7 +19,7 @@ fn start(shell: &Shell<'_>) -> Child {
 
 fn stop(shell: &Shell<'_>, mut child: Child) {
     // All of its session.
-    shell.output(&format!("kill -KILL -- -{}", child.id()));
+    shell.run(&format!("kill -KILL -{}", child.id()));
     child.wait().unwrap();
     // One that nobody waits for stays a zombie, which holds nothing.
     let line = format!("while ps -o stat= -s {} | grep -q '^[^Z]'; do sleep 0.01; done", child.id());
