@@ -9,7 +9,7 @@ HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = RUSTFLAGS="-C target-feature=+crt-static"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-build build demo test vm-shell bench doc check
+.PHONY: help setup setup-build build demo test suites vm-shell bench doc check
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
@@ -30,6 +30,10 @@ demo: setup ## show the whole story on real parts (as root)
 
 test: setup ## run everything that must pass; the last line counts it
 	@tests/support/run-all.sh
+
+suites: setup ## run the POSIX suites of others on a branch: pjdfstest, fsx, stress-ng
+	@tests/support/setup.sh suites
+	FSNAP_SUITES=$(CURDIR)/target/suites/bin cargo test --locked --package fsnap --test suites
 
 vm-shell: setup ## give a prompt in a virtual machine
 	cargo run --quiet --locked --package vm-tests -- --shell

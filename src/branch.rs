@@ -39,6 +39,9 @@ pub struct BranchMember {
     /// How it is made where the store cannot clone; `at` is then the snapshot below it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
+    /// It is written through `fsnap mount`: the directory that keeps what differs from the snapshot `at` below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layers: Option<PathText>,
     /// The directory that holds its mount point, where the store's clones have to be mounted to be seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<PathText>,
@@ -64,9 +67,9 @@ pub struct Keeper {
 }
 
 impl Branch {
-    /// The directories of what is mounted for it: of its overlays, and of the mount points of its clones.
+    /// The directories of what is kept or mounted for it: of its overlays, and of the mount points of its clones.
     pub fn homes(&self) -> Vec<PathText> {
-        self.members.iter().filter_map(|member| member.home().cloned()).collect()
+        self.members.iter().filter_map(|member| member.home().or(member.layers.as_ref()).cloned()).collect()
     }
 }
 

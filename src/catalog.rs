@@ -11,6 +11,7 @@
 //!   a power cut falls back to the intent, which was durable before the processes froze.
 //! * Each record carries a digest, so that a flipped byte is an error and never another record.
 
+mod attendant;
 pub mod format;
 mod intent;
 mod lock;
@@ -25,8 +26,9 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
+pub use attendant::{Attending, attendant};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
-pub use lock::{IntentLock, Note, find_plan};
+pub use lock::{HiddenNote, IntentLock, Note, find_plan};
 pub use query::Removal;
 pub use search::{SearchAnswer, SearchFile, WriterLists};
 

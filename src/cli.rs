@@ -2,11 +2,13 @@
 //!
 //! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
 
+mod attendant;
 mod audit;
 mod branch;
 mod branches;
 mod checkpoint;
 mod completions;
+mod copy;
 mod deadline;
 mod diff;
 mod doctor;
@@ -17,6 +19,7 @@ mod init;
 mod internal;
 mod json;
 mod log;
+mod logs;
 mod man;
 #[cfg(feature = "fuse")]
 mod mount;
@@ -27,15 +30,19 @@ mod overlay;
 mod pool;
 mod processes;
 mod progress;
+mod ps;
 mod recover;
 mod restore;
 mod rm;
+mod run;
 mod search;
 #[cfg(feature = "fuse")]
 mod server;
 mod show;
+mod stop;
 mod sys;
 mod tag;
+mod terminal;
 #[cfg(feature = "fuse")]
 mod umount;
 mod verify;
@@ -82,6 +89,10 @@ enum Command {
     Branch(branch::Args),
     Branches(branches::Args),
     Restore(restore::Args),
+    Run(run::Args),
+    Ps(ps::Args),
+    Logs(logs::Args),
+    Stop(stop::Args),
     Rm(rm::Args),
     Tag(tag::Args),
     #[cfg(feature = "fuse")]
@@ -107,6 +118,9 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     let called = arguments.first().map(Path::new).and_then(Path::file_name);
     if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
         return finish(hook::criu());
+    }
+    if arguments.len() == 1 && fsnap::engine::is_relay(Path::new(&arguments[0]), |name| std::env::var_os(name)) {
+        return finish(internal::relay());
     }
     // What is not for users is no part of the help, the completions and the manual.
     let parsed = if arguments.get(1).is_some_and(|command| command == internal::NAME) {
@@ -152,6 +166,10 @@ fn run(command: Command) -> Outcome {
         Command::Branch(args) => branch::run(args),
         Command::Branches(args) => branches::run(args),
         Command::Restore(args) => restore::run(args),
+        Command::Run(args) => self::run::run(args),
+        Command::Ps(args) => ps::run(args),
+        Command::Logs(args) => logs::run(args),
+        Command::Stop(args) => stop::run(args),
         Command::Rm(args) => rm::run(args),
         Command::Tag(args) => tag::run(args),
         #[cfg(feature = "fuse")]

@@ -37,11 +37,13 @@ pub struct Hook {
     pub deadline_seconds: f64,
     /// The volumes of every checkpoint; found from the processes, if none is named.
     pub volumes: Vec<Name>,
+    /// Whether a process stands by from before the freeze on, so that less is to be done within it.
+    pub attendant: bool,
 }
 
 impl Default for Hook {
     fn default() -> Self {
-        Self { deadline_seconds: 10.0, volumes: Vec::new() }
+        Self { deadline_seconds: 10.0, volumes: Vec::new(), attendant: true }
     }
 }
 

@@ -21,6 +21,7 @@ mod search;
 mod targets;
 mod verify;
 mod window;
+mod written;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,7 +44,7 @@ pub use history::{Pinned, time_of};
 pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
-pub use restore::RestoreRequest;
+pub use restore::{RestoreRequest, RunRequest};
 pub use search::{Audit, WriterSearch, find_writers};
 pub use targets::Target;
 pub use verify::Finding;

@@ -27,3 +27,4 @@ page!(restore, "restore.md");
 page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
 page!(browsing, "browsing.md");
+page!(runs, "runs.md");

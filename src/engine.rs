@@ -4,17 +4,27 @@
 //! turns its environment into a phase, and its images into what fsnap must know of them. An image directory may have been made by
 //! anybody: nothing in it is followed, trusted or read without a limit.
 
+mod confine;
 pub mod criu;
+mod dump;
 mod images;
-mod os_text;
+pub(crate) mod os_text;
+mod program;
+mod reasons;
+mod relay;
 mod restore;
 mod stage;
+pub(crate) mod sys;
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
+pub use dump::{Action, Dump, run_dump_stage};
 pub use images::{ImageRecord, Images, MemberRecord, RECORD_NAME};
-pub use restore::{Ended, MountPlan, PidSpace, Restore, Restored, StageCommand};
+pub use program::{Program, TerminalId, run_program};
+pub use relay::{is_relay, run_relay};
+pub use restore::{Ended, MountPlan, PidSpace, Restore, Restored, StageCommand, Start};
 pub use stage::run_stage;
 
 /// The result of dealing with an engine.
@@ -122,6 +132,26 @@ pub enum Error {
         /// Why it failed.
         reason: String,
     },
+    /// Processes of a run have left the tree that would be saved.
+    #[error(
+        "{} left the tree of process {root}, which alone is saved: start what they belong to in the foreground, or under a shell \
+         that waits",
+        strays.join(", ")
+    )]
+    Strays {
+        /// The root of the tree.
+        root: i32,
+        /// The others.
+        strays: Vec<String>,
+    },
+    /// The engine's dump failed; the processes run on.
+    #[error("CRIU could not save the processes ({status}):{reasons}")]
+    DumpFailed {
+        /// How it ended.
+        status: String,
+        /// Why.
+        reasons: Reasons,
+    },
     /// The engine's restore failed; nothing of it is left running.
     #[error("CRIU could not restore the processes ({status}); the end of its log {log:?}:\n{tail}")]
     EngineFailed {
@@ -132,6 +162,16 @@ pub enum Error {
         /// The last lines of its log.
         tail: String,
     },
+}
+
+/// Why a dump failed, in words that its user can act on; the engine's own where there are none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reasons(pub Vec<String>);
+
+impl std::fmt::Display for Reasons {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|reason| write!(f, "\n{reason}"))
+    }
 }
 
 /// Whether the engine of that name finished its part of the checkpoint in `dir`.

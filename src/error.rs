@@ -253,6 +253,54 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// No run of that name.
+    #[error("no run {name:?}{}", candidates(.near))]
+    NoSuchRun {
+        /// What the user wrote.
+        name: String,
+        /// The runs that there are.
+        near: Vec<String>,
+    },
+    /// The run was to be removed, and still lives.
+    #[error("the run {name} still runs")]
+    RunLives {
+        /// The run.
+        name: Name,
+    },
+    /// The run has no processes any more.
+    #[error("the run {name} has ended")]
+    RunEnded {
+        /// The run.
+        name: Name,
+    },
+    /// The first process of a run has ended, and others go on without it.
+    #[error(
+        "the command of the run {name} has ended and left other processes behind, which cannot be saved as one tree"
+    )]
+    RunHasNoRoot {
+        /// The run.
+        name: Name,
+    },
+    /// The checkpoint is not one of a run.
+    #[error("checkpoint {} is not of a run", .id.short())]
+    NotOfARun {
+        /// The checkpoint.
+        id: CheckpointId,
+    },
+    /// The record of a run cannot be used.
+    #[error("{path} cannot be used: {reason}")]
+    BadRun {
+        /// The file.
+        path: PathText,
+        /// Why not.
+        reason: String,
+    },
+    /// fsnap's own part of the engine's checkpoint failed.
+    #[error("{said}")]
+    HookFailed {
+        /// What it said.
+        said: String,
+    },
     /// The work was not done within the time allowed.
     #[error("{what} took longer than {seconds} s")]
     Deadline {

@@ -4,7 +4,8 @@
 //! the two make together. It is plain code over descriptors and is tested without FUSE. [`adapter`] translates the
 //! kernel's requests into calls of it and decides nothing but caching. [`session`] mounts and serves.
 //!
-//! [`browse`] is the tree of past states, and [`browse_adapter`] its way to the kernel.
+//! [`browse`] is the tree of past states, and [`browse_adapter`] its way to the kernel; [`branches`] are the copy-on-write trees
+//! that the same mount shows, and [`mount_adapter`] decides to whom a request goes.
 //!
 //! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
 //! directory's descriptor by one name, and no symbolic link of the tree is followed.
@@ -13,10 +14,14 @@
 //! number that is open.
 
 pub mod adapter;
+pub mod branches;
 pub mod browse;
 pub mod browse_adapter;
 mod handles;
+pub mod lower;
+pub mod mount_adapter;
 mod open;
-pub mod overlay;
 mod readers;
 pub mod session;
+
+pub use crate::stores::layers as overlay;

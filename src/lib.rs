@@ -23,7 +23,7 @@
 //! 1. [`begin`](coordinator::Coordinator::begin), while the processes run: find the volumes, reserve a place for each
 //!    snapshot, record the [intent](catalog::Intent) durably, flush and copy ahead.
 //! 2. [`take`](coordinator::Window::take), while they stand: one snapshot per volume, side by side; note that it is
-//!    done, without syncing.
+//!    done, without syncing. A process that the first step left behind [stands by](design::frozen_window) for it.
 //! 3. [`seal`](coordinator::Coordinator::seal), when they run again: make it durable, and put the checkpoint in the place
 //!    of its intent. The engine gives no hook here, so that the next command does it: every command begins with
 //!    [`recover`](coordinator::Coordinator::recover).
@@ -38,7 +38,8 @@
 //! | [`reference`](mod@reference) | what users write for a checkpoint |
 //! | [`processes`] | `/proc`: trees, what they have in use and can write to, who else writes |
 //! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
-//! | [`engine`] | CRIU's hooks, images and restores |
+//! | [`engine`] | CRIU's hooks, images, dumps and restores; the namespaces of a run |
+//! | [`run`] | commands that can be saved and copied live: where they are recorded, and how they are saved |
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
@@ -88,6 +89,7 @@ pub mod processes;
 pub mod progress;
 pub mod quiesce;
 pub mod reference;
+pub mod run;
 pub mod stores;
 pub mod volume;
 

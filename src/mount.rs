@@ -200,6 +200,14 @@ impl Prepared {
     }
 }
 
+/// The type of what fsnap itself serves, in `/proc/self/mountinfo`.
+pub const SERVED: &str = "fuse.fsnap";
+
+/// Where this mount namespace shows what fsnap serves from `source`; the uppermost last.
+pub fn served(source: &Path) -> io::Result<Vec<PathBuf>> {
+    crate::processes::mounted_from(SERVED, source)
+}
+
 /// Carries out a recipe at a directory: [`Prepared::new`] and [`Prepared::attach`].
 pub fn mount(spec: &MountSpec, at: &Path, restrictions: Restrictions) -> Result<Mounted> {
     Prepared::new(spec, restrictions)?.attach(at)

@@ -34,6 +34,12 @@ pub mod pools {
     pub use fsnap_dm_thin::{FileSystem, Fill, Limits, Mode, Plan, PoolState, PoolVolume, STORES, Store, survey};
 }
 
+/// Copy-on-write trees over whatever a store holds.
+#[cfg(feature = "fuse")]
+pub mod layers {
+    pub use fsnap_layers::*;
+}
+
 /// One storage technology that was compiled in.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {
@@ -67,9 +73,46 @@ pub const KINDS: &[Kind] = &[
     kind!("dm-thin", fsnap_dm_thin::Store, open_in_pool),
     #[cfg(feature = "nilfs2")]
     kind!("nilfs2", fsnap_nilfs2::Store),
+    // Before the one that takes any directory: a tree that is written copy-on-write is one, too.
+    #[cfg(feature = "fuse")]
+    kind!("layers", fsnap_layers::Store, open_layers),
     #[cfg(feature = "rsync")]
     kind!("rsync", fsnap_rsync::Store),
 ];
+
+#[cfg(feature = "fuse")]
+fn open_layers(place: &Path, _: &Options) -> Opened {
+    Ok(Arc::new(fsnap_layers::Store::open_with(place, open_origin)?))
+}
+
+/// Opens what a copy-on-write tree began with, whatever backend keeps it.
+#[cfg(feature = "fuse")]
+fn open_origin(origin: &layers::Origin) -> fsnap_backend::Result<layers::Below> {
+    use fsnap_backend::{IoContext, MountSpec, beneath};
+    let failed = |at: &dyn std::fmt::Display, error: String| BackendError::Io {
+        action: "open what the tree began with,",
+        object: at.to_string(),
+        source: std::io::Error::other(error),
+    };
+    let open = |dir: &Path| Ok(layers::Below::Dir(beneath::open_root(dir).context("open", dir)?));
+    match origin {
+        layers::Origin::Dir(dir) => open(dir),
+        layers::Origin::Image { backend, place, store, at } => {
+            let place = crate::checkpoint::PathText(place.clone());
+            let record = StoreRecord { identity: store.clone(), backend: backend.clone(), place };
+            let store = self::open(&record, &Options::default()).map_err(|error| failed(at, error.to_string()))?;
+            match store.activate(at)? {
+                MountSpec::Tree(tree) => Ok(layers::Below::Tree(tree)),
+                MountSpec::Bind { dir, .. } => open(&dir),
+                spec @ MountSpec::Mount { .. } => {
+                    let mounted = crate::mount::Prepared::new(&spec, Default::default());
+                    let root = mounted.and_then(crate::mount::Prepared::open);
+                    Ok(layers::Below::Dir(root.map_err(|error| failed(at, error.to_string()))?))
+                }
+            }
+        }
+    }
+}
 
 impl Kind {
     /// The backend of that name.

@@ -1,12 +1,13 @@
 //! The files of an intent: who works on it, and what the frozen window reads and writes.
 //!
-//! Up to five files in the directory `intents`, for the intent `N`:
+//! Up to six files in the directory `intents`, for the intent `N`:
 //!
 //! * `N` is locked by whoever works on the intent, and holds the [`Plan`] of a checkpoint whose snapshots another process
 //!   takes: the hook of an engine;
 //! * `N.taken` holds what was [`Taken`], from the instant at which all was;
 //! * `N.search` holds who else was writing, once the search for them has ended;
 //! * `N.new` is one that is being written;
+//! * `N.attendant` is the socket of a process that stands by to take the snapshots;
 //! * `N.finished` stands for the others, when they were found missing though the catalog has the intent.
 //!
 //! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
@@ -15,14 +16,17 @@
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::query::encode;
+use super::search::PAUSE;
 use super::{Catalog, Error, IntentId, PendingCheckpoint, Plan, Result, Taken};
 
 /// Held by the process that works on an intent; the kernel releases it when the process dies, however it dies.
@@ -46,7 +50,7 @@ pub enum Note {
     Torn,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct IntentFiles {
     dir: PathBuf,
     id: IntentId,
@@ -69,12 +73,21 @@ impl IntentFiles {
         self.dir.join(format!("{}.search", self.id))
     }
 
+    /// Whether writers are searched for, or will be, or were.
+    fn is_searched(&self) -> bool {
+        self.search().symlink_metadata().is_ok()
+    }
+
     fn finished(&self) -> PathBuf {
         self.dir.join(format!("{}.finished", self.id))
     }
 
     fn unfinished(&self) -> PathBuf {
         self.dir.join(format!("{}.new", self.id))
+    }
+
+    fn attendant(&self) -> PathBuf {
+        self.dir.join(format!("{}.attendant", self.id))
     }
 }
 
@@ -95,14 +108,17 @@ impl IntentLock {
         write().map_err(io_error("write", &self.files.lock()))
     }
 
-    /// Notes that everything was taken: the whole note appears at once.
-    pub fn write_taken(&self, taken: &Taken) -> Result<()> {
-        let (unfinished, path) = (self.files.unfinished(), self.files.taken());
-        let written = options().create(true).truncate(true).write(true).mode(0o600).open(&unfinished);
-        written
-            .and_then(|mut file| file.write_all(&to_bytes(taken)))
-            .and_then(|()| std::fs::rename(&unfinished, &path))
-            .map_err(io_error("write", &path))
+    /// Writes the note that everything was taken. It counts once it [appears](HiddenNote::appear).
+    pub fn write_taken(&self, taken: &Taken) -> Result<HiddenNote> {
+        let path = self.files.unfinished();
+        let written = options().create(true).truncate(true).write(true).mode(0o600).open(&path);
+        written.and_then(|mut file| file.write_all(&to_bytes(taken))).map_err(io_error("write", &path))?;
+        Ok(HiddenNote(self.files.clone()))
+    }
+
+    /// Where a process listens that stands by for this intent.
+    pub(super) fn attendant(&self) -> PathBuf {
+        self.files.attendant()
     }
 
     pub(super) fn search(&self) -> PathBuf {
@@ -138,12 +154,46 @@ impl Drop for IntentLock {
         if self.finished {
             // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
             let Self { files, .. } = &self;
-            for path in [files.unfinished(), files.search(), files.taken(), files.lock(), files.finished()] {
+            let beside = [files.unfinished(), files.attendant(), files.search(), files.taken()];
+            for path in beside.into_iter().chain([files.lock(), files.finished()]) {
                 let _ = std::fs::remove_file(path);
             }
         }
         // A child that another thread is about to start has the descriptor too for a moment: closing is not enough.
         let _ = self.file.unlock();
+    }
+}
+
+impl AsFd for IntentLock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The note that everything was taken, which was written by somebody and does not count yet.
+#[derive(Debug)]
+pub struct HiddenNote(IntentFiles);
+
+impl HiddenNote {
+    /// The one with that number, in the state directory: for another process than the one that wrote it.
+    pub fn of(state: &Path, number: i64) -> Self {
+        Self(IntentFiles::of(state, IntentId(number)))
+    }
+
+    /// Its number.
+    pub fn number(&self) -> i64 {
+        self.0.id.0
+    }
+
+    /// Where it will be seen.
+    pub fn path(&self) -> PathBuf {
+        self.0.taken()
+    }
+
+    /// Lets it be seen, the whole of it at once: from here on, the next command seals the checkpoint.
+    pub fn appear(&self) -> Result<()> {
+        let path = self.0.taken();
+        std::fs::rename(self.0.unfinished(), &path).map_err(io_error("write", &path))
     }
 }
 
@@ -159,7 +209,14 @@ impl Catalog {
         }
         let path = files.lock();
         let opened = options().create(true).read(true).write(true).mode(0o600).open(&path);
-        lock(opened.map_err(io_error("open", &path))?, files)
+        let file = opened.map_err(io_error("open", &path))?;
+        Ok(try_lock(&file, &files)?.then(|| IntentLock { file, files, finished: false }))
+    }
+
+    /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a process of a hook that is about to let go
+    /// of it: one that searches for writers, or has stood by for a hook that was never called.
+    pub fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
+        in_a_moment(|| self.lock_intent(id), || IntentFiles::of(&self.state, id).is_searched())
     }
 
     /// Whether somebody finished the intent, though the catalog still has it: the end of the catalog's log was lost.
@@ -208,11 +265,6 @@ impl Catalog {
         })
     }
 
-    /// Whether writers are searched for, or were, for the checkpoint that the intent is for.
-    pub(super) fn has_search(&self, id: IntentId) -> bool {
-        IntentFiles::of(&self.state, id).search().symlink_metadata().is_ok()
-    }
-
     /// Whether everything was taken, or may have been, of the checkpoint that the intent is for.
     pub fn may_be_taken(&self, id: IntentId) -> bool {
         IntentFiles::of(&self.state, id).taken().symlink_metadata().is_ok()
@@ -225,23 +277,63 @@ pub fn find_plan(
     wanted: impl Fn(&PendingCheckpoint) -> bool,
 ) -> Result<Option<(IntentId, IntentLock, Plan)>> {
     for id in ids_in(&state.join("intents"))? {
-        let files = IntentFiles::of(state, id);
+        let Some((file, files, plan)) = plan_of(state, id, &wanted)? else { continue };
         let path = files.lock();
-        let mut file = match options().read(true).write(true).open(&path) {
-            // Finished meanwhile.
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            file => file.map_err(io_error("open", &path))?,
-        };
-        let content = read(&mut file).map_err(io_error("read", &path))?;
-        // Intents of other kinds have no plan, and one that is being written is none of an engine that waits.
-        let Some(plan) = from_bytes::<Plan>(&content).filter(|plan| wanted(&plan.pending)) else { continue };
-        let Some(lock) = lock(file, files)? else { continue };
+        let free = in_a_moment(|| Ok(try_lock(&file, &files)?.then_some(())), || files.is_searched());
+        let Some(()) = free? else { continue };
+        let lock = IntentLock { file, files, finished: false };
         // Whoever finished it before the lock was free has unlinked the file.
         if lock.file.metadata().map_err(io_error("examine", &path))?.nlink() > 0 {
             return Ok(Some((id, lock, plan)));
         }
     }
     Ok(None)
+}
+
+/// Where the process listens that stands by for a planned checkpoint that is `wanted`; perhaps it is dead. Looks at no database.
+pub(super) fn attended(state: &Path, wanted: impl Fn(&PendingCheckpoint) -> bool) -> Result<Option<PathBuf>> {
+    for id in ids_in(&state.join("intents"))? {
+        let socket = IntentFiles::of(state, id).attendant();
+        if socket.symlink_metadata().is_ok() && plan_of(state, id, &wanted)?.is_some() {
+            return Ok(Some(socket));
+        }
+    }
+    Ok(None)
+}
+
+/// The plan in the file of that intent, if there is one and it is `wanted`.
+fn plan_of(
+    state: &Path,
+    id: IntentId,
+    wanted: impl Fn(&PendingCheckpoint) -> bool,
+) -> Result<Option<(File, IntentFiles, Plan)>> {
+    let files = IntentFiles::of(state, id);
+    let path = files.lock();
+    let mut file = match options().read(true).write(true).open(&path) {
+        // Finished meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(io_error("open", &path))?,
+    };
+    let content = read(&mut file).map_err(io_error("read", &path))?;
+    // Intents of other kinds have no plan, and one that is being written is none of an engine that waits.
+    let plan = from_bytes::<Plan>(&content).filter(|plan| wanted(&plan.pending));
+    Ok(plan.map(|plan| (file, files, plan)))
+}
+
+/// Tries to get something from a process of a hook that is about to let go of it, for a moment.
+///
+/// Such a process ends, or goes on to search for writers, by itself when the hook or the engine has ended, but takes notice of that
+/// a little later than others do.
+pub(super) fn in_a_moment<T>(get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
+    const MOMENT: Duration = Duration::from_secs(1);
+    let start = Instant::now();
+    loop {
+        let got = get()?;
+        if got.is_some() || start.elapsed() > MOMENT || !hopeful() {
+            return Ok(got);
+        }
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// The intents that have files in the directory.
@@ -265,10 +357,10 @@ pub(super) fn options() -> OpenOptions {
     options
 }
 
-fn lock(file: File, files: IntentFiles) -> Result<Option<IntentLock>> {
+fn try_lock(file: &File, files: &IntentFiles) -> Result<bool> {
     match file.try_lock() {
-        Ok(()) => Ok(Some(IntentLock { file, files, finished: false })),
-        Err(TryLockError::WouldBlock) => Ok(None),
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => Err(io_error("lock", &files.lock())(error)),
     }
 }
@@ -289,7 +381,7 @@ pub(super) fn from_bytes<T: DeserializeOwned>(content: &[u8]) -> Option<T> {
     (digest == hex::encode(super::query::digest(body))).then(|| serde_json::from_str(body).ok())?
 }
 
-fn unless_missing(result: io::Result<()>) -> io::Result<()> {
+pub(super) fn unless_missing(result: io::Result<()>) -> io::Result<()> {
     result.or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 

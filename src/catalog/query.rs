@@ -417,25 +417,31 @@ impl Catalog {
 
     /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile.
     pub fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
-        self.transact(|tx| {
-            let (body, digest) = encode(branch);
-            let added = tx
-                .execute(
-                    "INSERT INTO branch (name, checkpoint, body, digest) SELECT ?1, ?2, ?3, ?4 \
+        self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))
+    }
+
+    /// Records a branch for which nothing was made yet; `false` if the name was taken or the checkpoint removed meanwhile.
+    pub fn add_unmade_branch(&self, branch: &Branch) -> Result<bool> {
+        self.transact(|tx| self.add_branch_in(tx, branch))
+    }
+
+    fn add_branch_in(&self, tx: &Transaction<'_>, branch: &Branch) -> Result<bool> {
+        let (body, digest) = encode(branch);
+        let added = tx
+            .execute(
+                "INSERT INTO branch (name, checkpoint, body, digest) SELECT ?1, ?2, ?3, ?4 \
                      WHERE EXISTS (SELECT 1 FROM checkpoint WHERE id = ?2) ON CONFLICT DO NOTHING",
-                    params![branch.name.as_str(), branch.checkpoint.to_string(), body, digest],
-                )
-                .map_err(|e| self.failed(e))?;
-            if added == 0 {
-                return Ok(false);
-            }
-            self.drop_intent_in(tx, id)?;
-            for member in &branch.members {
-                let image = ImageRef { store: member.store.clone(), at: member.at.clone() };
-                self.hold(tx, &[image], &Holder::Branch(&branch.name))?;
-            }
-            Ok(true)
-        })
+                params![branch.name.as_str(), branch.checkpoint.to_string(), body, digest],
+            )
+            .map_err(|e| self.failed(e))?;
+        if added == 0 {
+            return Ok(false);
+        }
+        for member in &branch.members {
+            let image = ImageRef { store: member.store.clone(), at: member.at.clone() };
+            self.hold(tx, &[image], &Holder::Branch(&branch.name))?;
+        }
+        Ok(true)
     }
 
     /// Takes a checkpoint out of the record, if no branch grew from it; its children become its parent's.

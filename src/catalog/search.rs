@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::lock::{from_bytes, io_error, options, read, to_bytes};
-use super::{Catalog, Error, IntentId, IntentLock, Result};
+use super::{Error, IntentLock, Result};
 use crate::processes::TreeRecord;
 
 /// The writers found, in words: one list for each member of the checkpoint.
@@ -31,7 +31,7 @@ pub struct SearchAnswer {
 }
 
 /// Between two looks whether a search has ended.
-const PAUSE: Duration = Duration::from_millis(1);
+pub(super) const PAUSE: Duration = Duration::from_millis(1);
 
 /// A search that goes on as long as a process has this open.
 #[derive(Debug)]
@@ -50,23 +50,6 @@ impl SearchFile {
 impl AsFd for SearchFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
-    }
-}
-
-impl Catalog {
-    /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a search that has just begun.
-    ///
-    /// The process that searches begins as a copy of the hook, and shares its lock until it has closed what it does not need.
-    pub fn lock_intent_beside_search(&self, id: IntentId) -> Result<Option<IntentLock>> {
-        const MOMENT: Duration = Duration::from_secs(1);
-        let start = Instant::now();
-        loop {
-            let lock = self.lock_intent(id)?;
-            if lock.is_some() || start.elapsed() > MOMENT || !self.has_search(id) {
-                return Ok(lock);
-            }
-            std::thread::sleep(PAUSE);
-        }
     }
 }
 

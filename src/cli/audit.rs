@@ -61,6 +61,11 @@ impl From<Outside> for Policy {
 }
 
 impl Rules {
+    /// Whether there is any.
+    pub(crate) fn are_given(&self) -> bool {
+        self.outside.is_some() || !self.ignore.is_empty()
+    }
+
     /// The settings' rules, with what was asked for.
     pub(crate) fn over(&self, config: &Config) -> AuditRules {
         let mut rules = config.audit.clone();

@@ -1,18 +1,23 @@
 //! `fsnap branch`
 
+use std::ffi::OsString;
+
 use fsnap::checkpoint::CheckpointId;
 use fsnap::coordinator::Coordinator;
 use fsnap::name::Name;
 use fsnap::reference;
 use jiff::tz::TimeZone;
 
-use super::{Context, Outcome, Output, json};
+use super::{Context, Outcome, Output, copy, json};
 
 /// Make a writable branch from a checkpoint, and print where its files are
 ///
 /// The branch starts equal to the checkpoint and is written independently of it, of the volume, and of other branches.
 /// It prints one directory per volume of the checkpoint. On a file system that keeps past states by itself, such as NILFS2,
 /// `VOLUME@TIME` and `VOLUME@cp:N` make a checkpoint of one that nobody asked for, and grow from that.
+///
+/// With --run, a run that the checkpoint saved (`fsnap checkpoint RUN`) goes on from there on the branch, beside the original and
+/// other copies.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The checkpoint to grow from: an id, a prefix of one, a tag, @latest, or X~N; or VOLUME@TIME, or VOLUME@cp:N
@@ -20,20 +25,38 @@ pub(crate) struct Args {
     checkpoint: String,
     /// The branch's name; one is made up, if not given
     name: Option<Name>,
-    /// Print a JSON object
+    /// Restore the run that was saved onto it, as a run of the branch's name; prints the name
+    #[arg(long)]
+    run: bool,
+    /// So many branches and runs, named NAME-1 and so on
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "run", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    count: u32,
+    /// Give the copy this terminal, and stay until it ends
+    #[arg(long, requires = "run", conflicts_with = "count")]
+    tty: bool,
+    /// Print a JSON object; with --run, an array of them
     #[arg(long)]
     json: bool,
+    /// Further arguments for the engine's restore, after --
+    #[arg(last = true, requires = "run", value_name = "ENGINE ARGS")]
+    args: Vec<OsString>,
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let coordinator = Context::load()?.write()?;
-    let (checkpoint, fresh) = match reference::past(&args.checkpoint, &TimeZone::system())? {
+    let context = Context::load()?;
+    let coordinator = context.write()?;
+    let (checkpoint, fresh) = match reference::past(&args.checkpoint, TimeZone::system)? {
         Some((volume, past)) => {
             let pinned = coordinator.pin(volume, &past)?;
             (pinned.checkpoint, pinned.fresh)
         }
         None => (reference::resolve(coordinator.catalog(), &args.checkpoint)?, false),
     };
+    if args.run {
+        let wanted =
+            copy::Wanted { name: args.name, count: args.count, tty: args.tty, json: args.json, args: args.args };
+        return copy::run(&context, &coordinator, &checkpoint, &wanted);
+    }
     let name = match args.name {
         Some(name) => name,
         None => free_name(&coordinator, &checkpoint.id)?,
@@ -45,7 +68,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     };
     let out = Output::new();
     if args.json {
-        return out.json(&json::branch(&branch));
+        return out.json(&json::branch(&coordinator, &branch));
     }
     branch.members.iter().try_for_each(|member| out.line(&member.path))
 }

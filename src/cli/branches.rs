@@ -3,6 +3,8 @@
 use super::{Context, Outcome, Output, json};
 
 /// List the branches, the checkpoint each grew from, and where its files are
+///
+/// Those of a branch that is written through `fsnap mount` are where something is mounted that shows it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print an array of JSON objects
@@ -15,7 +17,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let branches = coordinator.catalog().branches()?;
     let out = Output::new();
     if args.json {
-        return out.json(&branches.iter().map(json::branch).collect::<Vec<_>>());
+        return out.json(&branches.iter().map(|branch| json::branch(&coordinator, branch)).collect::<Vec<_>>());
     }
     let rows = branches.iter().flat_map(|branch| {
         branch.members.iter().map(|member| {
@@ -24,7 +26,10 @@ pub(crate) fn run(args: Args) -> Outcome {
                 branch.checkpoint.short(),
                 out.time(branch.time),
                 member.volume.to_string(),
-                member.path.to_string(),
+                match coordinator.files_of(branch, member) {
+                    Some(files) => fsnap::printable(files.as_os_str()),
+                    None => "(not mounted)".to_owned(),
+                },
             ]
         })
     });

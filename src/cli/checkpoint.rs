@@ -1,22 +1,28 @@
 //! `fsnap checkpoint`
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use fsnap::Error;
+use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, Request, Window, WriterSearch, find_writers};
 use fsnap::failpoint;
 use fsnap::name::Name;
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{Frozen, Quiesce};
+use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
-use super::{Context, Failure, Outcome, Output, internal, json};
+use super::{Context, Failure, Outcome, Output, environment, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
 /// With --pid or --cgroup, the processes are frozen meanwhile, and the volumes are those that they can write to; the
 /// snapshots are then one point in time. Without, every volume is taken as it is while its writers run, and the
 /// checkpoint records that weaker consistency.
+///
+/// With the name of a run (`fsnap run`), its processes are saved as well, by CRIU, and go on.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// What to say of it
@@ -45,9 +51,12 @@ pub(crate) struct Args {
     /// Print a JSON object
     #[arg(long)]
     json: bool,
-    /// The volumes, by name or path; if none is given, all that the processes can write to, or all there are
-    #[arg(value_name = "VOLUME")]
+    /// The volumes, by name or path; if none is given, all that the processes can write to, or all there are; or one run
+    #[arg(value_name = "VOLUME|RUN")]
     volumes: Vec<String>,
+    /// Further arguments for the engine's dump of a run, after --
+    #[arg(last = true, value_name = "ENGINE ARGS")]
+    args: Vec<OsString>,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -60,6 +69,9 @@ fn seconds(text: &str) -> Result<f64, String> {
 pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.write()?;
+    if let Some(run) = named_run(&context, &coordinator, &args)? {
+        return checkpoint_run(&context, coordinator, &run, &args);
+    }
     let tree = match (args.pid, &args.cgroup) {
         (Some(pid), _) => Some(Tree::of_pid(pid)?),
         (None, Some(path)) => Some(Tree::of_cgroup(Cgroup::open(path)?)?),
@@ -91,21 +103,87 @@ pub(crate) fn run(args: Args) -> Outcome {
         take_searching(&mut window, false, Tree::of_processes([]), None)
     };
     // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
-    let noted = taken.and_then(|()| window.write_note());
+    let noted = taken.and_then(|()| Ok(window.write_note()?.appear()?));
     let begun = window.close();
     if let Err(error) = noted {
         return Err(Failure::Error(coordinator.give_up(begun, error)));
     }
     failpoint::hit("take:recorded");
     let checkpoint = coordinator.seal(begun)?;
+    print(&coordinator, &checkpoint, args.json)
+}
+
+fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json: bool) -> Outcome {
     let out = Output::new();
-    if args.json {
+    if as_json {
         let tags = coordinator.catalog().tags_of(&checkpoint.id)?;
-        let mut object = json::checkpoint(&checkpoint, &tags);
+        let mut object = json::checkpoint(checkpoint, &tags);
         json::add_outside(&mut object, coordinator.catalog().tree(&checkpoint.id)?.as_ref());
         return out.json(&object);
     }
     out.line(checkpoint.id)
+}
+
+/// The run that the arguments name, if they name one and no volume.
+fn named_run(context: &Context, coordinator: &Coordinator, args: &Args) -> Result<Option<Run>, Failure> {
+    let [name] = &args.volumes[..] else { return Ok(None) };
+    let Ok(name) = name.parse::<Name>() else { return Ok(None) };
+    let Some(run) = Runs::of(&context.state).find(&name)? else { return Ok(None) };
+    if coordinator.catalog().volumes()?.iter().any(|volume| volume.name == name) {
+        return Err(Error::Ambiguous {
+            reference: name.to_string(),
+            candidates: vec![format!("the volume {name}"), format!("the run {name}")],
+        }
+        .into());
+    }
+    Ok(Some(run))
+}
+
+/// Saves a run, its processes and its files.
+fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: &Args) -> Outcome {
+    for (given, flag) in [
+        (args.pid.is_some() || args.cgroup.is_some(), "--pid and --cgroup name other processes than the run's"),
+        (args.freeze_writers, "--freeze-writers is for checkpoints without an engine"),
+        (args.branch.is_some(), "a run is saved with the branch that it works on"),
+        (
+            args.rules.are_given(),
+            "what is done about what lies outside a run is set by the settings, or by FSNAP_OUTSIDE",
+        ),
+        (!args.message.is_empty(), "the engine's checkpoints have no message: give it a tag"),
+    ] {
+        if given {
+            return Err(Error::NothingToTake { why: flag.to_owned() }.into());
+        }
+    }
+    // Before anything is saved, not when it is too late.
+    for tag in &args.tags {
+        if let Some(id) = coordinator.catalog().tagged(tag)? {
+            let by = Some(format!("it names checkpoint {}", id.short()));
+            return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by }.into());
+        }
+    }
+    sweep_images(coordinator.catalog())?;
+    // The hook and this process would wait for each other.
+    drop(coordinator);
+    let taken = RunCheckpoint {
+        run,
+        state: &context.state,
+        criu: &environment::find_criu(&context.config)?,
+        args: &args.args,
+        stage: &internal::dump_command(),
+        hook: &internal::hook_command(),
+        stores: &context.config.stores(),
+    }
+    .take();
+    // In any case: what the hook took is sealed, what it began in vain is undone.
+    let coordinator = context.write();
+    let (id, coordinator) = (taken?, coordinator?);
+    let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
+    let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
+    for tag in &args.tags {
+        coordinator.catalog().set_tag(tag, &id)?;
+    }
+    print(&coordinator, &checkpoint, args.json)
 }
 
 /// Freezes the tree, and other writers if asked to, takes the snapshots, and sets all running again.

@@ -17,6 +17,8 @@ pub(crate) enum Failure {
     Output(std::io::Error),
     /// The findings were printed already; the command has failed.
     Reported,
+    /// Another process of fsnap could not do it, and these are its words.
+    Told(String),
 }
 
 impl<E: Into<Error>> From<E> for Failure {
@@ -40,6 +42,7 @@ impl Failure {
             }
             Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
             Self::Reported => String::new(),
+            Self::Told(text) => text.clone(),
         }
     }
 }
@@ -94,6 +97,12 @@ fn hint(error: &Error) -> Option<String> {
         Error::NameTaken { what: "the branch", .. } => {
             "choose another name, or remove the branch: `fsnap rm --branch NAME`"
         }
+        Error::NoSuchRun { .. } => "`fsnap ps --all` lists the runs",
+        Error::RunLives { .. } => "end it first: `fsnap stop NAME`",
+        Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
+        Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
+        Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
+        Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
         Error::Catalog(catalog::Error::Damaged { .. }) => {

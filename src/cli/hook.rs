@@ -1,16 +1,16 @@
 //! `fsnap hook`
 
 use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
-use fsnap::coordinator::{Coordinator, Request, Target, Window};
+use fsnap::coordinator::{Begun, Coordinator, Request, Target, Window};
 use fsnap::engine::criu::{self, HookCall};
-use fsnap::engine::{ImageRecord, MemberRecord, Phase};
+use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase};
 use fsnap::processes::{Policy, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
 use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
 use super::search::Search;
-use super::{Context, Failure, Outcome, Output, environment};
+use super::{Context, Failure, Outcome, Output, attendant, environment};
 
 /// The name under which fsnap is CRIU's action script.
 pub(crate) const CRIU_HOOK_NAME: &str = "fsnap-criu-hook";
@@ -57,11 +57,11 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
     let coordinator = context.create()?;
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
+    attendant::dismiss(&context.state, &images)?;
     if let Some(begun) = coordinator.begun_in(&images)? {
         // Called twice for one dump: once more ahead.
         coordinator.prime(&begun)?;
-        say_id(begun.pending().id);
-        return Ok(());
+        return leave(context, &coordinator, begun, call);
     }
     let Some(targets) = targets(context, &coordinator, pid)? else {
         say("note", "the processes can write to no registered volume: nothing to take a snapshot of");
@@ -81,7 +81,19 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
         audit,
         ..Request::default()
     })?;
-    say_id(begun.pending().id);
+    leave(context, &coordinator, begun, call)
+}
+
+/// Leaves what was begun to the next hook, and a process that stands by for it.
+fn leave(context: &Context, coordinator: &Coordinator, begun: Begun, call: &HookCall) -> Outcome {
+    let id = begun.pending().id;
+    if context.config.hook.attendant {
+        let left =
+            coordinator.stores_of(&begun).and_then(|stores| attendant::leave(begun, &stores, &call.images, context));
+        // The next hook does all by itself.
+        left.unwrap_or_else(|error| say("warning", &format!("nobody stands by for the freeze: {error}")));
+    }
+    say_id(id);
     Ok(())
 }
 
@@ -107,6 +119,13 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
     let images = images(call);
+    let ignore = vec![call.engine.pid, environment::parent()];
+    if let Some((id, note)) = attendant::take(&context.state, &images, &call.images, pid, ignore.clone())? {
+        deadline.removes(&note.path()).map_err(cannot)?;
+        say_id(id);
+        hold_off_signals().map_err(cannot)?;
+        return Ok(note.appear()?);
+    }
     let Some(mut window) = Window::reopen(&context.state, &images, &context.config.stores())? else {
         // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.
         return match targets(context, &context.look()?, pid)? {
@@ -121,13 +140,9 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     }
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
     deadline.removes(&window.note()).map_err(cannot)?;
-    let ignore = vec![call.engine.pid, environment::parent()];
     let search = Search::start(&window, pid, ignore, limit);
-    let taken = criu::complete(&call.images).map_err(Error::from).and_then(|()| {
-        window.take(true, || Ok(None))?;
-        failpoint::hit("hook:taken");
-        call.images.write_record(&record(&window))?;
-        failpoint::hit("hook:written");
+    let taken = take_all(&mut window, &call.images).and_then(|()| {
+        let note = window.write_note()?;
         say_id(id);
         match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,
@@ -139,15 +154,29 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
         }
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
         hold_off_signals().map_err(cannot)?;
-        window.write_note()
+        Ok(note.appear()?)
     });
     if let Err(error) = taken {
-        let error = error.and_undo(call.images.remove_record().map_err(Error::from));
-        return Err(window.give_up(error).into());
+        return Err(take_back(window, &call.images, error).into());
     }
     window.leave();
     let _ = search.map(Search::leave);
     Ok(())
+}
+
+/// Takes every snapshot, and leaves the record of them beside the engine's images.
+pub(crate) fn take_all(window: &mut Window, images: &Images) -> fsnap::Result<()> {
+    criu::complete(images)?;
+    window.take(true, || Ok(None))?;
+    failpoint::hit("hook:taken");
+    images.write_record(&record(window))?;
+    failpoint::hit("hook:written");
+    Ok(())
+}
+
+/// Undoes that, because of `error`, which is returned with what went wrong in the undoing.
+pub(crate) fn take_back(window: Window, images: &Images, error: Error) -> Error {
+    window.give_up(error.and_undo(images.remove_record().map_err(Error::from)))
 }
 
 /// A full disk under the engine's log is no reason to call the checkpoint a failure.

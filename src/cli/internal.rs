@@ -2,10 +2,12 @@
 
 use std::io;
 
-use fsnap::engine::{StageCommand, run_stage};
+use fsnap::engine::{StageCommand, run_dump_stage, run_program, run_stage};
 use fsnap::quiesce::{GuardCommand, run_guard};
+use fsnap::run::HookCommand;
+use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, hook, sys};
 
 /// The first argument, by which fsnap knows that it was started by itself.
 pub(crate) const NAME: &str = "internal";
@@ -24,6 +26,10 @@ enum Part {
     ThawGuard,
     /// Restore processes in namespaces of their own
     RestoreStage,
+    /// Save the processes of a run from within its namespaces
+    DumpStage,
+    /// Become the command of a run
+    Program,
 }
 
 /// Not a path: whatever takes the program's place in the file system, the same program is started.
@@ -34,9 +40,27 @@ pub(crate) fn run(args: Args) -> Outcome {
     match args.part {
         Part::ThawGuard => Ok(run_guard(input, output)?),
         // It reports its failure to the one who started it.
-        Part::RestoreStage if run_stage(input, output) == 0 => Ok(()),
-        Part::RestoreStage => Err(Failure::Reported),
+        Part::RestoreStage => match run_stage(input, output) {
+            0 => Ok(()),
+            _ => Err(Failure::Reported),
+        },
+        Part::DumpStage => match run_dump_stage(input) {
+            0 => Ok(()),
+            _ => Err(Failure::Reported),
+        },
+        Part::Program => {
+            // What is ignored stays so in the program, which did not ask for it.
+            let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigDfl, SaFlags::empty());
+            run_program(input);
+            Err(Failure::Reported)
+        }
     }
+}
+
+/// Hands a call of CRIU's action script inside a run to the fsnap outside.
+pub(crate) fn relay() -> Outcome {
+    fsnap::engine::run_relay(|name| std::env::var_os(name))
+        .map_err(|error| Failure::Error(fsnap::Error::HookFailed { said: error.to_string() }))
 }
 
 /// Starts the guard of a freeze.
@@ -47,4 +71,19 @@ pub(crate) fn guard_command() -> GuardCommand {
 /// Starts a stage of a restore.
 pub(crate) fn stage_command() -> StageCommand {
     StageCommand { program: OWN_PROGRAM.into(), args: vec![NAME.into(), "restore-stage".into()] }
+}
+
+/// Starts the stage of a dump.
+pub(crate) fn dump_command() -> StageCommand {
+    StageCommand { program: OWN_PROGRAM.into(), args: vec![NAME.into(), "dump-stage".into()] }
+}
+
+/// Starts what becomes the command of a run.
+pub(crate) fn program_command() -> StageCommand {
+    StageCommand { program: OWN_PROGRAM.into(), args: vec![NAME.into(), "program".into()] }
+}
+
+/// Calls fsnap as CRIU's action script.
+pub(crate) fn hook_command() -> HookCommand {
+    HookCommand { program: OWN_PROGRAM.into(), name: hook::CRIU_HOOK_NAME.into() }
 }

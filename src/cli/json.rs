@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fsnap::branch::Branch;
 use fsnap::checkpoint::Checkpoint;
-use fsnap::coordinator::Audit;
+use fsnap::coordinator::{Audit, Coordinator};
 use fsnap::name::Name;
 use fsnap::processes::{FilePlace, OpenFile, Outside, ProcessChange, ProcessRecord, TreeRecord, Via};
 use serde_json::{Value, json};
@@ -150,14 +150,18 @@ fn with_place(object: Value, place: &FilePlace) -> Value {
     object
 }
 
-/// A branch, as `branch --json` and each element of `branches --json` print it.
-pub(crate) fn branch(branch: &Branch) -> Value {
+/// A branch, as `branch --json` and each element of `branches --json` print it. What no mount shows has no path.
+pub(crate) fn branch(coordinator: &Coordinator, branch: &Branch) -> Value {
     json!({
         "name": branch.name,
         "checkpoint": branch.checkpoint,
         "time": rfc3339(branch.time),
         "members": branch.members.iter().map(|member| {
-            with_path(json!({ "volume": member.volume }), "path", member.path.as_path())
+            let object = json!({ "volume": member.volume, "path": null });
+            match coordinator.files_of(branch, member) {
+                Some(files) => with_path(object, "path", &files),
+                None => object,
+            }
         }).collect::<Vec<_>>(),
     })
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fsnap::checkpoint::Checkpoint;
-use fsnap::fuse::browse::{Browse, Records};
+use fsnap::fuse::browse::Records;
 use fsnap::fuse::session::{self, Options};
 use fsnap::name::Name;
 
@@ -14,8 +14,8 @@ use super::{Context, Outcome, json, server};
 /// Show every checkpoint and branch as files
 ///
 /// DIR then has, read-only, ids/ID/VOLUME for each checkpoint's files, and links to these: latest, tags/TAG and
-/// snapshots/TIME. In branches/NAME are links to where the files of a branch are. The file README in it tells more. New
-/// checkpoints show up by themselves. `fsnap umount DIR` ends it.
+/// snapshots/TIME. In branches/NAME/VOLUME are the files of a branch, to be written; `mkdir DIR/branches/NAME@CKPT` makes one.
+/// The file README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
 ///
 /// A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a while.
 #[derive(Debug, clap::Args)]
@@ -51,7 +51,8 @@ fn serve(args: &Args) -> Outcome {
     let context = Context::load()?;
     // Whatever stands against reading the catalog is told now, and not by numbers later.
     drop(context.read()?);
-    let records = Records { state: context.state.clone(), patience: PATIENCE, describe };
+    let branches = context.config.branches.clone();
+    let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
     let options = Options { allow_other: args.allow_other, ..Options::default() };
     let ready = || {
@@ -59,8 +60,7 @@ fn serve(args: &Args) -> Outcome {
             server::ready()
         }
     };
-    let browse = Browse::new(records, Box::new(report));
-    Ok(session::serve_past(browse, source(&context), &args.dir, options, IDLE, ready)?)
+    Ok(session::serve_all(records, report, source(&context), &args.dir, options, IDLE, ready)?)
 }
 
 /// What the mount is said to come from.

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use fsnap::fuse::overlay::Overlay;
+use fsnap::fuse::lower::open_lower;
+use fsnap::fuse::overlay::{Origin, Overlay, note};
 use fsnap::fuse::session::{self, Options};
 
 use super::{Outcome, server};
@@ -49,14 +50,15 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn serve(args: &Args) -> Outcome {
-    let overlay = Overlay::open(&args.lower, &args.store).map_err(session::Error::from)?;
+    let overlay = Overlay::open(open_lower(&args.lower)?, &args.store).map_err(session::Error::from)?;
+    let source = server::absolute(&args.store)?;
+    let lower = server::absolute(&args.lower)?;
+    note(&source, &Origin::Dir(lower.canonicalize().unwrap_or(lower)))?;
     let options = Options {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,
         dev: args.dev,
-        read_only: false,
     };
-    let source = server::absolute(&args.store)?;
     let ready = || {
         if args.detach {
             server::ready()

@@ -57,10 +57,11 @@ pub(crate) fn run(args: Args) -> Outcome {
         args: &args.args,
         stage: &internal::stage_command(),
         pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
+        run: None,
     })?;
     let out = Output::new();
     if args.json {
-        let mut object = json::branch(&branch);
+        let mut object = json::branch(&coordinator, &branch);
         object["init"] = json!(restored.init.pid);
         object["pid"] = json!(restored.root.map(|root| root.pid));
         out.json(&object)?;

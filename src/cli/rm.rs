@@ -2,10 +2,11 @@
 
 use fsnap::name::Name;
 use fsnap::reference;
+use fsnap::run::Runs;
 
 use super::{Context, Outcome};
 
-/// Remove checkpoints, a branch, or a volume from fsnap's care
+/// Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
 ///
 /// A checkpoint is kept while branches that grew from it exist. A removed branch's files are deleted. A removed
 /// volume's own files are not touched, and its checkpoints stay.
@@ -21,10 +22,17 @@ pub(crate) struct Args {
     /// Forget this volume; its files and checkpoints stay
     #[arg(long, value_name = "NAME", group = "what")]
     volume: Option<Name>,
+    /// Remove what is left of this run: its record and its log; its branch stays
+    #[arg(long, value_name = "NAME", group = "what")]
+    run: Option<Name>,
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let coordinator = Context::load()?.write()?;
+    let context = Context::load()?;
+    if let Some(name) = &args.run {
+        return Ok(Runs::of(&context.state).remove(name)?);
+    }
+    let coordinator = context.write()?;
     // All are looked up before the first is removed: a typing error removes nothing, and `@latest` means one thing.
     let found = args.checkpoints.iter().map(|text| reference::resolve(coordinator.catalog(), text));
     let found = found.collect::<fsnap::Result<Vec<_>>>()?;

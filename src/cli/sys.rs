@@ -66,17 +66,21 @@ pub(super) fn in_child(work: impl FnOnce()) -> io::Result<()> {
     }
 }
 
-/// Makes a child that goes on alone: in a session of its own, with no files but those `kept`, and not for longer than `limit`.
-pub(super) fn detach(kept: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()> {
+/// Makes a child that goes on alone: in a session of its own, in no directory that somebody may want to unmount, and with no files but
+/// those `kept`.
+pub(super) fn detach(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     nix::unistd::setsid()?;
-    // The parent's handler says that the hook failed, and takes its note away.
-    handle(Signal::SIGALRM, SigHandler::SigDfl, SaFlags::empty())?;
-    nix::unistd::alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
+    nix::unistd::chdir("/")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
     drop(null);
+    keep_only(kept)
+}
+
+/// Closes all files of a child but those `kept`, and the standard ones.
+pub(super) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut kept: Vec<u32> = kept.iter().map(|file| file.as_raw_fd().cast_unsigned()).collect();
     kept.sort_unstable();
     let mut first = 3;
@@ -89,6 +93,13 @@ pub(super) fn detach(kept: &[BorrowedFd<'_>], limit: Duration) -> io::Result<()>
         }
         first = next.saturating_add(1);
     }
+    Ok(())
+}
+
+/// Ends a child after `limit`, in silence: the parent's handler would say that the hook failed, and take its note away.
+pub(super) fn end_after(limit: Duration) -> io::Result<()> {
+    handle(Signal::SIGALRM, SigHandler::SigDfl, SaFlags::empty())?;
+    nix::unistd::alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
     Ok(())
 }
 

@@ -119,6 +119,7 @@ impl Coordinator {
                 identity,
                 origin: plan.member.path.clone(),
                 overlay: plan.overlay.clone(),
+                layers: None,
                 home,
             });
         }

@@ -1,17 +1,22 @@
 //! Takes a checkpoint: begin while the processes run, take in the [`Window`] in which they stand, seal when they run again.
 
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Source};
 
 use super::{Coordinator, Target, Window, adopt, side_by_side};
-use crate::catalog::{Intent, IntentId, IntentLock, PendingCheckpoint, Plan, PlannedMember, Taken};
+use crate::catalog::{
+    Attending, Intent, IntentId, IntentLock, PendingCheckpoint, Plan, PlannedMember, SearchFile, Taken,
+};
 use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
 use crate::processes::{AuditRules, ProcessId};
 use crate::progress::Work;
 use crate::quiesce::FreezeRecord;
+use crate::volume::StoreRecord;
 use crate::{Error, Result};
 
 /// What a checkpoint is to be.
@@ -46,6 +51,23 @@ impl Begun {
     /// What was planned.
     pub fn pending(&self) -> &PendingCheckpoint {
         &self.pending
+    }
+
+    /// The file for the answer to who else was writing, where that is not waited for while processes stand.
+    pub fn begin_search(&self) -> Result<SearchFile> {
+        Ok(self.lock.begin_search()?)
+    }
+
+    /// Opens the socket at which this process, or a child of it, stands by to take the snapshots.
+    pub fn attend(&self) -> Result<Attending> {
+        Ok(self.lock.attend()?)
+    }
+}
+
+/// The lock by which it belongs to this process.
+impl AsFd for Begun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 }
 
@@ -106,12 +128,17 @@ impl Coordinator {
         if begun.pending.engine.is_none() {
             return Ok(());
         }
-        let mut stores = Vec::new();
+        let plan = Plan { pending: begun.pending.clone(), stores: self.stores_of(begun)? };
+        Ok(begun.lock.write_plan(&plan)?)
+    }
+
+    /// The stores of the planned members, each once.
+    pub fn stores_of(&self, begun: &Begun) -> Result<Vec<StoreRecord>> {
+        let mut stores = BTreeMap::new();
         for member in &begun.pending.members {
-            stores.extend(self.catalog.store(&member.store)?);
+            stores.extend(self.catalog.store(&member.store)?.map(|store| (store.identity.clone(), store)));
         }
-        stores.dedup();
-        Ok(begun.lock.write_plan(&Plan { pending: begun.pending.clone(), stores })?)
+        Ok(stores.into_values().collect())
     }
 
     /// Flushes and copies ahead once more; the processes still run.
@@ -135,7 +162,7 @@ impl Coordinator {
             if pending.engine.as_ref() != Some(images) {
                 continue;
             }
-            let Some(lock) = self.catalog.lock_intent(id)? else { continue };
+            let Some(lock) = self.catalog.lock_intent_in_a_moment(id)? else { continue };
             return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
         }
         Ok(None)

@@ -16,6 +16,11 @@ impl Coordinator {
         self.store(&member.store)
     }
 
+    /// The store of that identity.
+    pub fn store_at(&self, identity: &fsnap_backend::Identity) -> Result<Arc<dyn Backend>> {
+        self.store(identity)
+    }
+
     /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.
     pub(super) fn read(&self, store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn Dir>> {
         open_snapshot(store, snapshot)

@@ -78,7 +78,7 @@ impl Coordinator {
                 continue;
             }
             let finished = intent.boot() == boot && self.catalog.was_finished(id)?;
-            let Some(lock) = self.catalog.lock_intent_beside_search(id)? else { continue };
+            let Some(lock) = self.catalog.lock_intent_in_a_moment(id)? else { continue };
             // Its author may have finished it before the lock was free.
             let Some(intent) = self.catalog.intent(id)? else {
                 lock.finish();

@@ -23,10 +23,14 @@ impl Coordinator {
 
     /// Removes a checkpoint; refused while branches that grew from it exist.
     pub fn remove_checkpoint(&self, id: &CheckpointId) -> Result<()> {
+        let engine = self.catalog.checkpoint(id)?.and_then(|checkpoint| checkpoint.engine);
         match self.catalog.remove_checkpoint(id)? {
             Removal::Missing => Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() }),
             Removal::Needed(by) => Err(Error::Needed { id: *id, by }),
-            Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
+            Removal::Begun(intent, lock, doomed) => {
+                self.finish_removal(intent, lock, &doomed)?;
+                engine.map_or(Ok(()), |engine| crate::run::remove_images(self.catalog.state(), &engine.images))
+            }
         }
     }
 
@@ -39,6 +43,11 @@ impl Coordinator {
         if !users.is_empty() {
             return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
         }
+        self.remove_unchanged_branch(name)
+    }
+
+    /// Removes a branch of which nobody would miss anything: who uses it is not asked.
+    pub fn remove_unchanged_branch(&self, name: &Name) -> Result<()> {
         match self.catalog.remove_branch(name)? {
             Removal::Begun(intent, lock, doomed) => self.finish_removal(intent, lock, &doomed),
             Removal::Missing | Removal::Needed(_) => Err(self.no_such_branch(name)),

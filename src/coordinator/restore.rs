@@ -1,6 +1,7 @@
 //! Brings processes back onto files of the same instant.
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use fsnap_backend::MountSpec;
 
@@ -8,11 +9,12 @@ use super::Coordinator;
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::engine::criu::{self, Criu};
-use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand};
+use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
 use crate::error::IoContext;
 use crate::mount::Restrictions;
 use crate::name::Name;
 use crate::progress::Work;
+use crate::run::RunRecord;
 use crate::{Error, Result};
 
 /// What is to be restored, and how.
@@ -30,6 +32,19 @@ pub struct RestoreRequest<'a> {
     pub stage: &'a StageCommand,
     /// Where the restored pids are valid.
     pub pids: PidSpace,
+    /// The run that the processes shall be, and its directory.
+    pub run: Option<RunRequest<'a>>,
+}
+
+/// The run that restored processes shall be.
+#[derive(Debug, Clone, Copy)]
+pub struct RunRequest<'a> {
+    /// What it is.
+    pub record: &'a RunRecord,
+    /// Its directory.
+    pub place: &'a Path,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub terminal: Option<(TerminalId, &'a Path)>,
 }
 
 impl Coordinator {
@@ -54,7 +69,9 @@ impl Coordinator {
     fn restore_onto(&self, request: &RestoreRequest<'_>, branch: &Branch, images: &Images) -> Result<Restored> {
         let mut mounts = Vec::with_capacity(branch.members.len());
         for member in &branch.members {
-            let at = member.origin.0.clone();
+            // A run tells where its processes see a volume: on a branch, that is not where its files are.
+            let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
+            let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
             let restrictions = Restrictions::of(&at)?;
             let spec = match member.overlay {
                 // One overlay cannot be mounted twice: what is mounted is shown there as well.
@@ -73,6 +90,8 @@ impl Coordinator {
             pids: request.pids,
             log: &logs.join(format!("restore-{}.log", branch.name)),
             stage: request.stage,
+            cell: request.run.map(|run| (&run.record.confinement, run.place)),
+            terminal: request.run.and_then(|run| run.terminal),
         };
         let _work = self.begin_work(Work::Restoring, None);
         Ok(restore.run()?)

@@ -16,6 +16,7 @@ pub struct WriterSearch {
     ignore: Vec<i32>,
     rules: AuditRules,
     observed: Option<processes::Result<Observation>>,
+    seen: Option<TreeRecord>,
 }
 
 impl WriterSearch {
@@ -24,7 +25,7 @@ impl WriterSearch {
     /// The processes in `ignore`, such as the engine, are left out.
     pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
         let rules = pending.audit.clone();
-        Ok(Self { volumes: planned(pending)?, tree, ignore, rules, observed: None })
+        Ok(Self { volumes: planned(pending)?, tree, ignore, rules, observed: None, seen: None })
     }
 
     /// Looks at a tree while it stands: at what has to be read then.
@@ -44,12 +45,18 @@ impl WriterSearch {
         Some(Error::Outside { what })
     }
 
+    /// Learns what need not be learnt while the tree stands. From here on it has no files open.
+    pub fn learn(&mut self) {
+        // What cannot be looked at makes a checkpoint that knows less.
+        if let Some(Ok(observation)) = self.observed.take() {
+            self.seen = Some(observation.finish());
+        }
+    }
+
     /// Searches: one list per member, in words.
     pub fn run(mut self) -> Result<SearchAnswer> {
-        let observed = self.observed.take();
-        let writers = self.writers()?;
-        // What cannot be looked at makes a checkpoint that knows less.
-        Ok(SearchAnswer { writers, tree: observed.and_then(|observed| Some(observed.ok()?.finish())) })
+        self.learn();
+        Ok(SearchAnswer { writers: self.writers()?, tree: self.seen })
     }
 
     fn writers(&self) -> Result<WriterLists> {
@@ -90,7 +97,7 @@ impl Coordinator {
         let volumes = candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))?;
         let observed = Some(Ok(processes::observe(tree, volumes.clone(), rules)?));
         let (tree, rules) = (tree.clone(), rules.clone());
-        let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed };
+        let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed, seen: None };
         let objection = search.objection();
         let SearchAnswer { writers, tree } = search.run()?;
         let nothing = || Error::NothingToTake { why: "there is no process to look at".into() };

@@ -63,7 +63,7 @@ impl Coordinator {
     /// The volumes of a branch.
     pub fn targets_of_branch(&self, name: &Name) -> Result<Vec<Target>> {
         let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
-        Ok(branch.members.iter().map(|member| on_branch(&branch, member)).collect())
+        Ok(branch.members.iter().map(|member| self.on_branch(&branch, member)).collect())
     }
 
     /// The volumes that the processes of `tree` can write to: registered ones by use and by reach, a branch's by use
@@ -71,7 +71,7 @@ impl Coordinator {
     pub fn targets_reached(&self, tree: &Tree) -> Result<Vec<Target>> {
         let mut targets = self.targets()?;
         for branch in self.catalog.branches()? {
-            targets.extend(branch.members.iter().map(|member| on_branch(&branch, member)));
+            targets.extend(branch.members.iter().map(|member| self.on_branch(&branch, member)));
         }
         let (candidates, mut targets) = candidates(targets);
         let reached = processes::reach(tree, &candidates)?;
@@ -107,9 +107,24 @@ impl Coordinator {
         Ok(Target { volume: name, path, identity, branch: None, backend, store })
     }
 
+    fn on_branch(&self, branch: &Branch, member: &BranchMember) -> Target {
+        // An overlay is nothing that the backend of the snapshot below could capture.
+        let keeper = member.overlay.as_ref().and_then(|overlay| overlay.keeper.as_ref());
+        let (backend, store) =
+            keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
+        Target {
+            volume: member.volume.clone(),
+            path: self.files_of(branch, member).map_or_else(|| member.path.clone(), PathText),
+            identity: member.identity.clone(),
+            branch: Some(branch.name.clone()),
+            backend: backend.clone(),
+            store: store.clone(),
+        }
+    }
+
     /// Who works on a branch: has its files open, or sees it mounted, as restored processes do.
     pub(super) fn users(&self, branch: &Branch) -> Result<Vec<String>> {
-        let (candidates, _) = candidates(branch.members.iter().map(|member| on_branch(branch, member)).collect());
+        let (candidates, _) = candidates(branch.members.iter().map(|member| self.on_branch(branch, member)).collect());
         let users = processes::users(&candidates)?;
         Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
     }
@@ -123,18 +138,4 @@ fn candidates(targets: Vec<Target>) -> (Vec<Candidate>, Vec<Option<Target>>) {
         Some((Candidate::of(target.path.as_path(), kind).ok()?, Some(target)))
     });
     there.unzip()
-}
-
-fn on_branch(branch: &Branch, member: &BranchMember) -> Target {
-    // An overlay is nothing that the backend of the snapshot below could capture.
-    let keeper = member.overlay.as_ref().and_then(|overlay| overlay.keeper.as_ref());
-    let (backend, store) = keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
-    Target {
-        volume: member.volume.clone(),
-        path: member.path.clone(),
-        identity: member.identity.clone(),
-        branch: Some(branch.name.clone()),
-        backend: backend.clone(),
-        store: store.clone(),
-    }
 }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
-use crate::catalog::{self, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
+use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
 use crate::checkpoint::{EngineImages, Member};
+use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
 
 /// Stands in the place of the writers' names for ever if the search for them does not end.
@@ -37,19 +38,24 @@ impl Window {
             Note::Whole(taken) => Some(taken),
             Note::Absent | Note::Torn => None,
         };
+        Ok(Some(Self::open(Begun { id, lock, pending: plan.pending, taken }, &plan.stores, options)?))
+    }
+
+    /// Opens the stores of a checkpoint that was begun, and looks at no database.
+    pub fn open(begun: Begun, stores: &[StoreRecord], options: &stores::Options) -> Result<Self> {
         let mut opened = BTreeMap::new();
-        for record in &plan.stores {
+        for record in stores {
             opened.insert(&record.identity, stores::open(record, options)?);
         }
         let found = |store| opened.get(store).map(Arc::clone);
-        let stores = plan.pending.members.iter().map(|member| {
+        let stores = begun.pending.members.iter().map(|member| {
             found(&member.store).ok_or_else(|| {
                 let what = format!("the store {}, in the plan of the checkpoint,", member.store);
                 Error::Backend(fsnap_backend::Error::NotFound { what })
             })
         });
         let stores = stores.collect::<Result<_>>()?;
-        Ok(Some(Self { begun: Begun { id, lock, pending: plan.pending, taken }, stores }))
+        Ok(Self { begun, stores })
     }
 
     /// What was planned.
@@ -109,14 +115,14 @@ impl Window {
 
     /// The file for the answer to who else was writing, where that is not waited for while processes stand.
     pub fn begin_search(&self) -> Result<SearchFile> {
-        Ok(self.begun.lock.begin_search()?)
+        self.begun.begin_search()
     }
 
-    /// Notes, without syncing, that everything was taken: from here on, the next command seals the checkpoint if nobody
-    /// else does.
+    /// Writes down, without syncing, that everything was taken.
     ///
-    /// An engine's hook does nothing afterwards but end, for what the engine calls a failure must not be noted.
-    pub fn write_note(&self) -> Result<()> {
+    /// The note does not count before it [appears](HiddenNote::appear). An engine's hook does nothing after that but end, for what
+    /// the engine calls a failure must not be noted.
+    pub fn write_note(&self) -> Result<HiddenNote> {
         let nothing = || Error::NothingToTake { why: "no snapshot was taken".into() };
         Ok(self.begun.lock.write_taken(self.begun.taken.as_ref().ok_or_else(nothing)?)?)
     }

@@ -119,13 +119,21 @@ impl Images {
         Ok(Some(file))
     }
 
+    /// Reads one of its files, under the same conditions.
+    pub(crate) fn read(&self, name: &'static str, limit: u64) -> Result<Option<Vec<u8>>> {
+        let refuse =
+            |error: io::Error| Error::ImageFile { dir: self.path.clone(), file: name, reason: error.to_string() };
+        let Some(file) = self.file(name, limit)? else { return Ok(None) };
+        let mut content = Vec::new();
+        // The file may have grown since it was examined.
+        file.take(limit).read_to_end(&mut content).map_err(refuse)?;
+        Ok(Some(content))
+    }
+
     /// Reads fsnap's record, if there is one.
     pub fn record(&self) -> Result<Option<ImageRecord>> {
         let refuse = |reason: String| Error::ImageFile { dir: self.path.clone(), file: RECORD_NAME, reason };
-        let Some(file) = self.file(RECORD_NAME, RECORD_LIMIT)? else { return Ok(None) };
-        let mut content = Vec::new();
-        // The file may have grown since it was examined.
-        file.take(RECORD_LIMIT).read_to_end(&mut content).map_err(|error| refuse(error.to_string()))?;
+        let Some(content) = self.read(RECORD_NAME, RECORD_LIMIT)? else { return Ok(None) };
         #[derive(Deserialize)]
         struct Versioned {
             version: u32,

@@ -28,11 +28,11 @@ impl From<OsText> for OsString {
     }
 }
 
-pub(super) fn serialize<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn serialize<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     OsText::from(path.as_os_str().to_owned()).serialize(serializer)
 }
 
-pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     let path = OsString::from(OsText::deserialize(deserializer)?);
     // The kernel ends a path at a NUL, so one within it would name another file than the one that was checked.
     if path.as_bytes().contains(&0) {
@@ -42,14 +42,14 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
 }
 
 /// The same for a list of arguments.
-pub(super) mod list {
+pub(crate) mod list {
     use super::*;
 
-    pub(in super::super) fn serialize<S: Serializer>(list: &[OsString], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(list: &[OsString], serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_seq(list.iter().map(|item| OsText::from(item.clone())))
     }
 
-    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<OsString>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<OsString>, D::Error> {
         Ok(Vec::<OsText>::deserialize(deserializer)?.into_iter().map(OsString::from).collect())
     }
 }

@@ -25,9 +25,12 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use super::confine::{Cell, Confinement, LOG};
 use super::criu::{self, Criu};
+use super::program::{Program, TerminalId};
 use super::stage::{Failure, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};
+use crate::checkpoint::PathText;
 use crate::mount::Restrictions;
 use crate::processes::{ProcessId, Tree};
 
@@ -83,6 +86,27 @@ pub struct Restore<'a> {
     pub log: &'a Path,
     /// How to start the stages.
     pub stage: &'a StageCommand,
+    /// What the processes are put in, if they shall be a run.
+    pub cell: Option<(&'a Confinement, &'a Path)>,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub terminal: Option<(TerminalId, &'a Path)>,
+}
+
+/// A program to be started in namespaces of its own, so that it can be saved and restored many times side by side.
+#[derive(Debug)]
+pub struct Start<'a> {
+    /// The program.
+    pub program: &'a Program,
+    /// What it can write to, apart from `mounts`, and the directory of the run.
+    pub cell: (&'a Confinement, &'a Path),
+    /// Its volumes.
+    pub mounts: &'a [MountPlan],
+    /// Where the stages' log goes; an existing file is replaced.
+    pub log: &'a Path,
+    /// How to start the stages.
+    pub stage: &'a StageCommand,
+    /// How to start what becomes the program: by a call of [`run_program`](super::run_program).
+    pub last_stage: &'a StageCommand,
 }
 
 /// How the root of the restored processes ended.
@@ -116,27 +140,7 @@ impl Restore<'_> {
     /// On failure nothing that was restored is left.
     pub fn run(&self) -> Result<Restored> {
         criu::complete(self.images)?;
-        let plan = self.plan()?;
-        let step = |step: &str, source: io::Error| Error::Restore { step: step.into(), reason: source.to_string() };
-        let log = self.create_log().map_err(|error| step(&format!("create the log {:?}", self.log), error))?;
-        let mut child = Command::new(&self.stage.program)
-            .args(&self.stage.args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(log)
-            .spawn()
-            .map_err(|source| Error::Run { program: self.stage.program.clone(), source })?;
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let (Some(mut stdin), Some(stdout)) = (stdin, stdout) else { unreachable!("both were asked for") };
-        let sent = serde_json::to_vec(&plan).map_err(io::Error::from).and_then(|plan| stdin.write_all(&plan));
-        drop(stdin);
-        let restored = match sent {
-            Ok(()) => self.follow(BufReader::new(stdout)),
-            Err(error) => Err(step("start the restore", error)),
-        };
-        // The first stage ends when the second runs.
-        reap(&mut child);
-        restored
+        Launch { stage: self.stage, log: self.log, pids: self.pids }.run(&self.plan()?)
     }
 
     fn plan(&self) -> Result<Plan> {
@@ -151,7 +155,70 @@ impl Restore<'_> {
             mounts,
             args: self.args.to_vec(),
             stage: self.stage.clone(),
+            cell: self.cell.map(cell),
+            program: None,
+            terminal: self.terminal.map(|(id, path)| (id, path.into())),
         })
+    }
+}
+
+impl Start<'_> {
+    /// Starts it; it does not end with fsnap.
+    ///
+    /// On failure nothing runs.
+    pub fn run(&self) -> Result<Restored> {
+        let mut program = self.program.clone();
+        program.log = self.cell.0.output.as_path().join(LOG);
+        let plan = Plan {
+            second: false,
+            pids: PidSpace::New,
+            criu: PathBuf::new(),
+            images: PathBuf::new(),
+            root: None,
+            mounts: self.mounts.iter().map(PlannedMount::new).collect::<Result<Vec<_>>>()?,
+            args: Vec::new(),
+            stage: self.stage.clone(),
+            cell: Some(cell(self.cell)),
+            program: Some((program, self.last_stage.clone())),
+            terminal: None,
+        };
+        Launch { stage: self.stage, log: self.log, pids: PidSpace::New }.run(&plan)
+    }
+}
+
+fn cell((confinement, place): (&Confinement, &Path)) -> Cell {
+    Cell { confinement: confinement.clone(), place: PathText(place.into()) }
+}
+
+/// The start of the stages, and what they report.
+struct Launch<'a> {
+    stage: &'a StageCommand,
+    log: &'a Path,
+    pids: PidSpace,
+}
+
+impl Launch<'_> {
+    fn run(&self, plan: &Plan) -> Result<Restored> {
+        let step = |step: &str, source: io::Error| Error::Restore { step: step.into(), reason: source.to_string() };
+        let log = self.create_log().map_err(|error| step(&format!("create the log {:?}", self.log), error))?;
+        let mut child = Command::new(&self.stage.program)
+            .args(&self.stage.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .map_err(|source| Error::Run { program: self.stage.program.clone(), source })?;
+        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+        let (Some(mut stdin), Some(stdout)) = (stdin, stdout) else { unreachable!("both were asked for") };
+        let sent = serde_json::to_vec(plan).map_err(io::Error::from).and_then(|plan| stdin.write_all(&plan));
+        drop(stdin);
+        let restored = match sent {
+            Ok(()) => self.follow(BufReader::new(stdout)),
+            Err(error) => Err(step("start the restore", error)),
+        };
+        // The first stage ends when the second runs.
+        reap(&mut child);
+        restored
     }
 
     fn create_log(&self) -> io::Result<File> {

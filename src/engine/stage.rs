@@ -1,4 +1,4 @@
-//! The stages of a restore: what runs in the new namespaces.
+//! The stages of a restore, or of a run's start: what runs in the new namespaces.
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -14,9 +14,12 @@ use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use serde::{Deserialize, Serialize};
 
+use super::confine::{self, Cell, ENDED};
+use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
-use super::{Error, Result, os_text};
+use super::{Error, Images, Result, os_text};
 use crate::mount::{Prepared, Restrictions};
+use crate::processes::ProcessId;
 
 /// What the stages are told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +36,12 @@ pub(super) struct Plan {
     #[serde(with = "os_text::list")]
     pub(super) args: Vec<OsString>,
     pub(super) stage: StageCommand,
+    /// What the processes are put in, if they are a run.
+    pub(super) cell: Option<Cell>,
+    /// A program to start, in the place of CRIU, and what becomes it.
+    pub(super) program: Option<(Program, StageCommand)>,
+    /// The terminal that was saved, and the one that stands in its place.
+    pub(super) terminal: Option<(TerminalId, PathBuf)>,
 }
 
 /// A [`MountPlan`] that can be sent to another process.
@@ -73,6 +82,14 @@ impl PlannedMount {
             }
         };
         Ok(Self { recipe, at: plan.at.clone(), restrictions: plan.restrictions })
+    }
+
+    fn prepare_at(&self) -> Result<(PathBuf, Prepared), Failure> {
+        let failed = |error: crate::mount::Error| Failure::Step {
+            step: format!("prepare what {:?} shall show", self.at),
+            reason: error.to_string(),
+        };
+        Ok((self.at.clone(), self.prepare().map_err(failed)?))
     }
 
     fn prepare(&self) -> crate::mount::Result<Prepared> {
@@ -120,13 +137,14 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    fn step(step: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn step(step: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let step = step.into();
         move |error| Self::Step { step, reason: error.to_string() }
     }
 }
 
-/// Runs as a stage of a [`Restore`](super::Restore), which started this process; returns its exit status.
+/// Runs as a stage of a [`Restore`](super::Restore) or a [`Start`](super::Start), which started this process; returns its
+/// exit status.
 ///
 /// Requires that this process has one thread. The first stage returns soon; the second stays until all restored processes have
 /// ended, or the restore has failed.
@@ -148,7 +166,7 @@ pub fn run_stage(mut input: impl Read, mut output: impl Write) -> u8 {
     }
 }
 
-fn send(output: &mut impl Write, report: &Report) -> io::Result<()> {
+pub(super) fn send(output: &mut impl Write, report: &Report) -> io::Result<()> {
     let mut line = serde_json::to_vec(report)?;
     line.push(b'\n');
     output.write_all(&line)?;
@@ -160,16 +178,42 @@ fn first_stage(mut plan: Plan, output: &mut impl Write) -> Result<(), Failure> {
     let _ = rustix::process::setsid();
     let mut namespaces = CloneFlags::CLONE_NEWNS;
     namespaces.set(CloneFlags::CLONE_NEWPID, plan.pids == PidSpace::New);
+    let privileged = rustix::process::geteuid().is_root();
+    namespaces.set(CloneFlags::CLONE_NEWUSER, plan.cell.is_some() && !privileged);
+    let user = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let mut kept = None;
+    if namespaces.contains(CloneFlags::CLONE_NEWUSER) && plan.program.is_none() {
+        // From within, the files of fsnap cannot be looked at.
+        let images = open_images(&plan.images).map_err(Failure::step("open the images"))?;
+        plan.images = format!("/proc/self/fd/{}", images.as_raw_fd()).into();
+        kept = Some(images);
+    }
     nix::sched::unshare(namespaces).map_err(|error| Failure::step("make namespaces")(error.into()))?;
+    if namespaces.contains(CloneFlags::CLONE_NEWUSER) {
+        map_user(user).map_err(Failure::step("keep the user in the new user namespace"))?;
+    }
     // Else the mounts of the second stage would show up outside.
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(|error| Failure::step("make the mounts private")(error.into()))?;
     plan.second = true;
-    start_second_stage(&plan, output).map_err(Failure::step("start the second stage of the restore"))
+    let started = start_second_stage(&plan, output);
+    drop(kept);
+    started.map_err(Failure::step("start the second stage of the restore"))
+}
+
+/// Makes the user root in the new user namespace, for whoever is not loses the right to mount with the next program.
+fn map_user((user, group): (u32, u32)) -> io::Result<()> {
+    std::fs::write("/proc/self/setgroups", "deny")?;
+    std::fs::write("/proc/self/uid_map", format!("0 {user} 1"))?;
+    std::fs::write("/proc/self/gid_map", format!("0 {group} 1"))
 }
 
 fn start_second_stage(plan: &Plan, output: &mut impl Write) -> io::Result<()> {
     let mut child = Command::new(&plan.stage.program).args(&plan.stage.args).stdin(Stdio::piped()).spawn()?;
+    if let Some(cell) = &plan.cell {
+        // Durable before a process of the run exists: the second stage waits for its plan.
+        cell.note_init(ProcessId::of(child.id().cast_signed()).map_err(io::Error::other)?)?;
+    }
     // Before the second stage has its plan, so that this report comes first.
     send(output, &Report::Init { pid: child.id().cast_signed() })?;
     let plan = serde_json::to_vec(plan)?;
@@ -177,17 +221,99 @@ fn start_second_stage(plan: &Plan, output: &mut impl Write) -> io::Result<()> {
 }
 
 fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
-    let images = open_images(&plan.images).map_err(Failure::step("open the images"))?;
+    let images = match &plan.program {
+        None => Some(open_images(&plan.images).map_err(Failure::step("open the images"))?),
+        Some(_) => None,
+    };
+    let place = set_up(plan, images.as_ref())?;
+    let root = match (&plan.program, images) {
+        (Some((program, stage)), _) => {
+            keep_low_pids()?;
+            confine::protect_settings()?;
+            Some(start_program(program, stage)?)
+        }
+        (None, Some(images)) => {
+            let root = restore(plan, images)?;
+            if plan.cell.is_some() {
+                keep_low_pids()?;
+                confine::protect_settings()?;
+            }
+            root
+        }
+        (None, None) => None,
+    };
+    // Nobody knows of the processes if this cannot be said; the end of this one is theirs, too.
+    send(output, &Report::Restored { root }).map_err(Failure::step("report the restore"))?;
+    let ended = reap_all(root);
+    if let Some(place) = place {
+        // Without it, they ended in a way that nobody knows.
+        let _ = fsnap_backend::beneath::create_file(&place, ENDED.as_ref(), 0o600)
+            .and_then(|mut file| file.write_all(&serde_json::to_vec(&ended)?));
+    }
+    // In the meantime the one who asked for the restore has usually ended.
+    let _ = send(output, &Report::Ended(ended));
+    Ok(())
+}
+
+/// Makes the namespaces what the processes shall see; returns the directory of the run, if it is one.
+fn set_up(plan: &Plan, images: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Failure> {
+    let criu = match plan.program {
+        None => Some(identity(&plan.criu).map_err(Failure::step(format!("find {:?}", plan.criu)))?),
+        Some(_) => None,
+    };
+    let mut prepared = plan.mounts.iter().map(PlannedMount::prepare_at).collect::<Result<Vec<_>, Failure>>()?;
+    let mut place = None;
+    if let Some(cell) = &plan.cell {
+        let saved = images.map(saved_scratch).transpose()?.flatten();
+        let (mounts, directory) = cell.open()?.into_parts();
+        let volumes: Vec<&Path> = plan.mounts.iter().map(|mount| mount.at.as_path()).collect();
+        cell.close(&volumes, saved)?;
+        prepared.extend(mounts);
+        place = Some(directory);
+    }
     match plan.pids {
         PidSpace::New => mount_proc().map_err(Failure::step("mount /proc"))?,
         // Restored processes become children of this one when CRIU ends, as in a namespace.
         PidSpace::Host => rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
             .map_err(|error| Failure::step("adopt the restored processes")(error.into()))?,
     }
-    attach_mounts(plan)?;
-    let status = Command::new(&plan.criu)
-        .args(["restore", "--restore-detached", "--images-dir"])
-        .arg(format!("/proc/self/fd/{}", images.as_raw_fd()))
+    attach_mounts(plan, prepared, criu)?;
+    Ok(place)
+}
+
+/// The pids below belong to the stages, the engine and what they start: a process that took one could not be restored.
+///
+/// The kernel keeps the same away from processes when it begins again at the lowest.
+const FIRST_PID: i32 = 300;
+
+/// Makes all new processes have pids that no stage of a later restore has.
+fn keep_low_pids() -> Result<(), Failure> {
+    let keep = || {
+        let names = std::fs::read_dir("/proc")?.flatten().map(|entry| entry.file_name());
+        let last = names.filter_map(|name| name.to_str()?.parse::<i32>().ok()).max();
+        std::fs::write("/proc/sys/kernel/ns_last_pid", last.unwrap_or(0).max(FIRST_PID - 1).to_string())
+    };
+    keep().map_err(Failure::step("keep pids for later restores"))
+}
+
+/// What was saved of the scratch places, opened before anything covers it.
+fn saved_scratch(images: &OwnedFd) -> Result<Option<std::fs::File>, Failure> {
+    let failed =
+        |error: Error| Failure::Step { step: "open the saved scratch files".into(), reason: error.to_string() };
+    let dir = images.try_clone().map_err(Failure::step("open the images"))?;
+    Images::new(dir, "of the checkpoint".into()).file(confine::SAVED_SCRATCH, u64::MAX).map_err(failed)
+}
+
+fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
+    let mut command = Command::new(&plan.criu);
+    command.args(["restore", "--restore-detached", "--images-dir"]);
+    command.arg(format!("/proc/self/fd/{}", images.as_raw_fd()));
+    let terminal = plan.terminal.as_ref().map(|(id, path)| Ok((id, open_terminal(path)?)));
+    let terminal = terminal.transpose().map_err(Failure::step("open the terminal"))?;
+    if let Some((id, terminal)) = &terminal {
+        command.arg("--inherit-fd").arg(format!("fd[{}]:{}", terminal.as_raw_fd(), id.key()));
+    }
+    let status = command
         .args(&plan.args)
         .stdin(Stdio::null())
         .stdout(io::stderr().as_fd().try_clone_to_owned().map_err(Failure::step("open the log"))?)
@@ -197,13 +323,34 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
     if !status.success() {
         return Err(Failure::Engine { status: status.to_string() });
     }
-    let root = restored_root(plan.root);
-    // Nobody knows of the processes if this cannot be said; the end of this one is theirs, too.
-    send(output, &Report::Restored { root }).map_err(Failure::step("report the restore"))?;
-    let ended = reap_all(root);
-    // In the meantime the one who asked for the restore has usually ended.
-    let _ = send(output, &Report::Ended(ended));
-    Ok(())
+    Ok(restored_root(plan.root))
+}
+
+/// Opens the terminal so that CRIU inherits it.
+fn open_terminal(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+    rustix::io::fcntl_setfd(&terminal, FdFlags::empty())?;
+    Ok(terminal)
+}
+
+/// Starts the program; returns its pid here.
+fn start_program(program: &Program, stage: &StageCommand) -> Result<i32, Failure> {
+    let start = || {
+        let mut child =
+            Command::new(&stage.program).args(&stage.args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let plan = serde_json::to_vec(program)?;
+        child.stdin.take().map_or(Ok(()), |mut input| input.write_all(&plan))?;
+        let mut said = Vec::new();
+        child.stdout.take().map_or(Ok(0), |mut output| output.read_to_end(&mut said))?;
+        Ok((child.id().cast_signed(), said))
+    };
+    let (pid, said) = start().map_err(Failure::step("start the program"))?;
+    // It is closed in silence when the program has taken the place of the stage.
+    match Report::read(&mut said.as_slice()) {
+        Some(Report::Failed(failure)) => Err(failure),
+        _ => Ok(pid),
+    }
 }
 
 /// Opens the image directory so that CRIU inherits it: its path may be hidden by the time that CRIU looks.
@@ -218,24 +365,26 @@ fn mount_proc() -> io::Result<()> {
     Ok(rustix::mount::mount("proc", "/proc", "proc", flags, None)?)
 }
 
-/// Mounts the branches, none of which is looked up behind another.
-fn attach_mounts(plan: &Plan) -> Result<(), Failure> {
-    let criu = identity(&plan.criu).map_err(Failure::step(format!("find {:?}", plan.criu)))?;
-    let prepare = |mount: &PlannedMount| {
-        let failed = |error: crate::mount::Error| Failure::Step {
-            step: format!("prepare what {:?} shall show", mount.at),
-            reason: error.to_string(),
-        };
-        Ok((mount.at.clone(), mount.prepare().map_err(failed)?))
-    };
-    let mut prepared = plan.mounts.iter().map(prepare).collect::<Result<Vec<_>, Failure>>()?;
+/// Mounts what was prepared, none of which is looked up behind another.
+fn attach_mounts(
+    plan: &Plan,
+    mut prepared: Vec<(PathBuf, Prepared)>,
+    criu: Option<(u32, u32, u64)>,
+) -> Result<(), Failure> {
+    let is_hidden = || criu.is_some() && identity(&plan.criu).ok() != criu;
+    if is_hidden() {
+        return Err(Failure::Hidden { hidden: plan.criu.clone(), by: "a scratch place".into() });
+    }
     // The outer ones first: a volume within another would be covered.
     prepared.sort_by_key(|(at, _)| at.components().count());
     for (at, mount) in prepared {
+        if plan.cell.is_some() {
+            confine::make_mount_point(&at).map_err(Failure::step(format!("make the directory {at:?}")))?;
+        }
         let failed =
             |error: crate::mount::Error| Failure::Step { step: format!("mount on {at:?}"), reason: error.to_string() };
         mount.attach(&at).map_err(failed)?.keep();
-        if identity(&plan.criu).ok() != Some(criu) {
+        if is_hidden() {
             return Err(Failure::Hidden { hidden: plan.criu.clone(), by: at });
         }
     }

@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,7 +19,7 @@ use fuser::{
 
 use super::handles::{Handle, Handles};
 use super::open::Dots;
-use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, SetTime};
+use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// No file is ever another one's successor under the same number while the kernel knows it.
@@ -28,20 +28,51 @@ pub(super) const GENERATION: Generation = Generation(0);
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
 pub struct Adapter {
-    overlay: Overlay,
-    handles: Handles,
+    overlay: Arc<Overlay>,
+    handles: Arc<Handles>,
     notifier: Arc<OnceLock<Notifier>>,
+    /// The directory of its layers.
+    store: PathBuf,
+    /// What is added to the tree's numbers, where one mount shows several.
+    base: u64,
 }
 
 impl Adapter {
-    /// Serves this tree. The notifier is set once the session has one.
-    pub fn new(overlay: Overlay, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { overlay, handles: Handles::default(), notifier }
+    /// Serves this tree, whose layers lie in the directory `store`. The notifier is set once the session has one.
+    pub fn new(overlay: Overlay, store: &Path, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { overlay: Arc::new(overlay), handles: Arc::default(), notifier, store: store.to_owned(), base: 0 }
+    }
+
+    /// Serves this tree as one of several in a mount, all of whose numbers have `base` added.
+    pub(super) fn within(
+        overlay: Overlay,
+        store: &Path,
+        notifier: Arc<OnceLock<Notifier>>,
+        base: u64,
+        passthrough: bool,
+    ) -> Self {
+        let adapter = Self { base, ..Self::new(overlay, store, notifier) };
+        adapter.handles.passthrough.store(passthrough, Ordering::Relaxed);
+        adapter
+    }
+
+    /// Whether the kernel knows no file of it but the root.
+    pub(super) fn is_idle(&self) -> bool {
+        self.overlay.known() == 1 && self.handles.is_empty()
+    }
+
+    /// The tree's own number of a file.
+    fn own(&self, number: INodeNo) -> u64 {
+        number.0 - self.base
+    }
+
+    fn to_fuse(&self, attr: &Attr) -> FileAttr {
+        FileAttr { ino: INodeNo(attr.ino + self.base), ..to_fuse(attr) }
     }
 
     fn attr_of(&self, attr: &Attr) -> (FileAttr, Duration) {
         let ttl = if attr.upper && self.handles.is_passed(attr.ino) { Duration::ZERO } else { FOREVER };
-        (to_fuse(attr), ttl)
+        (self.to_fuse(attr), ttl)
     }
 
     fn entry(&self, found: Result<Attr, rustix::io::Errno>, reply: ReplyEntry) {
@@ -73,8 +104,32 @@ impl Adapter {
 
     /// The entries before the names.
     fn dots(&self, ino: u64) -> Dots {
-        Dots { own: ino, parent: self.overlay.parent(ino) }
+        Dots { own: ino + self.base, parent: self.overlay.parent(ino) + self.base }
     }
+}
+
+/// Asks the kernel for what a tree that is written wants; tells whether requests may be passed through.
+pub(super) fn prepare(config: &mut KernelConfig) -> bool {
+    let wanted = [
+        // Permissions are the kernel's, ACLs included; it leaves the umask to us, which a default ACL replaces.
+        InitFlags::FUSE_POSIX_ACL,
+        InitFlags::FUSE_DONT_MASK,
+        InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        InitFlags::FUSE_ATOMIC_O_TRUNC,
+        InitFlags::FUSE_DO_READDIRPLUS,
+        InitFlags::FUSE_READDIRPLUS_AUTO,
+        InitFlags::FUSE_PARALLEL_DIROPS,
+        InitFlags::FUSE_CACHE_SYMLINKS,
+        InitFlags::FUSE_ASYNC_DIO,
+        InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+    ];
+    for flag in wanted {
+        // What an older kernel does not have is done without.
+        let _ = config.add_capabilities(flag);
+    }
+    let _ = config.set_max_write(1 << 20);
+    let _ = config.set_max_background(64);
+    config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok()
 }
 
 pub(super) fn errno(error: rustix::io::Errno) -> Errno {
@@ -168,33 +223,14 @@ pub(super) fn sized(value: &[u8], size: u32, reply: ReplyXattr) {
 
 impl Filesystem for Adapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = [
-            // Permissions are the kernel's, ACLs included; it leaves the umask to us, which a default ACL replaces.
-            InitFlags::FUSE_POSIX_ACL,
-            InitFlags::FUSE_DONT_MASK,
-            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
-            InitFlags::FUSE_ATOMIC_O_TRUNC,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-        ];
-        for flag in wanted {
-            // What an older kernel does not have is done without.
-            let _ = config.add_capabilities(flag);
-        }
-        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok() {
+        if prepare(config) {
             self.handles.passthrough.store(true, Ordering::Relaxed);
         }
-        let _ = config.set_max_write(1 << 20);
-        let _ = config.set_max_background(64);
         Ok(())
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.overlay.look_up(parent.0, name) {
+        match self.overlay.look_up(self.own(parent), name) {
             Err(rustix::io::Errno::NOENT) => {
                 // The number 0 lets the kernel remember that there is nothing.
                 let nothing = FileAttr { ino: INodeNo(0), ..nothing() };
@@ -205,12 +241,12 @@ impl Filesystem for Adapter {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
-        self.handles.forgotten(ino.0);
-        self.overlay.forget(ino.0, nlookup);
+        self.handles.forgotten(self.own(ino));
+        self.overlay.forget(self.own(ino), nlookup);
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.overlay.attr(ino.0) {
+        match self.overlay.attr(self.own(ino)) {
             Ok(attr) => {
                 let (attr, ttl) = self.attr_of(&attr);
                 reply.attr(&ttl, &attr);
@@ -240,7 +276,7 @@ impl Filesystem for Adapter {
         let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
         let drop_privileges = request.uid() != 0;
         let change = Change { mode, uid, gid, size, atime, mtime, drop_privileges };
-        match self.overlay.change(ino.0, &change) {
+        match self.overlay.change(self.own(ino), &change) {
             Ok(attr) => {
                 let (attr, ttl) = self.attr_of(&attr);
                 reply.attr(&ttl, &attr);
@@ -250,7 +286,7 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
-        match self.overlay.read_link(ino.0) {
+        match self.overlay.read_link(self.own(ino)) {
             Ok(target) => reply.data(target.as_encoded_bytes()),
             Err(error) => reply.error(errno(error)),
         }
@@ -266,24 +302,24 @@ impl Filesystem for Adapter {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let made = self.overlay.make_node(parent.0, name, mode, umask, unpack_device(rdev), caller(request));
+        let made = self.overlay.make_node(self.own(parent), name, mode, umask, unpack_device(rdev), caller(request));
         self.entry(made, reply);
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        self.entry(self.overlay.make_dir(parent.0, name, mode, umask, caller(request)), reply);
+        self.entry(self.overlay.make_dir(self.own(parent), name, mode, umask, caller(request)), reply);
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        done(self.overlay.unlink(parent.0, name), reply);
+        done(self.overlay.unlink(self.own(parent), name), reply);
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        done(self.overlay.rmdir(parent.0, name), reply);
+        done(self.overlay.rmdir(self.own(parent), name), reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.entry(self.overlay.make_symlink(parent.0, name, target.as_os_str(), caller(request)), reply);
+        self.entry(self.overlay.make_symlink(self.own(parent), name, target.as_os_str(), caller(request)), reply);
     }
 
     fn rename(
@@ -301,30 +337,33 @@ impl Filesystem for Adapter {
         if flags.contains(RenameFlags::RENAME_WHITEOUT) || (no_replace && exchange) {
             return reply.error(Errno::EINVAL);
         }
-        done(self.overlay.rename((parent.0, name), (newparent.0, newname), no_replace, exchange), reply);
+        done(
+            self.overlay.rename((self.own(parent), name), (self.own(newparent), newname), no_replace, exchange),
+            reply,
+        );
     }
 
     fn link(&self, _: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        self.entry(self.overlay.link(ino.0, newparent.0, newname), reply);
+        self.entry(self.overlay.link(self.own(ino), self.own(newparent), newname), reply);
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let truncate = flags.0 & rustix::fs::OFlags::TRUNC.bits().cast_signed() != 0;
-        let file = match self.overlay.open_file(ino.0, write, truncate) {
+        let file = match self.overlay.open_file(self.own(ino), write, truncate) {
             Ok(file) => file,
             Err(error) => return reply.error(errno(error)),
         };
         if truncate && request.uid() != 0 {
-            let _ = self.overlay.drop_privileges(ino.0);
+            let _ = self.overlay.drop_privileges(self.own(ino));
         }
-        let may_pass = !write || self.overlay.is_unprivileged(ino.0);
-        let opened = self.handles.open_file(ino.0, file, write, may_pass, |file| reply.open_backing(file));
+        let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
+        let opened = self.handles.open_file(self.own(ino), file, write, may_pass, |file| reply.open_backing(file));
         match &opened.backing {
             Some(backing) => {
                 reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
                 if write {
-                    self.attributes_changed(ino.0);
+                    self.attributes_changed(self.own(ino));
                 }
             }
             None => reply.opened(FileHandle(opened.handle), opened.flags),
@@ -341,13 +380,13 @@ impl Filesystem for Adapter {
         _: i32,
         reply: ReplyCreate,
     ) {
-        let (attr, file) = match self.overlay.create(parent.0, name, mode, umask, caller(request)) {
+        let (attr, file) = match self.overlay.create(self.own(parent), name, mode, umask, caller(request)) {
             Ok(created) => created,
             Err(error) => return reply.error(errno(error)),
         };
-        let may_pass = mode & 0o6000 == 0;
+        let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
         let opened = self.handles.open_file(attr.ino, file, true, may_pass, |file| reply.open_backing(file));
-        let fuse = to_fuse(&attr);
+        let fuse = self.to_fuse(&attr);
         let handle = FileHandle(opened.handle);
         match &opened.backing {
             Some(backing) => {
@@ -396,10 +435,12 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        match file.write(data, offset) {
+        match self.overlay.write(self.own(ino), &file, data, offset) {
             Ok(written) => {
-                if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) && !self.overlay.is_unprivileged(ino.0) {
-                    let _ = self.overlay.drop_privileges(ino.0);
+                if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
+                    && !self.overlay.is_unprivileged(self.own(ino))
+                {
+                    let _ = self.overlay.drop_privileges(self.own(ino));
                 }
                 reply.written(written as u32);
             }
@@ -423,10 +464,10 @@ impl Filesystem for Adapter {
         reply: ReplyEmpty,
     ) {
         let closed = self.handles.close(fh.0);
-        self.overlay.close_file(ino.0);
+        self.overlay.close_file(self.own(ino));
         reply.ok();
         if closed.is_some_and(|(_, behind)| behind) {
-            self.attributes_changed(ino.0);
+            self.attributes_changed(self.own(ino));
         }
     }
 
@@ -443,17 +484,17 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let names = match self.names(ino.0, fh, offset) {
+        let names = match self.names(self.own(ino), fh, offset) {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        if self.dots(ino.0).add_to(&mut reply, offset) {
+        if self.dots(self.own(ino)).add_to(&mut reply, offset) {
             return reply.ok();
         }
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             // A name that went since the listing is left out.
-            let Ok(Some(attr)) = self.overlay.peek(ino.0, name) else { continue };
-            if reply.add(INodeNo(attr.ino), at as u64 + 3, kind(attr.kind), name) {
+            let Ok(Some(attr)) = self.overlay.peek(self.own(ino), name) else { continue };
+            if reply.add(INodeNo(attr.ino + self.base), at as u64 + 3, kind(attr.kind), name) {
                 break;
             }
         }
@@ -461,15 +502,15 @@ impl Filesystem for Adapter {
     }
 
     fn readdirplus(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let names = match self.names(ino.0, fh, offset) {
+        let names = match self.names(self.own(ino), fh, offset) {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
-        if self.dots(ino.0).add_to_plus(&mut reply, offset) {
+        if self.dots(self.own(ino)).add_to_plus(&mut reply, offset) {
             return reply.ok();
         }
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
-            let Ok(attr) = self.overlay.look_up(ino.0, name) else { continue };
+            let Ok(attr) = self.overlay.look_up(self.own(ino), name) else { continue };
             let (fuse, ttl) = self.attr_of(&attr);
             if reply.add(fuse.ino, at as u64 + 3, name, &ttl, &fuse, GENERATION) {
                 // It did not fit, so that the kernel does not hold it.
@@ -486,7 +527,7 @@ impl Filesystem for Adapter {
     }
 
     fn fsyncdir(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        done(self.overlay.sync_dir(ino.0), reply);
+        done(self.overlay.sync_dir(self.own(ino)), reply);
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
@@ -505,19 +546,41 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn setxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, value: &[u8], flags: i32, _: u32, reply: ReplyEmpty) {
-        done(self.overlay.set_xattr(ino.0, name, value, flags.cast_unsigned()), reply);
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        if name != SEAL {
+            return done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
+        }
+        match std::str::from_utf8(value) {
+            Ok(image) if self.own(ino) == ROOT && self.is_ours(request) => self.seal(image, reply),
+            Ok(_) => reply.error(Errno::EPERM),
+            Err(_) => reply.error(Errno::EINVAL),
+        }
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.overlay.xattr(ino.0, name) {
+        if name == STORE {
+            return match self.own(ino) {
+                ROOT => sized(self.store.as_os_str().as_encoded_bytes(), size, reply),
+                _ => reply.error(Errno::ENODATA),
+            };
+        }
+        match self.overlay.xattr(self.own(ino), name) {
             Ok(value) => sized(&value, size, reply),
             Err(error) => reply.error(errno(error)),
         }
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        match self.overlay.xattr_names(ino.0) {
+        match self.overlay.xattr_names(self.own(ino)) {
             Ok(names) => {
                 let mut list = Vec::new();
                 for name in names {
@@ -531,7 +594,7 @@ impl Filesystem for Adapter {
     }
 
     fn removexattr(&self, _: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        done(self.overlay.remove_xattr(ino.0, name), reply);
+        done(self.overlay.remove_xattr(self.own(ino), name), reply);
     }
 
     fn ioctl(
@@ -562,9 +625,9 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        let allocated = file.allocate(mode.cast_unsigned(), offset, length);
-        if allocated.is_ok() && request.uid() != 0 && !self.overlay.is_unprivileged(ino.0) {
-            let _ = self.overlay.drop_privileges(ino.0);
+        let allocated = self.overlay.allocate(self.own(ino), &file, mode.cast_unsigned(), offset, length);
+        if allocated.is_ok() && request.uid() != 0 && !self.overlay.is_unprivileged(self.own(ino)) {
+            let _ = self.overlay.drop_privileges(self.own(ino));
         }
         done(allocated, reply);
     }
@@ -606,11 +669,11 @@ impl Filesystem for Adapter {
             Ok(files) => files,
             Err(error) => return reply.error(error),
         };
-        match to.copy_from(&from, offset_in, offset_out, len) {
+        match self.overlay.copy_range(self.own(ino_out), &to, &from, (offset_in, offset_out), len) {
             Ok(copied) => {
                 reply.written(copied as u32);
-                if self.handles.is_passed(ino_out.0) {
-                    self.attributes_changed(ino_out.0);
+                if self.handles.is_passed(self.own(ino_out)) {
+                    self.attributes_changed(self.own(ino_out));
                 }
             }
             Err(error) => reply.error(errno(error)),
@@ -619,11 +682,31 @@ impl Filesystem for Adapter {
 }
 
 impl Adapter {
+    /// Whether somebody asks who may do with the store what he likes.
+    fn is_ours(&self, request: &Request) -> bool {
+        [0, rustix::process::geteuid().as_raw()].contains(&request.uid())
+    }
+
+    /// Seals the layer, in a thread of its own: the kernel writes to us meanwhile what it holds back.
+    fn seal(&self, image: &str, reply: ReplyEmpty) {
+        let (overlay, handles, notifier) = (self.overlay.clone(), self.handles.clone(), self.notifier.clone());
+        let (image, base) = (image.to_owned(), self.base);
+        std::thread::spawn(move || {
+            if let Some(notifier) = notifier.get() {
+                for ino in handles.dirty() {
+                    // Waits until what was changed in shared mappings is written.
+                    let _ = notifier.inval_inode(INodeNo(ino + base), 0, 0);
+                }
+            }
+            done(overlay.seal(&image, || handles.passed()), reply);
+        });
+    }
+
     /// Makes the kernel ask for the attributes again.
     fn attributes_changed(&self, ino: u64) {
         if let Some(notifier) = self.notifier.get() {
             // A negative offset spares the pages; a file that the kernel has forgotten by now needs nothing.
-            let _ = notifier.inval_inode(INodeNo(ino), -1, 0);
+            let _ = notifier.inval_inode(INodeNo(ino + self.base), -1, 0);
         }
     }
 }

@@ -7,7 +7,7 @@
 //! ids/<id>/.fsnap/                   not listed: meta.json, parent → the one before, images → the process image
 //! snapshots/<RFC 3339>, …/latest     → ids/<id>
 //! tags/<tag>                         → ids/<id>
-//! branches/<name>/<volume>           → where the branch's files are
+//! branches/<name>/<volume>/…         the files of a branch; → where they are, if `fsnap branch` made it
 //! ```
 //!
 //! The upper part is read from the catalog whenever somebody looks, so that it is never out of date; the catalog is open only while it
@@ -36,6 +36,10 @@ use layout::{Found, Layout, Place};
 use node::{Node, Nodes, What};
 use tree::{Tree, Trees};
 
+use super::branches::Branches;
+use crate::name::Name;
+
+pub(super) use errno::of as errno_of;
 pub use layout::{Describe, Records};
 pub use opened::Opened;
 
@@ -84,6 +88,7 @@ pub type Report = Box<dyn Fn(&crate::Error) + Send + Sync>;
 
 /// The tree.
 pub struct Browse {
+    branches: Arc<Branches>,
     layout: Layout,
     nodes: Nodes,
     trees: Trees,
@@ -98,9 +103,10 @@ impl std::fmt::Debug for Browse {
 
 impl Browse {
     /// Shows what the catalog records. Opens nothing yet.
-    pub fn new(records: Records, report: Report) -> Self {
+    pub fn new(records: Records, branches: Arc<Branches>, report: Report) -> Self {
         let root = Node { number: ROOT, parent: None, name: OsString::new(), what: What::Place(Place::Root) };
-        Self { layout: Layout::new(records), nodes: Nodes::new(root), trees: Trees::default(), report }
+        let layout = Layout::new(records, branches.clone());
+        Self { branches, layout, nodes: Nodes::new(root), trees: Trees::default(), report }
     }
 
     /// How many snapshots are active.
@@ -130,13 +136,44 @@ impl Browse {
             }
         };
         let found = found.ok_or(Errno::NOENT)?;
-        Ok(self.attr_of(&self.nodes.know(&parent, name, &found)))
+        Ok(self.known(&parent, name, &found))
+    }
+
+    fn known(&self, parent: &Arc<Node>, name: &OsStr, found: &Found) -> Attr {
+        match found {
+            // Its own attributes take its opening, which waits until somebody wants to know them.
+            Found::Written(number) => {
+                let meta = FileMeta { ino: *number, ..self.layout.dir_meta() };
+                Attr { meta, name: Keep::Briefly, attributes: Keep::Not }
+            }
+            found => self.attr_of(&self.nodes.know(parent, name, found)),
+        }
+    }
+
+    /// Makes a branch, and counts that the kernel knows it under the name that was asked for.
+    pub fn make_dir(&self, parent: u64, name: &OsStr) -> Result<Attr> {
+        let parent = self.node(parent)?;
+        let What::Place(Place::Branches) = parent.what else { return Err(Errno::ROFS) };
+        let branch = self.layout.make_branch(name).map_err(|error| self.failed(&error))?;
+        let found = Found::Place(Place::Branch(branch.clone()));
+        let attr = self.known(&parent, OsStr::new(branch.as_str()), &found);
+        Ok(Attr { name: Keep::Not, ..attr })
+    }
+
+    /// Removes a branch to which nothing was written.
+    pub fn remove_dir(&self, parent: u64, name: &OsStr) -> Result<()> {
+        let parent = self.node(parent)?;
+        let What::Place(Place::Branches) = parent.what else { return Err(Errno::ROFS) };
+        let name: Name = name.to_str().and_then(|name| name.parse().ok()).ok_or(Errno::NOENT)?;
+        if !self.branches.is_unchanged(&name).map_err(|error| self.failed(&error))? {
+            return Err(Errno::NOTEMPTY);
+        }
+        self.layout.remove_branch(&name).map_err(|error| self.failed(&error))
     }
 
     /// Finds a name that was listed, and counts that the kernel knows it.
     pub fn look_up_listed(&self, parent: u64, listed: &Listed) -> Result<Attr> {
-        let parent = self.node(parent)?;
-        Ok(self.attr_of(&self.nodes.know(&parent, &listed.name, &listed.found)))
+        Ok(self.known(&self.node(parent)?, &listed.name, &listed.found))
     }
 
     /// Counts that the kernel has forgotten so many of the names that it had found.

@@ -1,16 +1,15 @@
 //! From the kernel's requests to the tree of past states and back. Nothing is decided here but what the kernel may cache.
 
 use std::ffi::OsStr;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, UNIX_EPOCH};
 
 use fsnap_backend::FileKind;
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyXattr, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr,
+    Request,
 };
 
 use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
@@ -32,6 +31,11 @@ impl BrowseAdapter {
     /// Serves this tree.
     pub fn new(browse: Arc<Browse>) -> Self {
         Self { browse, readers: Readers::default() }
+    }
+
+    /// Reads may be passed through to files below.
+    pub(super) fn pass_through(&self) {
+        self.readers.passthrough.store(true, Ordering::Relaxed);
     }
 
     /// The names of an open directory; from the beginning, they are read anew.
@@ -66,7 +70,7 @@ fn file_type(kind: FileKind) -> FileType {
     }
 }
 
-fn to_fuse(attr: &Attr) -> FileAttr {
+pub(super) fn to_fuse(attr: &Attr) -> FileAttr {
     let meta = &attr.meta;
     let time = |time: fsnap_backend::Timestamp| moment(time.seconds, time.nanoseconds.into());
     FileAttr {
@@ -96,27 +100,6 @@ fn blocks(size: u64) -> u64 {
 }
 
 impl Filesystem for BrowseAdapter {
-    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let wanted = [
-            // Permissions are the kernel's, ACLs included.
-            InitFlags::FUSE_POSIX_ACL,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
-        ];
-        for flag in wanted {
-            // What an older kernel does not have is done without.
-            let _ = config.add_capabilities(flag);
-        }
-        if config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok() {
-            self.readers.passthrough.store(true, Ordering::Relaxed);
-        }
-        let _ = config.set_max_background(64);
-        Ok(())
-    }
-
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.browse.look_up(parent.0, name) {
             Ok(attr) => {
@@ -266,7 +249,7 @@ impl Filesystem for BrowseAdapter {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        // Nothing can be written, and what there is takes room elsewhere.
+        // Nothing of it can be written, and what there is takes room elsewhere.
         reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
     }
 

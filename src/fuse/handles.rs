@@ -43,6 +43,8 @@ struct Mode {
     backing: Option<Arc<BackingId>>,
     /// Cached pages are older than what was passed through.
     stale: bool,
+    /// Pages may have been changed in memory, and not been written to us yet.
+    dirty: bool,
 }
 
 /// All handles of one mount.
@@ -66,6 +68,11 @@ impl Handles {
         self.open.get(number)
     }
 
+    /// Whether nothing is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
     pub(super) fn open_dir(&self) -> u64 {
         self.open.add(Handle::Dir(DirHandle { names: Names::default() }))
     }
@@ -82,7 +89,8 @@ impl Handles {
         let mut modes = locked(&self.modes);
         let mode = modes.entry(ino).or_default();
         if mode.cached == 0
-            && may_pass
+            // The kernel refuses to open otherwise what it passes through already.
+            && (may_pass || mode.backing.is_some())
             && self.passthrough.load(Ordering::Relaxed)
             && let Some(whole) = file.whole()
         {
@@ -112,6 +120,7 @@ impl Handles {
             mode.cached += 1;
             if std::mem::take(&mut mode.stale) { FopenFlags::empty() } else { FopenFlags::FOPEN_KEEP_CACHE }
         };
+        mode.dirty |= write;
         let passed = flags.contains(FopenFlags::FOPEN_DIRECT_IO);
         if passed {
             mode.passed += 1;
@@ -134,6 +143,7 @@ impl Handles {
         } else {
             mode.cached -= 1;
         }
+        mode.dirty &= mode.cached > 0 || mode.passed > 0;
         let behind = file.passed && mode.stale;
         if mode.cached == 0 && mode.passed == 0 && !mode.stale {
             modes.remove(&file.ino);
@@ -144,6 +154,18 @@ impl Handles {
     /// Whether the file is open for being passed through, so that its size and times may change at any moment.
     pub(super) fn is_passed(&self, ino: Ino) -> bool {
         locked(&self.modes).get(&ino).is_some_and(|mode| mode.passed > 0 && mode.stale)
+    }
+
+    /// Files of which pages may have been changed that the kernel has not written to us yet.
+    pub(super) fn dirty(&self) -> Vec<Ino> {
+        locked(&self.modes).iter().filter(|(_, mode)| mode.dirty).map(|(ino, _)| *ino).collect()
+    }
+
+    /// Files that are passed through now; no others begin to be before the guard is dropped.
+    pub(super) fn passed(&self) -> (impl Drop + '_, Vec<Ino>) {
+        let modes = locked(&self.modes);
+        let passed = modes.iter().filter(|(_, mode)| mode.backing.is_some()).map(|(ino, _)| *ino).collect();
+        (modes, passed)
     }
 
     pub(super) fn forgotten(&self, ino: Ino) {

@@ -34,6 +34,10 @@ impl<H> Table<H> {
         number
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        locked(&self.open).is_empty()
+    }
+
     pub(super) fn get(&self, number: u64) -> Option<Arc<H>> {
         locked(&self.open).get(&number).cloned()
     }

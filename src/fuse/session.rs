@@ -14,12 +14,13 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::adapter::Adapter;
-use super::browse::Browse;
-use super::browse_adapter::BrowseAdapter;
+use super::branches::Branches;
+use super::browse::{Browse, Records};
+use super::mount_adapter::MountAdapter;
 use super::overlay::Overlay;
 
 /// The type of our mounts in `/proc/self/mountinfo`.
-pub const TYPE: &str = "fuse.fsnap";
+pub const TYPE: &str = crate::mount::SERVED;
 
 /// Why a tree could not be served, or not be unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,9 @@ pub enum Error {
     /// The branch could not be opened.
     #[error(transparent)]
     Overlay(#[from] super::overlay::Error),
+    /// What lies below cannot be made visible.
+    #[error(transparent)]
+    Mount(#[from] crate::mount::Error),
     /// Nothing of ours is mounted there.
     #[error("{dir:?} is not mounted by fsnap")]
     NotMounted {
@@ -61,8 +65,6 @@ pub struct Options {
     pub suid: bool,
     /// Device nodes can be opened.
     pub dev: bool,
-    /// Nothing can be changed.
-    pub read_only: bool,
 }
 
 fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
@@ -72,34 +74,41 @@ fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> E
 /// Mounts a copy-on-write tree at `dir`, calls `ready`, and serves it until it is unmounted.
 pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, ready: impl FnOnce()) -> Result<(), Error> {
     let notifier = Arc::new(OnceLock::new());
-    let adapter = Adapter::new(overlay, notifier.clone());
+    let adapter = Adapter::new(overlay, source, notifier.clone());
     serve_by(adapter, &notifier, source, dir, options, ready)
 }
 
-/// Mounts past states at `dir`, calls `ready`, and serves them until they are unmounted.
+/// Mounts past states and branches at `dir`, calls `ready`, and serves them until they are unmounted.
 ///
-/// Snapshots are let go of when nobody has looked at them for `idle`, and all of them at the end.
-pub fn serve_past(
-    browse: Browse,
+/// Snapshots are let go of when nobody has looked at them for `idle`, and all of them at the end. `report` is told of every failure
+/// that is more than a wrong name.
+pub fn serve_all(
+    records: Records,
+    report: fn(&crate::Error),
     source: &Path,
     dir: &Path,
     options: Options,
     idle: Duration,
     ready: impl FnOnce(),
 ) -> Result<(), Error> {
-    let browse = Arc::new(browse);
+    let notifier = Arc::new(OnceLock::new());
+    let branches = Arc::new(Branches::new(records.clone(), Box::new(report), notifier.clone()));
+    let browse = Arc::new(Browse::new(records, branches.clone(), Box::new(report)));
     let (ended, waits) = std::sync::mpsc::channel::<()>();
-    let looked_after = browse.clone();
+    let looked_after = (browse.clone(), branches.clone());
     let keeper = std::thread::Builder::new().name("idle".into()).spawn(move || {
+        let (browse, branches) = looked_after;
         while waits.recv_timeout(idle / 4) == Err(RecvTimeoutError::Timeout) {
-            looked_after.let_go_of_removed();
-            looked_after.let_go(idle);
+            browse.let_go_of_removed();
+            branches.let_go_of_removed();
+            browse.let_go(idle);
+            branches.let_go(idle);
         }
-        looked_after.let_go(Duration::ZERO);
+        browse.let_go(Duration::ZERO);
+        branches.close();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
-    let options = Options { read_only: true, ..options };
-    let served = serve_by(BrowseAdapter::new(browse), &OnceLock::new(), source, dir, options, ready);
+    let served = serve_by(MountAdapter::new(browse, branches), &notifier, source, dir, options, ready);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
     let _ = keeper.join();
@@ -138,9 +147,6 @@ fn serve_by(
             MountOption::NoSuid,
             MountOption::NoDev,
         ];
-        if options.read_only {
-            config.mount_options.push(MountOption::RO);
-        }
         if !options.allow_other {
             config.acl = SessionACL::Owner;
         }
@@ -177,7 +183,6 @@ fn mount(source: &Path, dir: &Path, options: Options) -> Result<OwnedFd, Error> 
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::NOSUID, !options.suid);
     flags.set(MountFlags::NODEV, !options.dev);
-    flags.set(MountFlags::RDONLY, options.read_only);
     let data = std::ffi::CString::new(data).map_err(|error| failed("mount on", dir)(error.into()))?;
     let done = rustix::mount::mount(source, dir, TYPE, flags, &*data);
     done.map_err(|error| failed("mount on", dir)(error.into()))?;

@@ -40,6 +40,8 @@ pub(crate) struct Mount {
     pub(crate) point: PathBuf,
     pub(crate) writable: bool,
     pub(crate) fstype: Vec<u8>,
+    /// What it is said to come from.
+    pub(crate) source: PathBuf,
 }
 
 impl Mount {
@@ -56,6 +58,7 @@ impl Mount {
             point: unescape(fields.get(4)?),
             writable: is_rw(fields.get(5)?) && fields.get(dash + 3).is_some_and(|options| is_rw(options)),
             fstype: fields.get(dash + 1)?.to_vec(),
+            source: unescape(fields.get(dash + 2)?),
         })
     }
 
@@ -90,6 +93,13 @@ impl Mount {
 /// Joins without the trailing slash that joining an empty path would leave.
 pub(crate) fn join(base: &Path, below: &Path) -> PathBuf {
     if below.as_os_str().is_empty() { base.into() } else { base.join(below) }
+}
+
+/// Where the calling thread sees file systems of this type that come from `source`, in the order of the table.
+pub(crate) fn mounted_from(fstype: &str, source: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = MountTable::of_self()?;
+    let found = table.iter().filter(|mount| mount.fstype == fstype.as_bytes() && mount.source == source);
+    Ok(found.map(|mount| mount.point.clone()).collect())
 }
 
 /// All mounts that a process sees.

@@ -7,9 +7,11 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -110,20 +112,28 @@ impl Observation {
         let Self { mut record, mut mounts, dirs, .. } = self;
         record.outside.append(&mut mounts);
         record.outside.truncate(OUTSIDE);
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, told) = mpsc::channel();
         // A reader that has to wait for a server waits alone.
+        let shared = Arc::new((ManuallyDrop::new(dirs), Mutex::new(Reading::GoesOn)));
+        let own = shared.clone();
         let reader = std::thread::Builder::new().spawn(move || {
-            for (index, dir) in dirs.into_iter().enumerate() {
-                let arguments = dir.and_then(|dir| arguments(&dir).ok()).unwrap_or_default();
+            for (index, dir) in own.0.iter().enumerate() {
+                let arguments = dir.as_ref().and_then(|dir| arguments(dir, &own.1).ok()).unwrap_or_default();
                 if tell.send((index, arguments)).is_err() {
                     return;
                 }
             }
         });
-        if reader.is_ok() {
-            while let Ok((index, arguments)) = told.recv_timeout(PATIENCE) {
-                record.processes[index].arguments = arguments;
-            }
+        let Ok(reader) = reader else { return record };
+        for _ in 0..record.processes.len() {
+            let Ok((index, arguments)) = told.recv_timeout(PATIENCE) else {
+                *shared.1.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Abandoned;
+                return record;
+            };
+            record.processes[index].arguments = arguments;
+        }
+        if reader.join().is_ok() {
+            drop(Arc::into_inner(shared).map(|(dirs, _)| ManuallyDrop::into_inner(dirs)));
         }
         record
     }
@@ -447,17 +457,32 @@ fn memory_device() -> Option<u64> {
     Some(rustix::fs::fstat(file).ok()?.st_dev)
 }
 
+/// Whether anybody still waits for command lines.
+///
+/// When nobody does, the process may have closed all of its files, and have others under their numbers: from then on
+/// the reader opens nothing and closes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    GoesOn,
+    Abandoned,
+}
+
 /// The command line, or its beginning.
-fn arguments(dir: &ProcDir) -> io::Result<Vec<PathText>> {
-    let file = dir.open("cmdline")?;
+fn arguments(dir: &ProcDir, reading: &Mutex<Reading>) -> io::Result<Vec<PathText>> {
+    let goes_on =
+        || Some(reading.lock().unwrap_or_else(PoisonError::into_inner)).filter(|state| **state == Reading::GoesOn);
+    let abandoned = || io::Error::from(io::ErrorKind::TimedOut);
+    let file = {
+        let _held = goes_on().ok_or_else(abandoned)?;
+        ManuallyDrop::new(dir.open("cmdline")?)
+    };
     let mut content = vec![0; ARGUMENTS];
-    let mut length = 0;
-    while length < content.len() {
-        match rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut content[length..]))? {
-            0 => break,
-            more => length += more,
-        }
+    let read = read_up_to(&file, &mut content);
+    {
+        let _held = goes_on().ok_or_else(abandoned)?;
+        drop(ManuallyDrop::into_inner(file));
     }
+    let length = read?;
     content.truncate(length);
     if content.is_empty() {
         return Ok(Vec::new());
@@ -465,6 +490,17 @@ fn arguments(dir: &ProcDir) -> io::Result<Vec<PathText>> {
     let text = content.strip_suffix(b"\0").unwrap_or(&content);
     let of = |argument: &[u8]| PathText(OsStr::from_bytes(argument).into());
     Ok(text.split(|&byte| byte == 0).map(of).collect())
+}
+
+fn read_up_to(file: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match rustix::io::retry_on_intr(|| rustix::io::read(file, &mut buffer[length..]))? {
+            0 => break,
+            more => length += more,
+        }
+    }
+    Ok(length)
 }
 
 #[cfg(test)]

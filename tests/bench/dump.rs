@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::measure::{Failure, head, in_turns, ms, ratio, row, time, times};
-use crate::site::{Site, delete_subvolume, run};
+use crate::measure::{Failure, head, in_turns, ms, ratio, row, run, time, times};
+use crate::site::{Memory, Site, delete_subvolume};
 use crate::sys;
 
 const ROUNDS: usize = 15;
@@ -114,21 +114,7 @@ pub fn frozen_by_criu(site: &Site) -> Result<(), Failure> {
         ],
     );
     for (mebibytes, at_most) in [(0, 0.45), (64, 0.08)] {
-        let dump = |hook: Option<&str>| -> Result<Duration, Failure> {
-            site.dirty(mebibytes)?;
-            let images = site.path("dump");
-            if images.exists() {
-                fs::remove_dir_all(&images)?;
-            }
-            fs::create_dir(&images)?;
-            let mut command = Command::new(criu);
-            command.args(["dump", "-R", "-t", &site.writer().to_string(), "-D"]).arg(&images);
-            if let Some(hook) = hook {
-                command.arg("--action-script").arg(site.path(hook));
-            }
-            run(command.env("FSNAP_STATE", site.path("state")).stdout(Stdio::null()).stderr(Stdio::null()))?;
-            frozen_time(&images)
-        };
+        let dump = |hook| dump(site, criu, site.writer(), mebibytes, hook);
         let [none, noop, bare, bash, fsnap] = in_turns(
             ROUNDS,
             [
@@ -155,7 +141,36 @@ pub fn frozen_by_criu(site: &Site) -> Result<(), Failure> {
             goal(times(added(fsnap), added(bash)), at_most, "x"),
         ]);
     }
+    head(
+        "fsnap's share of that frozen time, 1 MiB dirty before the dump",
+        &["memory of the process", "no hook", "with fsnap", "fsnap's share", "goal"],
+    );
+    let server = Memory::start(site)?;
+    for (what, pid) in [("a few pages", site.writer()), (Memory::SIZE, server.pid())] {
+        let dump = |hook| dump(site, criu, pid, 1, hook);
+        let [none, fsnap] = in_turns(ROUNDS, [&mut || dump(None), &mut || dump(Some(OURS))])?;
+        let share = 100.0 * (1.0 - times(none, fsnap));
+        let goal = if pid == server.pid() { goal(share, 15.0, "%") } else { String::new() };
+        row(&[what.into(), ms(none), ms(fsnap), format!("{share:.0} %"), goal]);
+    }
     Ok(())
+}
+
+/// The frozen time of one dump of the process.
+fn dump(site: &Site, criu: &Path, pid: u32, mebibytes: usize, hook: Option<&str>) -> Result<Duration, Failure> {
+    site.dirty(mebibytes)?;
+    let images = site.path("dump");
+    if images.exists() {
+        fs::remove_dir_all(&images)?;
+    }
+    fs::create_dir(&images)?;
+    let mut command = Command::new(criu);
+    command.args(["dump", "-R", "-t", &pid.to_string(), "-D"]).arg(&images);
+    if let Some(hook) = hook {
+        command.arg("--action-script").arg(site.path(hook));
+    }
+    run(command.env("FSNAP_STATE", site.path("state")).stdout(Stdio::null()).stderr(Stdio::null()))?;
+    frozen_time(&images)
 }
 
 /// Field 2 (`frozen_time`, microseconds) of the message in CRIU's `stats-dump` ([protocol buffers' wire format]).

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::copies;
 use crate::dump::{goal, post_dump};
-use crate::measure::{Failure, head, in_turns, ms, ratio, row, time, times};
-use crate::site::{Site, run};
+use crate::measure::{Failure, head, in_turns, ms, ratio, row, run, time, times};
+use crate::site::Site;
 
 const MANY: usize = 10_000;
 

@@ -1,5 +1,6 @@
 //! Medians, and tables of them.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 pub type Failure = Box<dyn std::error::Error>;
@@ -42,7 +43,7 @@ pub fn head(title: &str, columns: &[&str]) {
 
 /// Prints a row.
 pub fn row<T: AsRef<str>>(cells: &[T]) {
-    let mut line = format!("{:<34}", cells[0].as_ref());
+    let mut line = format!("{:<40}", cells[0].as_ref());
     for cell in &cells[1..] {
         line.push_str(&format!("{:>18}", cell.as_ref()));
     }
@@ -59,7 +60,13 @@ pub fn times(time: Duration, of: Duration) -> f64 {
     time.as_secs_f64() / of.as_secs_f64()
 }
 
-/// One time as a multiple of another.
+/// One time as a multiple of another, in words.
 pub fn ratio(time: Duration, of: Duration) -> String {
     format!("{:.2} x", times(time, of))
+}
+
+/// Runs a command that must succeed, and whose output nobody reads.
+pub fn run(command: &mut Command) -> Result<(), Failure> {
+    let status = command.stdout(Stdio::null()).status().map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }

@@ -8,8 +8,9 @@
 
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
+#[path = "rsync/changing.rs"]
+mod changing;
 mod measure;
-#[path = "rsync/tree.rs"]
 mod tree;
 
 use std::cell::Cell;
@@ -19,9 +20,10 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
+use changing::Changing;
 use fsnap_backend::{Backend, Locator, Source, Volume};
 use fsnap_rsync::Store;
-use measure::{Failure, head, in_turns, ms, ratio, row, time};
+use measure::{Failure, head, in_turns, ms, ratio, row, run, time};
 use tree::Tree;
 
 /// How often each contender is measured.
@@ -98,11 +100,6 @@ impl<'a> Copies<'a> {
     }
 }
 
-fn run(command: &mut Command) -> Result<(), Failure> {
-    let status = command.stdout(Stdio::null()).status().map_err(|error| format!("{command:?}: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
-}
-
 fn restic(tree: &Tree) -> Command {
     let mut command = Command::new("restic");
     command.env("RESTIC_PASSWORD", "x").arg("--quiet").arg("--repo").arg(tree.beside("restic"));
@@ -112,15 +109,15 @@ fn restic(tree: &Tree) -> Command {
 
 fn bench() -> Result<(), Failure> {
     let tree = Tree::new()?;
-    let volume = tree.volume();
+    let (volume, changing) = (tree.volume(), Changing::new(&tree));
     let mut ours = Ours::new(&tree)?;
     let first = ours.prime()? + ours.snapshot()? + ours.settle()?;
-    let inodes = tree::inodes(&tree.beside("store"))?;
-    tree.change()?;
+    let inodes = tree::walk(&tree.beside("store"))?;
+    changing.change()?;
     ours.prime()?;
     ours.snapshot()?;
     ours.settle()?;
-    let more = tree::inodes(&tree.beside("store"))? - inodes;
+    let more = tree::walk(&tree.beside("store"))? - inodes;
 
     let (linked, cloned) = (Copies::new(&tree, "rsync")?, Copies::new(&tree, "cp")?);
     run(restic(&tree).arg("init"))?;
@@ -129,13 +126,13 @@ fn bench() -> Result<(), Failure> {
         ROUNDS,
         [
             &mut || {
-                tree.change()?;
+                changing.change()?;
                 time(|| {
                     assert!(tree::walk(&volume)? > tree.files());
                     Ok(())
                 })
             },
-            &mut || tree.copy_what_changed(),
+            &mut || changing.copy_what_changed(),
             &mut || {
                 std::thread::sleep(SETTLED);
                 ours.borrow_mut().prime()

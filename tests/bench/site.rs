@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::measure::Failure;
+use crate::measure::{Failure, run};
 
 /// The files in the volume: enough that their number would show if it mattered.
 const FILES: usize = 20_000;
@@ -51,7 +51,7 @@ impl Site {
         fs::create_dir(site.path("mnt"))?;
         run(Command::new("mkfs.btrfs").arg("-q").arg(&image).stderr(Stdio::null()))?;
         run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(site.path("mnt")))?;
-        run(Command::new("btrfs").args(["subvolume", "create"]).arg(site.volume()).stdout(Stdio::null()))?;
+        run(Command::new("btrfs").args(["subvolume", "create"]).arg(site.volume()))?;
         for number in 0..FILES {
             let dir = site.volume().join(format!("{:02x}", number % 256));
             if number < 256 {
@@ -63,7 +63,7 @@ impl Site {
         fs::write(site.path("btrfs-hook"), site.bash_hook())?;
         run(Command::new("chmod").arg("+x").arg(site.path("btrfs-hook")))?;
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.path("fsnap-criu-hook"))?;
-        run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()).stdout(Stdio::null()))?;
+        run(site.fsnap().args(["init", "--name", "data"]).arg(site.volume()))?;
         site.writer = Command::new("setsid")
             .args(["sh", "-c", "exec 3>>held; exec sleep infinity"])
             .current_dir(site.volume())
@@ -150,13 +150,42 @@ impl Drop for Site {
     }
 }
 
-/// Runs a command that must succeed.
-pub fn run(command: &mut Command) -> Result<(), Failure> {
-    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+/// Processes that write to the volume, and have so much memory as a small server.
+#[derive(Debug)]
+pub struct Memory(Child);
+
+impl Memory {
+    /// How much.
+    pub const SIZE: &str = "64 MiB";
+
+    /// Starts them, and waits until they have it.
+    pub fn start(site: &Site) -> Result<Self, Failure> {
+        // What has no end of a line yet, tail(1) keeps.
+        let script = "exec 3>>server; { head -c 64M /dev/zero; echo >read; exec sleep infinity; } | tail";
+        let mut command = Command::new("setsid");
+        command.args(["sh", "-c", script]).current_dir(site.volume());
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        while !site.volume().join("read").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        Ok(Self(child))
+    }
+
+    /// The root of their tree.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // They are the session that it leads.
+        let _ = Command::new("kill").args(["-KILL", "--", &format!("-{}", self.0.id())]).status();
+        let _ = self.0.wait();
+    }
 }
 
 /// Deletes a snapshot.
 pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
-    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path).stdout(Stdio::null()))
+    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path))
 }

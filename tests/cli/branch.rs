@@ -186,7 +186,7 @@ fn names_are_taken_once_and_are_plain() {
     $ fsnap branch base "$(printf 'a\377b')"
     ! error: invalid UTF-8 was detected in one or more arguments
     !
-    ! Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
+    ! Usage: fsnap branch [OPTIONS] <CKPT> [NAME] [-- <ENGINE ARGS>...]
     !
     ! For more information, try '--help'.
     [exit 2]

@@ -322,7 +322,11 @@ fn wrong_usage_is_told_from_failure() {
     !  branch  Make a writable branch from a checkpoint, and print where its files are
     !  branches  List the branches, the checkpoint each grew from, and where its files are
     !  restore  Restore a checkpoint's processes onto a new branch with the files of the same instant
-    !  rm  Remove checkpoints, a branch, or a volume from fsnap's care
+    !  run  Start a command so that it can be saved and copied live
+    !  ps  List the runs: the process, checkpoint and branch of each, and since when it runs
+    !  logs  Print what the processes of a run have written to standard output and standard error
+    !  stop  End runs: ask each command to (SIGTERM), and kill what is left after a while
+    !  rm  Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
     !  tag  Give a checkpoint a name
     !  mount  Show every checkpoint and branch as files
     !  overlay  Write to a directory copy-on-write
@@ -361,7 +365,7 @@ fn wrong_usage_is_told_from_failure() {
     $ fsnap checkpoint --pid 1 --cgroup /x
     ! error: the argument '--pid <PID>' cannot be used with '--cgroup <DIR>'
     !
-    ! Usage: fsnap checkpoint --pid <PID> [VOLUME]...
+    ! Usage: fsnap checkpoint --pid <PID> [VOLUME|RUN]... [-- <ENGINE ARGS>...]
     !
     ! For more information, try '--help'.
     [exit 2]
@@ -405,16 +409,16 @@ fn wrong_usage_is_told_from_failure() {
     [exit 2]
     $ fsnap rm
     ! error: the following required arguments were not provided:
-    !  <CKPT|--branch <NAME>|--volume <NAME>>
+    !  <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
-    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap rm x --branch y
     ! error: the argument '[CKPT]...' cannot be used with '--branch <NAME>'
     !
-    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
     ! For more information, try '--help'.
     [exit 2]

@@ -22,7 +22,7 @@ fn said(shell: &Shell<'_>, environment: &str, dir: &str, what: &str) -> (bool, S
     (works, why)
 }
 
-const BACKENDS: [&str; 4] = ["btrfs", "dm-thin", "nilfs2", "rsync"];
+const BACKENDS: [&str; 5] = ["btrfs", "dm-thin", "nilfs2", "layers", "rsync"];
 
 /// `init` is asked what `doctor` was asked: what was praised is made at that place, what was not fails for that reason.
 fn compare_with_init(site: &Site, dir: &str, within: &str, works: &[&str]) {

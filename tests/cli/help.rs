@@ -5,7 +5,7 @@ use insta::assert_snapshot;
 use crate::site::Site;
 
 /// The command's help, long and short.
-fn help(command: &str) -> String {
+pub(crate) fn help(command: &str) -> String {
     let site = Site::empty();
     assert_eq!(site.run(&format!("fsnap help {command}")), site.run(&format!("fsnap {command} --help")));
     let text = site.run(&format!("fsnap {command} --help"));
@@ -41,7 +41,11 @@ fn all() {
       branch       Make a writable branch from a checkpoint, and print where its files are
       branches     List the branches, the checkpoint each grew from, and where its files are
       restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
-      rm           Remove checkpoints, a branch, or a volume from fsnap's care
+      run          Start a command so that it can be saved and copied live
+      ps           List the runs: the process, checkpoint and branch of each, and since when it runs
+      logs         Print what the processes of a run have written to standard output and standard error
+      stop         End runs: ask each command to (SIGTERM), and kill what is left after a while
+      rm           Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
       tag          Give a checkpoint a name
       mount        Show every checkpoint and branch as files
       overlay      Write to a directory copy-on-write
@@ -128,12 +132,17 @@ fn checkpoint() {
     write to; the snapshots are then one point in time. Without, every volume is taken as it is while
     its writers run, and the checkpoint records that weaker consistency.
 
-    Usage: fsnap checkpoint [OPTIONS] [VOLUME]...
+    With the name of a run (`fsnap run`), its processes are saved as well, by CRIU, and go on.
+
+    Usage: fsnap checkpoint [OPTIONS] [VOLUME|RUN]... [-- <ENGINE ARGS>...]
 
     Arguments:
-      [VOLUME]...
+      [VOLUME|RUN]...
               The volumes, by name or path; if none is given, all that the processes can write to, or
-              all there are
+              all there are; or one run
+
+      [ENGINE ARGS]...
+              Further arguments for the engine's dump of a run, after --
 
     Options:
       -m, --message <MESSAGE>
@@ -262,7 +271,10 @@ fn branch() {
     past states by itself, such as NILFS2, `VOLUME@TIME` and `VOLUME@cp:N` make a checkpoint of one that
     nobody asked for, and grow from that.
 
-    Usage: fsnap branch [OPTIONS] <CKPT> [NAME]
+    With --run, a run that the checkpoint saved (`fsnap checkpoint RUN`) goes on from there on the
+    branch, beside the original and other copies.
+
+    Usage: fsnap branch [OPTIONS] <CKPT> [NAME] [-- <ENGINE ARGS>...]
 
     Arguments:
       <CKPT>
@@ -272,9 +284,23 @@ fn branch() {
       [NAME]
               The branch's name; one is made up, if not given
 
+      [ENGINE ARGS]...
+              Further arguments for the engine's restore, after --
+
     Options:
+          --run
+              Restore the run that was saved onto it, as a run of the branch's name; prints the name
+
+          --count <N>
+              So many branches and runs, named NAME-1 and so on
+
+              [default: 1]
+
+          --tty
+              Give the copy this terminal, and stay until it ends
+
           --json
-              Print a JSON object
+              Print a JSON object; with --run, an array of them
 
       -h, --help
               Print help (see a summary with '-h')
@@ -286,11 +312,17 @@ fn branches() {
     assert_snapshot!(help("branches"), @"
     List the branches, the checkpoint each grew from, and where its files are
 
+    Those of a branch that is written through `fsnap mount` are where something is mounted that shows
+    it.
+
     Usage: fsnap branches [OPTIONS]
 
     Options:
-          --json  Print an array of JSON objects
-      -h, --help  Print help
+          --json
+              Print an array of JSON objects
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 
@@ -334,12 +366,12 @@ fn restore() {
 #[test]
 fn rm() {
     assert_snapshot!(help("rm"), @"
-    Remove checkpoints, a branch, or a volume from fsnap's care
+    Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
 
     A checkpoint is kept while branches that grew from it exist. A removed branch's files are deleted. A
     removed volume's own files are not touched, and its checkpoints stay.
 
-    Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
 
     Arguments:
       [CKPT]...
@@ -351,6 +383,9 @@ fn rm() {
 
           --volume <NAME>
               Forget this volume; its files and checkpoints stay
+
+          --run <NAME>
+              Remove what is left of this run: its record and its log; its branch stays
 
       -h, --help
               Print help (see a summary with '-h')
@@ -604,8 +639,9 @@ fn mount() {
     Show every checkpoint and branch as files
 
     DIR then has, read-only, ids/ID/VOLUME for each checkpoint's files, and links to these: latest,
-    tags/TAG and snapshots/TIME. In branches/NAME are links to where the files of a branch are. The file
-    README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
+    tags/TAG and snapshots/TIME. In branches/NAME/VOLUME are the files of a branch, to be written;
+    `mkdir DIR/branches/NAME@CKPT` makes one. The file README in it tells more. New checkpoints show up
+    by themselves. `fsnap umount DIR` ends it.
 
     A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a
     while.

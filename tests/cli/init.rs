@@ -165,7 +165,7 @@ fn what_cannot_be_a_volume_is_refused_with_the_reason() {
     [exit 1]
     $ fsnap init --backend zfs db
     ! error: invalid value 'zfs' for '--backend <BACKEND>'
-    !  [possible values: auto, btrfs, dm-thin, nilfs2, rsync]
+    !  [possible values: auto, btrfs, dm-thin, nilfs2, layers, rsync]
     !
     ! For more information, try '--help'.
     [exit 2]

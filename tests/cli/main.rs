@@ -12,6 +12,7 @@ mod diff;
 mod doctor;
 mod faults;
 mod help;
+mod help_of_runs;
 mod hostile;
 mod init;
 mod lost_log;

@@ -14,6 +14,8 @@ use crate::{Case, Done};
 
 pub(crate) const CASES: &[Case] = &[
     ("killed_while_it_stands", killed_while_it_stands),
+    ("killed_with_its_guard", killed_with_its_guard),
+    ("a_hook_killed_while_it_stands", a_hook_killed_while_it_stands),
     ("the_deadline_ends_the_standing", the_deadline_ends_the_standing),
     ("a_failing_pool_ends_the_standing", a_failing_pool_ends_the_standing),
 ];
@@ -53,9 +55,9 @@ impl Base {
         )
     }
 
-    /// Metadata that take their time to be written.
-    fn slow(&self) -> String {
-        self.with(Some(&format!("delay {0} 0 0 {0} 0 3000", self.lower)), None)
+    /// Metadata of which each write takes so many milliseconds.
+    fn slow(&self, each: u32) -> String {
+        self.with(Some(&format!("delay {0} 0 0 {0} 0 {each}", self.lower)), None)
     }
 
     fn switch(&self, table: &str) -> Done {
@@ -76,6 +78,9 @@ impl Drop for Base {
         let _ = Command::new("losetup").args(["--detach", &self.lower]).output();
     }
 }
+
+/// Long enough to be seen: a snapshot waits for several such writes.
+const SLOW: u32 = 150;
 
 /// A registered volume in a pool on such a device.
 fn on_base() -> Result<(Base, Site), Failed> {
@@ -120,16 +125,89 @@ fn goes_on(site: &Site) -> Done {
     site.fsnap(&["checkpoint"]).map(drop)
 }
 
+/// Waits until the volume runs.
+fn until_it_runs(site: &Site) -> Done {
+    for _ in 0..2000 {
+        if !site.devices()?.1 {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err("nobody but the next command resumes the volume".into())
+}
+
+/// Nobody needs to call fsnap again: a process that stands by sees to it.
 fn killed_while_it_stands() -> Done {
     let (base, site) = on_base()?;
-    base.switch(&base.slow())?;
+    base.switch(&base.slow(SLOW))?;
     let mut taking = site.command(&["checkpoint"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
     until_it_stands(&site, &mut taking)?;
     // It dies when the kernel has done what it was asked for, and never comes to the resumption.
     taking.kill()?;
     taking.wait()?;
+    until_it_runs(&site)?;
+    fs::write(site.db().join("file"), "before the next command")?;
+    base.switch(&base.plain())?;
+    site.fsnap(&["recover"])?;
+    goes_on(&site)
+}
+
+/// The children of a process that are guards: they have no file open but two, the lowest of which is no standard input.
+fn guards_of(parent: u32) -> Result<Vec<i32>, Failed> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let dir = entry?.path();
+        // Any may end meanwhile.
+        let Ok(stat) = fs::read_to_string(dir.join("stat")) else { continue };
+        let after_name = stat.rsplit(") ").next().unwrap_or_default();
+        let is_child = after_name.split(' ').nth(1) == Some(&parent.to_string());
+        if is_child && fs::read_dir(dir.join("fd")).is_ok_and(|files| files.count() == 2) {
+            found.extend(dir.file_name().and_then(|name| name.to_str()?.parse::<i32>().ok()));
+        }
+    }
+    Ok(found)
+}
+
+/// Even if whoever stands by is killed before, the next command resumes the volume.
+fn killed_with_its_guard() -> Done {
+    let (base, site) = on_base()?;
+    base.switch(&base.slow(SLOW))?;
+    let mut taking = site.command(&["checkpoint"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    until_it_stands(&site, &mut taking)?;
+    let guards = guards_of(taking.id())?;
+    ensure(guards.len() == 1, &format!("there is not one guard: {guards:?}"))?;
+    for guard in guards {
+        let pid = rustix::process::Pid::from_raw(guard).ok_or("a guard without a pid")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    }
+    taking.kill()?;
+    taking.wait()?;
     ensure(site.devices()?.1, "something else than the next command has resumed it")?;
     base.switch(&base.plain())?;
+    site.fsnap(&["recover"])?;
+    goes_on(&site)
+}
+
+/// So it is with a hook, for which the engine's processes wait.
+fn a_hook_killed_while_it_stands() -> Done {
+    let (base, site) = on_base()?;
+    let images = images(&site)?;
+    let mut tree = Command::new("sleep").arg("1000").spawn()?;
+    let tried = || -> Done {
+        output(&mut hook(&site, &images, "pre-dump", tree.id())?)?;
+        base.switch(&base.slow(SLOW))?;
+        let mut taking = hook(&site, &images, "post-dump", tree.id())?;
+        let mut taking = taking.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+        until_it_stands(&site, &mut taking)?;
+        taking.kill()?;
+        taking.wait()?;
+        until_it_runs(&site)?;
+        base.switch(&base.plain())
+    };
+    let done = tried();
+    tree.kill()?;
+    tree.wait()?;
+    done?;
     site.fsnap(&["recover"])?;
     goes_on(&site)
 }
@@ -168,7 +246,7 @@ fn the_deadline_ends_the_standing() -> Done {
     let mut tree = Command::new("sleep").arg("1000").spawn()?;
     let tried = || -> Done {
         output(&mut hook(&site, &images, "pre-dump", tree.id())?)?;
-        base.switch(&base.slow())?;
+        base.switch(&base.slow(1000))?;
         // The time is over while the kernel suspends it, or makes the snapshot: both take longer than the deadline, and none
         // of them can be cut short. Whoever just ends then leaves it suspended.
         let ended = hook(&site, &images, "post-dump", tree.id())?.output()?;

@@ -39,7 +39,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// What must hold after a dump that has failed.
-fn untouched(site: &Site, oracle: &Oracle) {
+pub(crate) fn untouched(site: &Site, oracle: &Oracle) {
     oracle.goes_on();
     site.holds_nothing_but(0);
     // And nothing of it stands in the way of the next one.
@@ -49,7 +49,7 @@ fn untouched(site: &Site, oracle: &Oracle) {
 }
 
 /// Makes sure that the text says all of these.
-fn says(text: &str, parts: &[&str]) {
+pub(crate) fn says(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in:\n{text}");
     }
@@ -161,7 +161,7 @@ fn the_deadline_ends_a_hook_that_hangs() {
 }
 
 fn sigterm_in_the_middle_fails_the_dump() {
-    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let site = Site::without_attendant(&[Volume::Btrfs, Volume::Rsync]);
     let oracle = site.small_oracle();
     for place in ["hook:frozen", "take:all", "hook:written"] {
         let pid_file = site.new_path("pid");
@@ -187,7 +187,7 @@ fn sigterm_in_the_middle_fails_the_dump() {
 }
 
 /// Whether any thread of fsnap sleeps for a given time.
-fn is_asleep(pid: i32) -> bool {
+pub(crate) fn is_asleep(pid: i32) -> bool {
     let is_fsnap = fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("fsnap"));
     let calls = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let number = nix::libc::SYS_clock_nanosleep.to_string();

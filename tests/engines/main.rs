@@ -5,6 +5,7 @@
 //! program, however it ends; and this program is its own oracle.
 
 mod alone;
+mod attended;
 mod by_hand;
 mod consistency;
 mod demo;
@@ -12,6 +13,7 @@ mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod runs;
 mod sandbox;
 mod site;
 mod volumes;
@@ -39,9 +41,11 @@ fn main() -> ExitCode {
         ("consistency", consistency::CASES),
         ("hook", hook::CASES),
         ("killed", killed::CASES),
+        ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
         ("alone", alone::CASES),
+        ("runs", runs::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
@@ -50,6 +54,13 @@ fn main() -> ExitCode {
                 Ok(())
             }));
         }
+    }
+    // What the process that stands by does not do, the hook does by itself.
+    for &(name, case) in hook::CASES.iter().chain(killed::CASES) {
+        trials.push(Trial::test(format!("unattended::{name}"), move || {
+            site::unattended(case);
+            Ok(())
+        }));
     }
     for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
         trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {

@@ -1,9 +1,11 @@
 //! A place of its own for each case: volumes, a state directory, the hook; and fsnap and CRIU at work in it.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::panic::{catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -32,6 +34,20 @@ pub(crate) struct Site {
     pub(crate) volumes: Vec<PathBuf>,
     ground: Ground,
     made: AtomicU32,
+    attended: bool,
+}
+
+thread_local! {
+    /// Whether hooks may leave a process that stands by for the next, in the sites that are made from now on.
+    static ATTENDED: Cell<bool> = const { Cell::new(true) };
+}
+
+/// Runs a case in which nobody stands by for the frozen window.
+pub(crate) fn unattended(case: fn()) {
+    ATTENDED.set(false);
+    let ended = catch_unwind(case);
+    ATTENDED.set(true);
+    ended.unwrap_or_else(|panic| resume_unwind(panic));
 }
 
 impl Site {
@@ -41,7 +57,8 @@ impl Site {
         let dir = sandbox::scratch().join(format!("site-{}", SITES.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir(&dir).unwrap();
         let ground = Ground::new(&dir);
-        let mut site = Self { dir, volumes: Vec::new(), ground, made: AtomicU32::new(0) };
+        let mut site = Self { dir, volumes: Vec::new(), ground, made: AtomicU32::new(0), attended: ATTENDED.get() };
+        site.configure("");
         symlink(env!("CARGO_BIN_EXE_fsnap"), site.hook()).unwrap();
         for (index, volume) in volumes.iter().enumerate() {
             let path = site.ground.make(*volume, &format!("v{index}"));
@@ -49,6 +66,28 @@ impl Site {
             site.volumes.push(path);
         }
         site
+    }
+
+    /// The same, where nobody stands by for the frozen window.
+    pub(crate) fn without_attendant(volumes: &[Volume]) -> Self {
+        let mut site = Self::new(volumes);
+        site.attended = false;
+        site.configure("");
+        site
+    }
+
+    /// The processes of fsnap that work for this site.
+    pub(crate) fn fsnaps(&self) -> Vec<i32> {
+        let state = format!("FSNAP_STATE={}", self.path("state").display());
+        let is_ours = |pid: i32| {
+            let exe = fs::read_link(format!("/proc/{pid}/exe"));
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            exe.is_ok_and(|exe| exe.ends_with("fsnap"))
+                && environment.split(|byte| *byte == 0).any(|one| one == state.as_bytes())
+        };
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let pids = processes.filter_map(|process| process.file_name().to_str()?.parse().ok());
+        pids.filter(|&pid| is_ours(pid)).collect()
     }
 
     /// Mounts a small file system in memory, of so many KiB.
@@ -102,6 +141,11 @@ impl Site {
 
     /// Settings, which every command and hook reads.
     pub(crate) fn configure(&self, text: &str) {
+        let text = match self.attended {
+            true => text.to_owned(),
+            false if text.contains("[hook]\n") => text.replace("[hook]\n", "[hook]\nattendant = false\n"),
+            false => format!("[hook]\nattendant = false\n{text}"),
+        };
         fs::write(self.path("config.toml"), text).unwrap();
     }
 

@@ -3,12 +3,14 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, MetadataExt, chown, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
+use fsnap::fuse::branches::Branches;
 use fsnap::fuse::browse::{Browse, ROOT, Records};
 use fsnap_backend::{Capabilities, Consistency};
 use fsnap_conformance::{Listing, Model, samples};
@@ -274,7 +276,14 @@ fn nothing_can_be_written() {
         fs::write(past.at("latest/db/file"), "two").unwrap_err(),
         fs::write(past.at("latest/db/new"), "two").unwrap_err(),
         fs::write(past.at("README"), "two").unwrap_err(),
-        fs::create_dir(past.at("branches/new@latest")).unwrap_err(),
+        fs::create_dir(past.at("tags/new")).unwrap_err(),
+        fs::set_permissions(past.at("latest/db/file"), PermissionsExt::from_mode(0o777)).unwrap_err(),
+        fs::File::options().write(true).open(past.at("latest/db/file")).unwrap_err(),
+        fs::File::options().read(true).append(true).open(past.at("latest/db/file")).unwrap_err(),
+        rustix::fs::setxattr(past.at("latest/db"), "user.a", b"b", rustix::fs::XattrFlags::empty()).unwrap_err().into(),
+        rustix::fs::mkfifoat(CWD, past.at("latest/db/fifo"), Mode::RWXU).unwrap_err().into(),
+        symlink("a", past.at("latest/db/link")).unwrap_err(),
+        fs::hard_link(past.at("latest/db/file"), past.at("latest/db/second")).unwrap_err(),
         fs::remove_file(past.at("latest")).unwrap_err(),
         fs::rename(past.at("latest"), past.at("first")).unwrap_err(),
     ];
@@ -283,7 +292,7 @@ fn nothing_can_be_written() {
     }
     let flags = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = flags.lines().find(|line| line.contains(past.path("mnt").to_str().unwrap())).unwrap();
-    assert!(line.contains(" ro,nosuid,nodev,"), "{line}");
+    assert!(line.contains(" rw,nosuid,nodev,"), "{line}");
     past.unmount();
 }
 
@@ -406,8 +415,10 @@ fn browse(past: &Past) -> Browse {
         state: past.state(),
         patience: Duration::from_secs(10),
         describe: |checkpoint, tags| format!("{} {tags:?}", checkpoint.id),
+        branches: None,
     };
-    Browse::new(records, Box::new(|_| {}))
+    let branches = Branches::new(records.clone(), Box::new(|_| {}), Arc::default());
+    Browse::new(records, Arc::new(branches), Box::new(|_| {}))
 }
 
 /// Looks a path up.
@@ -534,8 +545,14 @@ fn without_privileges_through_fusermount() {
     assert_eq!(shell(&format!("./fsnap mount mnt; {look}")), seen);
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = table.lines().find(|line| line.contains(path("mnt").to_str().unwrap())).unwrap();
-    assert!(line.contains(" ro,nosuid,nodev,") && !line.contains("allow_other"), "{line}");
+    assert!(line.contains(" rw,nosuid,nodev,") && !line.contains("allow_other"), "{line}");
     assert_eq!(fs::read_dir(path("mnt")).unwrap_err().kind(), ErrorKind::PermissionDenied, "it is not for others");
+    // A branch, copy-on-write over a store that the kernel cannot mount.
+    let written = "mkdir mnt/branches/try@first; echo two >mnt/branches/try/db/file; echo new >mnt/branches/try/db/new
+         mv mnt/branches/try/db/link mnt/branches/try/db/moved; rm mnt/branches/try/db/new
+         ls mnt/branches/try/db; cat mnt/branches/try/db/file mnt/latest/db/file; ./fsnap umount mnt; ./fsnap mount mnt
+         ls mnt/branches/try/db; cat mnt/branches/try/db/file";
+    assert_eq!(shell(written), "file\nmoved\ntwo\none\nfile\nmoved\ntwo\n");
     shell("./fsnap umount mnt");
     assert!(!is_mounted(&path("mnt")));
     // A server that is killed.

@@ -3,6 +3,7 @@
 //!
 //! Everything happens in a mount namespace of this program's own.
 
+mod branches;
 mod browse;
 #[path = "../support/copies.rs"]
 mod copies;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     rustix::mount::mount_change("/", flags).expect("the namespace's mounts can be made private");
     let mut trials = Vec::new();
     let modules = [
+        ("branches", branches::CASES),
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),

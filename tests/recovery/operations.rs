@@ -117,6 +117,29 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         clean: &["[ $(fsnap log | wc -l) -lt 4 ] || fsnap rm @latest"],
     },
     Operation {
+        name: "hook_without_attendant",
+        prepare: &[
+            "printf '[hook]\\nattendant = false\\n' >alone.toml",
+            "FSNAP_CONFIG=alone.toml CRTOOLS_SCRIPT_ACTION=pre-dump CRTOOLS_IMAGE_DIR=/proc/%ENGINE/fd/8 CRTOOLS_INIT_PID=%WRITER fsnap hook criu",
+        ],
+        args: &["hook", "criu"],
+        variables: &[
+            ("CRTOOLS_SCRIPT_ACTION", "post-dump"),
+            ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
+            ("CRTOOLS_INIT_PID", "%WRITER"),
+        ],
+        beside: Beside::WriterAndEngine,
+        done: |scene| {
+            let there = scene.checkpoints() == 3;
+            if there {
+                scene.expect_difference("@latest", "");
+                assert_eq!(scene.json("log")[0]["engine"]["name"], "criu");
+            }
+            there
+        },
+        clean: &["[ $(fsnap log | wc -l) -lt 4 ] || fsnap rm @latest"],
+    },
+    Operation {
         name: "branch",
         prepare: &[],
         args: &["branch", "one", "work"],

@@ -2,6 +2,7 @@
 # Makes a Debian 12 or 13 machine ready to build, test and demonstrate fsnap; quick when nothing is to do.
 #
 #   setup.sh build    what a build needs
+#   setup.sh suites   what the POSIX suites of others need: they are built from their sources
 #   setup.sh          that, and what tests, benchmarks and the demonstration need: tools and a CRIU that works here
 #
 # Needs root only if something is missing. What the called programs say goes to target/setup.log.
@@ -17,7 +18,12 @@ to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin faketi
 # A kernel to test on, and the tools of what only it has.
 to_test+=(user-mode-linux dmsetup nilfs-tools thin-provisioning-tools kmod util-linux mount)
 to_test+=(qemu-system-x86 iproute2)
+# What benchmarks compare with, and what suites run.
+to_test+=(fuse-overlayfs unionfs-fuse)
 to_unpack=(mmdebstrap)
+# The suites of others: programs of Debian, and crates.
+to_suite=(stress-ng)
+suites=(pjdfstest@0.2.2 fsx@0.3.2)
 # The release whose kernel the machine of QEMU has, with the CRIU that knows it.
 machine_release=bookworm
 machine_dir=$top/target/vm/debian
@@ -185,6 +191,15 @@ prepare_criu() {
     say "CRIU works: $("$criu_dir/criu" --version | tr '\n' ' ')"
 }
 
+# Leaves the suites at target/suites/bin.
+prepare_suites() {
+    local done=$top/target/suites/done
+    [ "$(cat "$done" 2>/dev/null)" = "${suites[*]}" ] && return
+    say "building ${suites[*]}"
+    logged cargo install --locked --root "$top/target/suites" "${suites[@]}" || die "cannot build ${suites[*]}; see $log"
+    echo "${suites[*]}" >"$done"
+}
+
 mkdir -p "$top/target"
 exec 9>"$top/target/setup.lock"
 flock 9
@@ -196,11 +211,16 @@ build)
     install "${to_build[@]}"
     rust_is_there
     ;;
+suites)
+    install "${to_build[@]}" "${to_suite[@]}"
+    rust_is_there
+    prepare_suites
+    ;;
 all)
     install "${to_build[@]}" "${to_test[@]}"
     rust_is_there
     prepare_criu
     prepare_machine
     ;;
-*) die "usage: setup.sh [build]" ;;
+*) die "usage: setup.sh [build|suites]" ;;
 esac

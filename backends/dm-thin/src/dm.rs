@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -240,14 +240,19 @@ impl Mapper {
         self.call(By::Name(name), |dm, id| dm.device_suspend(id, options)).map(drop)
     }
 
+    /// The device through which all calls go.
+    pub(crate) fn control(&self) -> BorrowedFd<'_> {
+        self.dm.0.file().as_fd()
+    }
+
     /// Has the device resumed if the process has to end at once, until the value is dropped.
     pub(crate) fn remember(&self, name: &str) -> sys::Remembered<'_> {
-        sys::Remembered::new(self.dm.0.file().as_fd(), name)
+        sys::Remembered::new(self.control(), name)
     }
 
     /// Resumes a device, and waits for nobody.
     pub(crate) fn resume(&self, name: &str) -> io::Result<()> {
-        sys::resume(self.dm.0.file(), name)
+        sys::resume(self.control(), name)
     }
 
     /// Sends a message to the first target of a device.

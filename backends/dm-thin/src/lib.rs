@@ -7,8 +7,8 @@
 //! written, so that the snapshot is a point in time for all of them. `prime` writes out ahead what is dirty, while the
 //! writers still run.
 //!
-//! **The device never stays suspended.** It is resumed when the call ends, however it ends, and by the
-//! next command if fsnap was killed. As long as it is suspended, nothing of fsnap's touches the volume.
+//! **The device never stays suspended.** It is resumed when the call ends, however it ends; by a process that stands by if fsnap is
+//! killed; and by the next command if that is killed too. As long as it is suspended, nothing of fsnap's touches the volume.
 //!
 //! **A pool that is short of room refuses** before anything is suspended, in `reserve`, `prime` and again in `snapshot`; the
 //! store's [`Limits`] say how much must be free. After each change of the pool its status is looked at, since the kernel
@@ -35,6 +35,7 @@
 mod bring_up;
 mod delta;
 mod dm;
+mod guard;
 mod images;
 mod mounts;
 mod pool;
@@ -100,6 +101,7 @@ impl Backend for Store {
         let live = self.check(volume)?;
         self.pool.check_room(&self.mapper, &self.settings.limits, true)?;
         self.begin(&live, volume.identity(), at)?;
+        self.guards.prepare(&self.mapper, at).context("start", "the process that resumes if this one is killed")?;
         rustix::fs::syncfs(volume).context("write out the file system of", volume.dir())
     }
 
@@ -111,7 +113,7 @@ impl Backend for Store {
         }
         let form = self.form(at, ImageKind::Snapshot)?;
         let captured = self.pool.check_room(&self.mapper, &self.settings.limits, false).and_then(|()| {
-            let suspended = Suspended::new(&self.mapper, &self.notes, &live.thin)?;
+            let suspended = Suspended::new(&self.mapper, &self.notes, &self.guards, &live.thin, at)?;
             let copied = self.pool.copy(&self.mapper, form.id, live.thin.id);
             let held = suspended.holds();
             // Before anything else, whatever came of it.

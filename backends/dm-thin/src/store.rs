@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::KIND;
 use crate::bring_up::{self, Backing};
 use crate::dm::{By, Mapper};
+use crate::guard::Guards;
 use crate::pool::{Fill, Limits, Pool};
 use crate::record::{Records, Stage, random_hex};
 use crate::suspend::{self, Notes};
@@ -82,6 +83,7 @@ pub struct Store {
     pub(crate) pool: Pool,
     pub(crate) records: Records,
     pub(crate) notes: Notes,
+    pub(crate) guards: Guards,
 }
 
 impl Store {
@@ -155,7 +157,7 @@ impl Store {
             },
         };
         let records = Records::open(&root, &place)?;
-        let store = Self { info, place, root, settings, mapper, pool, records, notes };
+        let store = Self { info, place, root, settings, mapper, pool, records, notes, guards: Guards::default() };
         store.release_left_behind()?;
         Ok(store)
     }

@@ -1,7 +1,8 @@
 //! A device that stands still, and never for longer than its keeper lives.
 //!
 //! Every access to a suspended device waits, so that one that is left suspended takes the whole application with it.
-//! [`Suspended`] resumes it when it is dropped. Against being killed there is a note in the store's directory
+//! [`Suspended`] resumes it when it is dropped. Against being killed there is a [guard](crate::guard), which resumes it at once;
+//! nothing is suspended without one. Should that be killed as well, there is a note in the store's directory
 //! `suspended`, named by the number of the thin device and locked as long as its author lives: whoever finds a note
 //! that nobody has locked resumes the device. A process that ends itself in a hurry, in a signal handler, resumes what it has suspended by
 //! [`resume_at_once`](crate::resume_at_once). A note need not outlive a power cut; neither does a suspension. Its name may, without
@@ -16,12 +17,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Error, IoContext, Result, beneath};
+use fsnap_backend::{Error, IoContext, Locator, Result, beneath};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::dm::{By, Mapper};
+use crate::guard::{Guard, Guards};
 use crate::pool::ThinDevice;
 use crate::record::{Lock, random_hex};
 use crate::sys::Remembered;
@@ -161,16 +163,24 @@ pub(crate) struct Suspended<'a> {
     device: String,
     /// `None` once the device is resumed.
     note: Option<(OsString, Lock)>,
+    guards: &'a Guards,
     /// From before it is suspended until it is resumed.
+    guard: Option<Guard>,
     remembered: Option<Remembered<'a>>,
 }
 
 impl<'a> Suspended<'a> {
-    /// Suspends the device; when this fails, it is not suspended.
-    pub(crate) fn new(mapper: &'a Mapper, notes: &'a Notes, thin: &ThinDevice) -> Result<Self> {
+    /// Suspends the device for the snapshot at `at`; when this fails, it is not suspended.
+    pub(crate) fn new(
+        mapper: &'a Mapper,
+        notes: &'a Notes,
+        guards: &'a Guards,
+        thin: &ThinDevice,
+        at: &Locator,
+    ) -> Result<Self> {
         let note = notes.write(mapper, thin)?;
         let device = thin.device.name.clone();
-        let mut guard = Self { mapper, notes, device, note: Some(note), remembered: None };
+        let mut guard = Self { mapper, notes, device, note: Some(note), guards, guard: None, remembered: None };
         // Somebody else may have it suspended for a purpose of their own, and is not to be resumed by us.
         if let Some(found) = mapper.find(By::Name(&guard.device))?
             && found.suspended
@@ -178,6 +188,11 @@ impl<'a> Suspended<'a> {
             let what = By::Name(&guard.device).to_string();
             guard.leave()?;
             return Err(Error::Busy { what, by: "somebody else has suspended it".to_owned() });
+        }
+        match guards.watch(mapper, at, &guard.device).context("start", "the process that resumes if this one is killed")
+        {
+            Ok(watching) => guard.guard = Some(watching),
+            Err(error) => return Err(error.and_undo(guard.leave())),
         }
         guard.remembered = Some(mapper.remember(&guard.device));
         match mapper.suspend(&guard.device).context("suspend", By::Name(&guard.device).to_string()) {
@@ -209,6 +224,7 @@ impl<'a> Suspended<'a> {
         let resume = || self.mapper.resume(&self.device);
         resume().or_else(|_| resume()).context("resume", By::Name(&self.device).to_string())?;
         self.remembered = None;
+        self.guard.take().into_iter().for_each(|guard| self.guards.end(guard));
         let removed = self.notes.remove(&name);
         drop(lock);
         removed

@@ -1,4 +1,5 @@
-//! The one device-mapper call that the `devicemapper` crate cannot make as needed, and two calls for files.
+//! The one device-mapper call that the `devicemapper` crate cannot make as needed, the child that makes it when this process
+//! cannot, and two calls for files.
 //!
 //! The crate's resume waits until udev has dealt with the event that the kernel sends. The origin of a snapshot is
 //! resumed while processes stand frozen, perhaps udev's own among them: nothing may be waited for.
@@ -12,6 +13,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicI32, AtomicU8, AtomicUsize, Ordering};
 
 use devicemapper_sys as raw;
+use nix::errno::Errno;
+use nix::libc;
+use nix::unistd::{ForkResult, Pid};
 
 mod call {
     use devicemapper_sys as raw;
@@ -50,6 +54,71 @@ fn resume_by(control: RawFd, name: impl ExactSizeIterator<Item = u8>) -> io::Res
     unsafe { call::dev_suspend(control, &mut header) }?;
     Ok(())
 }
+
+/// What a guard is told: how long the name of the device is that is about to be suspended, and the name.
+pub(crate) type Order = [u8; 128];
+
+/// Nothing is suspended any more.
+pub(crate) const NOTHING: Order = [0; 128];
+/// There is nothing more to guard.
+pub(crate) const END: Order = [u8::MAX; 128];
+
+/// The order to watch that device.
+pub(crate) fn order(device: &str) -> io::Result<Order> {
+    let mut order = NOTHING;
+    let room = order.get_mut(1..=device.len()).filter(|room| !room.is_empty());
+    room.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(device.as_bytes());
+    order[0] = device.len() as u8;
+    Ok(order)
+}
+
+/// Starts a guard that takes its orders from a pipe, by the control device; returns its pid.
+///
+/// The child makes no call that a signal handler could not make: other threads of this process may hold any lock.
+pub(crate) fn fork_guard(control: impl AsFd, orders: impl AsFd) -> io::Result<Pid> {
+    let (control, orders) = (control.as_fd().as_raw_fd(), orders.as_fd().as_raw_fd());
+    // SAFETY: the child calls nothing but `guard`, which does system calls and arithmetic, and never returns.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => guard(control, orders),
+    }
+}
+
+/// Runs as the guard.
+fn guard(control: RawFd, orders: RawFd) -> ! {
+    // SAFETY: these calls have no preconditions but valid pointers, which the literal is; what owns the files that are closed
+    // is never used in this process.
+    unsafe {
+        libc::setsid();
+        libc::chdir(c"/".as_ptr());
+        let (low, high) = (control.min(orders).cast_unsigned(), control.max(orders).cast_unsigned());
+        for (first, end) in [(0, low), (low + 1, high), (high + 1, u32::MAX)] {
+            if first < end {
+                libc::syscall(libc::SYS_close_range, first, end - 1, 0);
+            }
+        }
+    }
+    let (mut last, mut next) = (NOTHING, NOTHING);
+    loop {
+        // SAFETY: the array is valid for as many bytes.
+        let got = unsafe { libc::read(orders, next.as_mut_ptr().cast(), next.len()) };
+        match got.cast_unsigned() {
+            ORDER_LENGTH if next == END => break,
+            ORDER_LENGTH => last = next,
+            _ if got < 0 && Errno::last_raw() == libc::EINTR => {}
+            _ => {
+                let name = &last[1..][..usize::from(last[0])];
+                // There is nobody to tell; the note stays, and the next command tries again.
+                let _ = (!name.is_empty()).then(|| resume_by(control, name.iter().copied()));
+                break;
+            }
+        }
+    }
+    // SAFETY: it has no preconditions.
+    unsafe { libc::_exit(0) }
+}
+
+const ORDER_LENGTH: usize = size_of::<Order>();
 
 /// What a process that has to end at once must not leave suspended: plain memory, for a signal handler can take no lock.
 static STANDING: [Standing; 16] = [const { Standing::free() }; 16];

@@ -6,12 +6,31 @@ use rustix::io::Errno;
 use crate::{Error, catalog};
 
 /// The number that says most of what the error says.
-pub(super) fn of(error: &Error) -> Errno {
+pub(in crate::fuse) fn of(error: &Error) -> Errno {
     match error {
         Error::Backend(error) => backend(error),
         Error::Catalog(error) => catalog(error),
+        Error::Fuse(error) => served(error),
+        Error::NameTaken { .. } => Errno::EXIST,
+        Error::InvalidName(_) | Error::BadReference { .. } | Error::Ambiguous { .. } => Errno::INVAL,
+        Error::Needed { .. } | Error::BranchInUse { .. } => Errno::BUSY,
         Error::Mount(crate::mount::Error::Io { source, .. }) | Error::Io { source, .. } => system(source),
-        Error::NoSuchCheckpoint { .. } | Error::NoSuchBranch { .. } | Error::NoSuchVolume { .. } => Errno::NOENT,
+        Error::NoSuchCheckpoint { .. }
+        | Error::TooFarBack { .. }
+        | Error::NoSuchBranch { .. }
+        | Error::NoSuchVolume { .. } => Errno::NOENT,
+        _ => Errno::IO,
+    }
+}
+
+fn served(error: &crate::fuse::session::Error) -> Errno {
+    use crate::fuse::{overlay, session};
+    match error {
+        session::Error::Overlay(overlay::Error::Locked { .. }) => Errno::BUSY,
+        session::Error::Overlay(overlay::Error::Io { source, .. }) | session::Error::Io { source, .. } => {
+            system(source)
+        }
+        session::Error::Mount(crate::mount::Error::Io { source, .. }) => system(source),
         _ => Errno::IO,
     }
 }

@@ -11,15 +11,16 @@ use fsnap_backend::{FileKind, FileMeta, Timestamp};
 
 use super::tree::{Tree, Trees};
 use super::{Keep, processes};
-use crate::Result;
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::coordinator::Coordinator;
+use crate::fuse::branches::Branches;
 use crate::name::Name;
 use crate::processes::ProcessRecord;
+use crate::{Error, Result, reference};
 
 const README: &str = "\
-These are the checkpoints and branches of fsnap. Everything here is read-only.
+These are the checkpoints and branches of fsnap. Everything here but branches is read-only.
 
 ids/<id>/<volume>/...           the files of a checkpoint, as they were
 ids/<id>/.fsnap/                not listed: meta.json, and the links parent and images
@@ -27,7 +28,11 @@ ids/<id>/.fsnap/processes/<pid> a process as it stood: cmdline, cwd, exe, root, 
 snapshots/<time>                links into ids; snapshots/latest is the newest
 tags/<tag>                      links into ids
 latest                          a link to the newest checkpoint
-branches/<name>/<volume>        links to where the files of a branch are, and can be written
+branches/<name>/<volume>/...    the files of a branch, to be written; of those that `fsnap branch` made, a link to them
+
+`mkdir branches/NAME@CKPT` makes a branch here, where CKPT is an id or its beginning, a tag, or latest. It begins as the
+checkpoint was, and takes room for what differs only. `rmdir branches/NAME` removes it while nothing was written to it,
+`fsnap rm --branch NAME` in any case.
 
 New checkpoints show up by themselves. `fsnap umount` ends this.
 ";
@@ -52,12 +57,27 @@ pub struct Records {
     pub patience: Duration,
     /// What `meta.json` says.
     pub describe: Describe,
+    /// Where branches keep what differs; beside the catalog, if not set.
+    pub branches: Option<PathBuf>,
 }
 
 impl Records {
     /// Opens the catalog to read it. Whoever has it open keeps nobody from anything, and nothing is held when it is closed.
-    pub(super) fn open(&self) -> Result<Coordinator> {
-        Coordinator::open(&self.state, Access::Read, self.patience)
+    pub(in crate::fuse) fn open(&self) -> Result<Coordinator> {
+        self.open_for(Access::Read)
+    }
+
+    /// Opens the catalog for a change. Recovers nothing: that is for commands, which tell somebody of it.
+    pub(super) fn open_to_write(&self) -> Result<Coordinator> {
+        self.open_for(Access::Write)
+    }
+
+    fn open_for(&self, access: Access) -> Result<Coordinator> {
+        let mut coordinator = Coordinator::open(&self.state, access, self.patience)?;
+        if let Some(dir) = &self.branches {
+            coordinator.keep_branches_in(dir);
+        }
+        Ok(coordinator)
     }
 }
 
@@ -105,6 +125,8 @@ impl Place {
 pub(super) enum Found {
     Place(Place),
     Volume(Arc<Tree>),
+    /// A volume of a branch that is written here, by its number.
+    Written(u64),
     Entry {
         tree: Arc<Tree>,
         meta: FileMeta,
@@ -117,7 +139,7 @@ impl Found {
     pub(super) fn kind(&self) -> FileKind {
         match self {
             Self::Place(place) => place.kind(),
-            Self::Volume(_) => FileKind::Dir,
+            Self::Volume(_) | Self::Written(_) => FileKind::Dir,
             Self::Entry { meta, .. } => meta.kind,
         }
     }
@@ -127,14 +149,33 @@ impl Found {
 #[derive(Debug)]
 pub(super) struct Layout {
     records: Records,
+    branches: Arc<Branches>,
     since: Timestamp,
     owner: (u32, u32),
 }
 
 impl Layout {
-    pub(super) fn new(records: Records) -> Self {
+    pub(super) fn new(records: Records, branches: Arc<Branches>) -> Self {
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self { records, since: timestamp(jiff::Timestamp::now()), owner }
+        Self { records, branches, since: timestamp(jiff::Timestamp::now()), owner }
+    }
+
+    /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
+    pub(super) fn make_branch(&self, wanted: &OsStr) -> Result<Name> {
+        let bad = |reason| Error::BadReference { reference: wanted.to_string_lossy().into_owned(), reason };
+        let text = wanted.to_str().ok_or_else(|| bad("it is no text"))?;
+        let (name, checkpoint) = text.split_once('@').ok_or_else(|| bad("make a branch by `mkdir NAME@CKPT`"))?;
+        let name: Name = name.parse()?;
+        let is_latest = checkpoint.strip_prefix(LATEST).is_some_and(|steps| steps.is_empty() || steps.starts_with('~'));
+        let checkpoint = if is_latest { format!("@{checkpoint}") } else { checkpoint.to_owned() };
+        let coordinator = self.records.open_to_write()?;
+        let checkpoint = reference::resolve(coordinator.catalog(), &checkpoint)?;
+        Ok(coordinator.branch_to_write(&checkpoint, &name)?.name)
+    }
+
+    /// Removes a branch to which nothing was written.
+    pub(super) fn remove_branch(&self, name: &Name) -> Result<()> {
+        self.records.open_to_write()?.remove_unchanged_branch(name)
     }
 
     pub(super) fn is_recorded(&self, checkpoint: &CheckpointId) -> Result<bool> {
@@ -249,7 +290,11 @@ impl Layout {
             }
             Place::Branch(name) => {
                 for member in catalog.branch(name)?.map(|branch| branch.members).unwrap_or_default() {
-                    add(member.volume.as_str(), Place::Link(member.path.0));
+                    let place = match self.branches.number_of(name, &member) {
+                        Some(number) => Found::Written(number),
+                        None => Found::Place(Place::Link(member.path.0)),
+                    };
+                    found.push((member.volume.as_str().into(), place));
                 }
             }
             Place::Processes(id) => {
@@ -307,7 +352,9 @@ impl Layout {
     pub(super) fn meta_at_once(&self, place: &Place) -> (FileMeta, bool) {
         let dir = self.dir_meta();
         match place {
-            Place::Root | Place::Ids | Place::Snapshots | Place::Tags | Place::Branches => (dir, true),
+            Place::Root | Place::Ids | Place::Snapshots | Place::Tags => (dir, true),
+            // Branches are made and removed in it.
+            Place::Branches => (FileMeta { mode: 0o755, ..dir }, true),
             Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
             Place::Processes(_) | Place::Process(..) | Place::Descriptors(..) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),

@@ -14,6 +14,7 @@ use fsnap_backend::{FileKind, FileMeta};
 use super::ROOT;
 use super::layout::{Found, Place};
 use super::tree::Tree;
+use crate::fuse::branches::OWN_BITS;
 
 /// A file or directory that somebody has looked up.
 #[derive(Debug)]
@@ -80,6 +81,8 @@ impl Nodes {
                 Found::Place(place) => What::Place(place.clone()),
                 Found::Volume(tree) => What::Volume(tree.clone()),
                 Found::Entry { tree, meta, .. } => What::Entry(tree.clone(), *meta),
+                // It has its number already, and is nobody's to know here.
+                Found::Written(_) => What::Place(Place::Branches),
             };
             let node = Node { number, parent: Some(parent.clone()), name: name.to_owned(), what };
             Known { node: Arc::new(node), names: 0 }
@@ -105,9 +108,12 @@ impl Nodes {
 }
 
 fn free_or_same(known: &HashMap<u64, Known>, parent: &Node, name: &OsStr, found: &Found) -> u64 {
+    if let Found::Written(number) = found {
+        return *number;
+    }
     let mut number = wanted(parent, name, found);
     while known.get(&number).is_some_and(|known| !same(&known.node, parent, name, found)) {
-        number = number.wrapping_add(1).max(ROOT + 1);
+        number = within(number + 1);
     }
     number
 }
@@ -121,7 +127,12 @@ fn wanted(parent: &Node, name: &OsStr, found: &Found) -> u64 {
         Found::Place(Place::Link(target)) => (parent.number, name, target).hash(&mut hasher),
         _ => (parent.number, name).hash(&mut hasher),
     }
-    hasher.finish().max(ROOT + 1)
+    within(hasher.finish())
+}
+
+/// The numbers above are of the files of branches.
+fn within(number: u64) -> u64 {
+    (number & ((1 << OWN_BITS) - 1)).max(ROOT + 1)
 }
 
 /// Whether the node stands for what was found.

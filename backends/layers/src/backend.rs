@@ -1,0 +1,390 @@
+//! The backend: images are sealed states of copy-on-write trees.
+//!
+//! ```text
+//! <place>/identity       what the store is
+//! <place>/images/<at>    one image: the number of its layer, the identity of the tree's own store, and where that is
+//! ```
+//!
+//! The layers themselves stay with the tree that they were written in, in its own store, which notes in `holds` who needs them:
+//! a tree that is given up is removed with its last image. A place may be the store of such a tree itself.
+//!
+//! A snapshot is asked of the server of the tree, through the tree: setting the attribute [`SEAL`] on its root seals the layer and
+//! names the image that it is for. Then the image is recorded, by one rename, and is whole. A call that is killed in between
+//! leaves a layer that no image needs, which harms nothing. Reading an image takes no server.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{ErrorKind as IoKind, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use fsnap_backend::{
+    Backend, Capabilities, Consistency, Damage, Error, Identity, Image, ImageKind, ImageState, IoContext, Locator,
+    MountSpec, Result, Snapshot, Source, StoreInfo, Volume, beneath,
+};
+use rustix::fs::XattrFlags;
+use rustix::io::Errno;
+
+use super::origin::{self, OpenOrigin};
+use super::{Overlay, object, seal, store, verify};
+
+/// The backend's name.
+pub const KIND: &str = "layers";
+/// The attribute of a tree's root that says where its store is.
+pub const STORE: &str = "fsnap.store";
+/// The attribute of a tree's root by which its layer is sealed; the value names the image.
+pub const SEAL: &str = "fsnap.seal";
+
+const IMAGES: &str = "images";
+const IDENTITY: &str = "identity";
+const HOLDS: &str = "holds";
+const ABANDONED: &str = "abandoned";
+
+/// A store of images.
+#[derive(Debug)]
+pub struct Store {
+    place: PathBuf,
+    info: StoreInfo,
+    open_origin: OpenOrigin,
+}
+
+/// What an image's file says.
+struct Record {
+    layer: u64,
+    /// Of the tree's own store.
+    identity: String,
+    tree: PathBuf,
+}
+
+impl Store {
+    /// Tells whether the directory can be a volume, and where its images are noted: with its layers.
+    pub fn probe(dir: &Path) -> Result<PathBuf> {
+        let root = beneath::open_volume(dir, KIND)?;
+        tree_of(&root, dir)
+    }
+
+    /// Makes a store at `place`, or opens the one that is there.
+    pub fn create(place: &Path) -> Result<Self> {
+        let refused = |reason: &str| Error::NotAStore { dir: place.into(), kind: KIND, reason: reason.into() };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(place).context("make the directory", place)?;
+        let names: Vec<_> = fs::read_dir(place)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect::<std::io::Result<_>>())
+            .context("list", place)?;
+        let has = |name: &str| names.iter().any(|found| found == name);
+        if !names.is_empty() && !has(IDENTITY) && !has("version") && !has(IMAGES) {
+            return Err(refused("it has other things in it; name another directory"));
+        }
+        let images = place.join(IMAGES);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&images).context("make the directory", &images)?;
+        if !has(IDENTITY) {
+            let random = store::random().map_err(std::io::Error::from).context("make up a name for", place)?;
+            write_whole(place, IDENTITY, format!("{random}\n").as_bytes())?;
+        }
+        beneath::open_root(place).and_then(|dir| Ok(rustix::fs::fsync(dir)?)).context("sync", place)?;
+        Self::open(place)
+    }
+
+    /// Opens the store at `place`; changes nothing.
+    pub fn open(place: &Path) -> Result<Self> {
+        Self::open_with(place, origin::open_dir)
+    }
+
+    /// The same; what trees began with is opened by `open_origin`.
+    pub fn open_with(place: &Path, open_origin: OpenOrigin) -> Result<Self> {
+        let identity = fs::read_to_string(place.join(IDENTITY));
+        let identity = match identity {
+            Err(error) if error.kind() == IoKind::NotFound => {
+                return Err(Error::NotFound { what: format!("the {KIND} store at {}", place.display()) });
+            }
+            identity => identity.context("read the identity of", place)?,
+        };
+        let ownership = rustix::process::geteuid().is_root();
+        let capabilities = Capabilities {
+            clones: false,
+            constant_time_clones: false,
+            xattrs: true,
+            acls: true,
+            ownership,
+            mountable: false,
+            coalesces: false,
+            verifies_contents: false,
+            live: Consistency::Fuzzy,
+        };
+        let identity = Identity::new(format!("{KIND}:{}", identity.trim()));
+        let info = StoreInfo { kind: KIND, identity, capabilities };
+        Ok(Self { place: place.to_owned(), info, open_origin })
+    }
+
+    fn images(&self) -> PathBuf {
+        self.place.join(IMAGES)
+    }
+
+    fn record(&self, at: &Locator) -> Result<Record> {
+        let no_image = || Error::NotFound { what: format!("the image {at}") };
+        if !is_ours(at) {
+            return Err(no_image());
+        }
+        let path = self.images().join(at.as_str());
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == IoKind::NotFound => return Err(no_image()),
+            text => text.context("read", &path)?,
+        };
+        let damaged = || Error::Damaged { what: format!("the image {at}"), reason: "its record cannot be read".into() };
+        let mut lines = text.splitn(3, |&byte| byte == b'\n');
+        let mut text_line = || std::str::from_utf8(lines.next()?).ok().map(str::to_owned);
+        let (layer, identity) = (text_line().and_then(|line| line.parse().ok()), text_line());
+        let tree = lines.next().map(|path| PathBuf::from(std::ffi::OsString::from_vec(path.to_vec())));
+        match (layer, identity, tree) {
+            (Some(layer), Some(identity), Some(tree)) => Ok(Record { layer, identity, tree }),
+            _ => Err(damaged()),
+        }
+    }
+
+    fn snapshot_of(&self, at: &Locator, record: &Record) -> Snapshot {
+        let identity = Identity::new(format!("{KIND}:{}:{}", record.identity, record.layer));
+        Snapshot { at: at.clone(), identity, omissions: Vec::new() }
+    }
+
+    /// By which name a tree knows that an image needs its layers.
+    fn hold(&self, at: &Locator) -> String {
+        format!("{}.{at}", self.info.identity.as_str().rsplit(':').next().unwrap_or_default())
+    }
+
+    fn open_image(&self, at: &Locator) -> Result<std::sync::Arc<dyn fsnap_backend::Dir>> {
+        let record = self.record(at)?;
+        let found = identity_of(&record.tree)?;
+        if found != record.identity {
+            let (expected, found) = (Identity::new(record.identity), Identity::new(found));
+            return Err(Error::WrongIdentity { what: format!("the store {}", record.tree.display()), expected, found });
+        }
+        let below = (self.open_origin)(&origin::read(&record.tree)?)?;
+        let opened = Overlay::sealed(below, &record.tree, record.layer);
+        opened.map_err(|error| Error::Io {
+            action: "open the layers of",
+            object: record.tree.display().to_string(),
+            source: std::io::Error::other(error.to_string()),
+        })
+    }
+}
+
+impl Backend for Store {
+    fn store(&self) -> &StoreInfo {
+        &self.info
+    }
+
+    fn adopt(&self, dir: &Path) -> Result<Volume> {
+        let root = beneath::open_volume(dir, KIND)?;
+        let tree = tree_of(&root, dir)?;
+        Ok(Volume::new(dir, Identity::new(format!("{KIND}:{}", identity_of(&tree)?)), root))
+    }
+
+    fn reserve(&self, _: Source<'_>, known: &BTreeSet<Locator>) -> Result<Locator> {
+        loop {
+            let random = store::random().map_err(std::io::Error::from).context("make up a name in", &self.place)?;
+            let at: Locator = format!("s-{}", &random[..16]).parse().expect("a letter, a dash and digits");
+            if !known.contains(&at) {
+                return Ok(at);
+            }
+        }
+    }
+
+    fn prime(&self, volume: &Volume, _: &Locator) -> Result<()> {
+        let tree = tree_of(volume.as_fd(), volume.dir())?;
+        let opened = beneath::open_root(&tree).context("open", &tree)?;
+        rustix::fs::syncfs(opened).map_err(std::io::Error::from).context("sync", &tree)
+    }
+
+    fn snapshot(&self, volume: &Volume, at: &Locator) -> Result<Snapshot> {
+        match self.record(at) {
+            Ok(record) => return Ok(self.snapshot_of(at, &record)),
+            Err(Error::NotFound { .. }) if is_ours(at) => {}
+            Err(error) => return Err(error),
+        }
+        let now = self.adopt(volume.dir())?;
+        if now.identity() != volume.identity() {
+            return Err(Error::WrongIdentity {
+                what: format!("the volume at {}", volume.dir().display()),
+                expected: volume.identity().clone(),
+                found: now.identity().clone(),
+            });
+        }
+        let tree = tree_of(volume.as_fd(), volume.dir())?;
+        let image = self.hold(at);
+        let holds = tree.join(HOLDS);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&holds).context("make the directory", &holds)?;
+        fs::write(holds.join(&image), "").context("write in", &holds)?;
+        let root = format!("/proc/self/fd/{}", volume.as_fd().as_raw_fd());
+        match rustix::fs::setxattr(&root, SEAL, image.as_bytes(), XattrFlags::empty()) {
+            Err(Errno::MLINK) => {
+                let reason = format!(
+                    "it has {} layers already: make a branch of its last checkpoint, and go on there",
+                    seal::MOST_LAYERS
+                );
+                return Err(Error::Unsupported { kind: KIND, action: "seal another layer", reason });
+            }
+            sealed => sealed.map_err(std::io::Error::from).context("seal the layer of", volume.dir())?,
+        }
+        let opened = beneath::open_root(&tree).context("open", &tree)?;
+        let layer = seal::layer_of(&opened, &image).map_err(std::io::Error::from).context("read", &tree)?;
+        let layer = layer.ok_or_else(|| Error::NotFound { what: format!("the layer that was sealed for {at}") })?;
+        let record = Record { layer, identity: identity_of(&tree)?, tree };
+        let mut text = format!("{layer}\n{}\n", record.identity).into_bytes();
+        text.extend_from_slice(record.tree.as_os_str().as_bytes());
+        write_whole(&self.images(), at.as_str(), &text)?;
+        Ok(self.snapshot_of(at, &record))
+    }
+
+    fn settle(&self, at: &Locator) -> Result<Snapshot> {
+        let record = self.record(at)?;
+        for dir in [&record.tree, &self.images()] {
+            let opened = beneath::open_root(dir).context("open", dir)?;
+            rustix::fs::syncfs(opened).map_err(std::io::Error::from).context("sync", dir)?;
+        }
+        Ok(self.snapshot_of(at, &record))
+    }
+
+    fn clone_snapshot(&self, _: &Snapshot, _: &Locator) -> Result<()> {
+        let reason = "its branches are written through `fsnap mount`: `mkdir branches/NAME@CKPT` there".to_owned();
+        Err(Error::Unsupported { kind: KIND, action: "clone a snapshot", reason })
+    }
+
+    fn list(&self) -> Result<Vec<Image>> {
+        let images = self.images();
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&images).context("list", &images)? {
+            let name = entry.context("list", &images)?.file_name();
+            let at = name.to_str().and_then(|name| name.parse::<Locator>().ok());
+            // What was being written has a dot before its name.
+            let Some(at) = at else { continue };
+            let state = match is_ours(&at) {
+                false => ImageState::Foreign,
+                true if self.record(&at).is_ok() => ImageState::Whole,
+                true => ImageState::Partial,
+            };
+            found.push(Image { at, kind: ImageKind::Snapshot, state });
+        }
+        Ok(found)
+    }
+
+    fn activate(&self, at: &Locator) -> Result<MountSpec> {
+        Ok(MountSpec::Tree(self.open_image(at)?))
+    }
+
+    fn deactivate(&self, at: &Locator) -> Result<()> {
+        // Nothing is held for an active image.
+        if is_ours(at) { Ok(()) } else { Err(Error::NotFound { what: format!("the image {at}") }) }
+    }
+
+    fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>> {
+        verify::verify(self.open_image(&snapshot.at)?.as_ref())
+    }
+
+    fn delete(&self, at: &Locator) -> Result<()> {
+        if !is_ours(at) {
+            return Err(Error::NotFound { what: format!("the image {at}") });
+        }
+        let record = match self.record(at) {
+            Err(Error::NotFound { .. } | Error::Damaged { .. }) => None,
+            record => Some(record?),
+        };
+        for name in [at.as_str().to_owned(), format!(".{at}")] {
+            remove_file(&self.images().join(name))?;
+        }
+        match record {
+            Some(record) => release(&record.tree, &self.hold(at)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Gives up a tree: removes it with all its layers, or keeps these as long as images need them.
+///
+/// Requires that nobody serves it.
+pub fn abandon(tree: &Path) -> Result<()> {
+    if is_held(tree)? {
+        write_whole(tree, ABANDONED, b"")?;
+        // Nobody will read again what was not sealed; a crash in between leaves it, which costs room.
+        return Ok(());
+    }
+    remove_dir(tree)
+}
+
+/// Whether images need the layers of a tree.
+pub fn is_held(tree: &Path) -> Result<bool> {
+    match fs::read_dir(tree.join(HOLDS)) {
+        Err(error) if error.kind() == IoKind::NotFound => Ok(false),
+        entries => Ok(entries.context("list", tree)?.next().is_some()),
+    }
+}
+
+/// An image does not need the layers of a tree any more.
+fn release(tree: &Path, hold: &str) -> Result<()> {
+    remove_file(&tree.join(HOLDS).join(hold))?;
+    if tree.join(ABANDONED).exists() && !is_held(tree)? {
+        remove_dir(tree)?;
+    }
+    Ok(())
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if matches!(error.kind(), IoKind::NotFound | IoKind::NotADirectory) => Ok(()),
+        removed => removed.context("remove", path),
+    }
+}
+
+fn remove_dir(dir: &Path) -> Result<()> {
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else { return Ok(()) };
+    let opened = beneath::open_root(parent).context("open", parent)?;
+    beneath::remove_tree(&opened, name).context("remove", dir)?;
+    // The last volume of a branch takes the branch's directory with it.
+    let _ = fs::remove_dir(parent);
+    Ok(())
+}
+
+fn is_ours(at: &Locator) -> bool {
+    let digits = at.as_str().strip_prefix("s-");
+    digits.is_some_and(|digits| digits.len() == 16 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Writes a small file as a whole. Not synced.
+fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let temporary = dir.join(format!(".{name}"));
+    let written = fs::File::create(&temporary).and_then(|mut file| file.write_all(content));
+    written.context("write", &temporary)?;
+    fs::rename(&temporary, dir.join(name)).context("rename", &temporary)
+}
+
+/// Where the store of the tree is whose root this is.
+fn tree_of(root: impl AsFd, dir: &Path) -> Result<PathBuf> {
+    let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
+    let not_served = || refused("it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves");
+    let path = format!("/proc/self/fd/{}", root.as_fd().as_raw_fd());
+    let mut buffer = vec![0; 4096];
+    let length = match rustix::fs::getxattr(&path, STORE, &mut buffer) {
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => return Err(not_served()),
+        length => length.map_err(std::io::Error::from).context("examine", dir)?,
+    };
+    let tree = PathBuf::from(OsStr::from_bytes(&buffer[..length]));
+    // Whoever serves a tree could name any directory: it must be his own.
+    use std::os::unix::fs::MetadataExt;
+    let owner = fs::metadata(&tree).context("examine", &tree)?.uid();
+    let server = object::server_of(root.as_fd()).context("examine", dir)?;
+    if !tree.is_absolute() || server != Some(owner) {
+        return Err(refused("it names a store that is not its server's own"));
+    }
+    Ok(tree)
+}
+
+fn identity_of(tree: &Path) -> Result<String> {
+    let path = tree.join(IDENTITY);
+    match fs::read_to_string(&path) {
+        Err(error) if error.kind() == IoKind::NotFound => {
+            Err(Error::NotFound { what: format!("the store {}", tree.display()) })
+        }
+        text => Ok(text.context("read", &path)?.trim().to_owned()),
+    }
+}

@@ -1,0 +1,143 @@
+//! What lies below, whichever way it is read: a file of a mounted file system, or one of a snapshot that the kernel cannot
+//! mount.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use fsnap_backend::{Content, ErrorKind, FileKind, FileMeta};
+use rustix::fs::{SeekFrom, Stat};
+use rustix::io::Errno;
+
+use super::Result;
+
+/// The number that says most of what a backend's error says.
+pub(super) fn errno(error: fsnap_backend::Error) -> Errno {
+    match &error {
+        fsnap_backend::Error::Io { source, .. } => io_errno(source),
+        _ => match error.kind() {
+            ErrorKind::NotFound => Errno::NOENT,
+            ErrorKind::Damaged => Errno::UCLEAN,
+            ErrorKind::WrongIdentity => Errno::STALE,
+            ErrorKind::Permission => Errno::ACCESS,
+            ErrorKind::NoSpace => Errno::NOSPC,
+            _ => Errno::IO,
+        },
+    }
+}
+
+pub(super) fn io_errno(error: &io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+fn type_bits(kind: FileKind) -> u32 {
+    match kind {
+        FileKind::File => 0o100_000,
+        FileKind::Dir => 0o040_000,
+        FileKind::Symlink => 0o120_000,
+        FileKind::Fifo => 0o010_000,
+        FileKind::Socket => 0o140_000,
+        FileKind::CharDevice => 0o020_000,
+        FileKind::BlockDevice => 0o060_000,
+    }
+}
+
+/// Attributes as `stat(2)` has them; `template` gives what they do not tell.
+///
+/// What a file takes on the disk is not told. Programs ask for holes only where there seem to be some: a large file seems
+/// to have one.
+pub(super) fn stat(meta: &FileMeta, template: Stat) -> Stat {
+    const LARGE: u64 = 64 << 10;
+    let mut stat = template;
+    stat.st_ino = meta.ino;
+    stat.st_mode = type_bits(meta.kind) | meta.mode;
+    stat.st_nlink = meta.nlink.into();
+    stat.st_uid = meta.uid;
+    stat.st_gid = meta.gid;
+    stat.st_rdev = meta.rdev;
+    stat.st_size = meta.size.cast_signed();
+    stat.st_blocks = (meta.size.div_ceil(512) - u64::from(meta.size >= LARGE)).cast_signed();
+    (stat.st_atime, stat.st_atime_nsec) = (meta.atime.seconds, meta.atime.nanoseconds.into());
+    (stat.st_mtime, stat.st_mtime_nsec) = (meta.mtime.seconds, meta.mtime.nanoseconds.into());
+    (stat.st_ctime, stat.st_ctime_nsec) = (meta.ctime.seconds, meta.ctime.nanoseconds.into());
+    stat
+}
+
+/// The content of a file of the lower.
+#[derive(Debug)]
+pub(super) enum LowerContent {
+    File(File),
+    Content(Box<dyn Content>),
+}
+
+impl LowerContent {
+    /// The file that has exactly these bytes, if there is one.
+    pub(super) fn as_file(&self) -> Option<&File> {
+        match self {
+            Self::File(file) => Some(file),
+            Self::Content(content) => content.as_file(),
+        }
+    }
+
+    pub(super) fn length(&self) -> Result<u64> {
+        match self {
+            Self::File(file) => Ok(file.metadata().map_err(|error| io_errno(&error))?.len()),
+            Self::Content(content) => Ok(content.len()),
+        }
+    }
+
+    /// Reads at `offset` as much as there is, up to the buffer's length.
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            let read = match self {
+                Self::File(file) => file.read_at(&mut buffer[done..], at),
+                Self::Content(content) => content.read_at(&mut buffer[done..], at),
+            };
+            match read {
+                Ok(0) => break,
+                Ok(read) => done += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(io_errno(&error)),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Fills the buffer; an error at the end of the file.
+    pub(super) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        if self.read(buffer, offset)? == buffer.len() { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    /// The first offset at or after `at` that is no hole.
+    pub(super) fn data(&self, at: u64) -> Result<Option<u64>> {
+        match self {
+            Self::File(file) => match rustix::fs::seek(file, SeekFrom::Data(at)) {
+                Err(Errno::NXIO) => Ok(None),
+                found => found.map(Some),
+            },
+            Self::Content(content) => {
+                let data = content.data_after(at).map_err(|error| io_errno(&error))?;
+                Ok(data.map(|data| data.start.max(at)))
+            }
+        }
+    }
+
+    /// The first offset at or after `at`, which is before the end, that is a hole; the end counts as one.
+    pub(super) fn hole(&self, at: u64) -> Result<u64> {
+        match self {
+            Self::File(file) => rustix::fs::seek(file, SeekFrom::Hole(at)),
+            Self::Content(content) => {
+                let (mut at, length) = (at, content.len());
+                loop {
+                    match content.data_after(at).map_err(|error| io_errno(&error))? {
+                        Some(data) if data.start <= at && data.end >= length => return Ok(length),
+                        Some(data) if data.start <= at => at = data.end,
+                        _ => return Ok(at),
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! The content of an open file: below, above, or a part of each.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use fsnap_backend::Content;
+use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags};
+use rustix::io::Errno;
+
+use super::Result;
+use super::below::{self, LowerContent};
+use super::store::Keys;
+
+/// An open regular file, shared by all handles on it.
+///
+/// It follows the file: when the file is copied up, handles that were opened before read the new content.
+#[derive(Debug)]
+pub struct OpenFile {
+    source: RwLock<Source>,
+    /// Held for a write to a file that is partly below: its first and last blocks are read before they are written.
+    writing: Mutex<()>,
+    gate: Arc<Gate>,
+}
+
+/// What every change of a content passes through: closed while a layer is sealed.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) changes: RwLock<()>,
+    /// A layer was sealed and has not been synced since.
+    pub(super) unsettled: AtomicBool,
+    /// Any file of the store's file system.
+    pub(super) store: OwnedFd,
+}
+
+impl Gate {
+    pub(super) fn new(store: OwnedFd) -> Self {
+        Self { changes: RwLock::default(), unsettled: AtomicBool::new(false), store }
+    }
+
+    fn enter(&self) -> std::sync::RwLockReadGuard<'_, ()> {
+        self.changes.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After a layer was sealed, the first who wants something durable makes all of it so: it may lie in a layer that the disk does not
+    /// have yet. Tells whether that was done.
+    pub(super) fn settle(&self) -> Result<bool> {
+        if !self.unsettled.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        self.unsettled.store(false, Ordering::Release);
+        rustix::fs::syncfs(&self.store).inspect_err(|_| self.unsettled.store(true, Ordering::Release))?;
+        Ok(true)
+    }
+}
+
+/// A file that has to be copied up before it is written.
+fn below() -> Errno {
+    Errno::ROFS
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// In the lower, unchanged.
+    Lower(LowerContent),
+    /// In the upper, all of them.
+    Whole(Arc<File>),
+    /// In the upper as far as they were written, else in the lower.
+    Partial(Partial),
+    /// Where they were when the layer was sealed, never to be written again.
+    Sealed(Box<Source>),
+}
+
+/// A file of the upper whose holes stand for the content of one of the lower.
+#[derive(Debug)]
+pub(super) struct Partial {
+    pub(super) file: Arc<File>,
+    pub(super) lower: LowerContent,
+    /// From here on, a hole is a hole. The file was never shorter since it was copied up.
+    pub(super) valid: u64,
+    pub(super) block: u64,
+    pub(super) keys: Keys,
+    /// The lower file's path, as the attribute has it.
+    pub(super) path: Vec<u8>,
+}
+
+/// What is copied at once.
+const CHUNK: u64 = 1 << 20;
+/// Longer ranges are not filled with zeros; the file is completed, so that the file system can punch them.
+const MOST_ZEROS: u64 = 8 << 20;
+
+fn io_errno(error: io::Error) -> Errno {
+    below::io_errno(&error)
+}
+
+/// Copies a whole content, holes left out.
+pub(super) fn copy_all(from: &LowerContent, to: &OwnedFd) -> Result<()> {
+    rustix::fs::ftruncate(to, from.length()?)?;
+    let mut at = 0;
+    while let Some(data) = from.data(at)? {
+        at = data;
+        let end = from.hole(at)?;
+        while at < end {
+            let mut buffer = vec![0; CHUNK.min(end - at) as usize];
+            let read = from.read(&mut buffer, at)?;
+            if read == 0 {
+                return Ok(());
+            }
+            let mut written = 0;
+            while written < read {
+                written += rustix::io::pwrite(to, &buffer[written..read], at + written as u64)?;
+            }
+            at += read as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The first offset at or after `at` that is no hole.
+fn next_data(file: impl AsFd, at: u64) -> Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+impl Partial {
+    /// Reads from both layers; short only at the end of the file.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        let end = size.min(offset.saturating_add(buffer.len() as u64));
+        let mut at = offset;
+        while at < end {
+            let data = next_data(&*self.file, at)?.unwrap_or(end).min(end);
+            if data > at {
+                let (from, to) = ((at - offset) as usize, (data - offset) as usize);
+                self.read_lower(&mut buffer[from..to], at)?;
+                at = data;
+                continue;
+            }
+            let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?.min(end);
+            let (from, to) = ((at - offset) as usize, (hole - offset) as usize);
+            let read = self.file.read_at(&mut buffer[from..to], at).map_err(io_errno)?;
+            if read == 0 {
+                break;
+            }
+            at += read as u64;
+        }
+        Ok(at.saturating_sub(offset) as usize)
+    }
+
+    fn read_lower(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let wanted = (self.valid.saturating_sub(offset)).min(buffer.len() as u64) as usize;
+        let (below, beyond) = buffer.split_at_mut(wanted);
+        self.lower.read_exact(below, offset)?;
+        beyond.fill(0);
+        Ok(())
+    }
+
+    fn is_below(&self, block: u64) -> Result<bool> {
+        Ok(block < self.valid && next_data(&*self.file, block)? != Some(block))
+    }
+
+    /// Writes whole blocks: what surrounds the data in the first and the last one is brought up with it.
+    fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        let end = offset + data.len() as u64;
+        let (first, last) = (offset - offset % self.block, end - end % self.block);
+        let mut whole = Vec::new();
+        let mut start = offset;
+        if first < offset && self.is_below(first)? {
+            whole.resize((offset - first) as usize, 0);
+            let read = self.read(&mut whole, first)?;
+            whole[read..].fill(0);
+            start = first;
+        }
+        let tail_end = size.min(last + self.block);
+        let tail = if last < end && end < tail_end && self.is_below(last)? {
+            let mut tail = vec![0; (tail_end - end) as usize];
+            self.read(&mut tail, end)?;
+            tail
+        } else {
+            Vec::new()
+        };
+        if whole.is_empty() && tail.is_empty() {
+            return self.file.write_at(data, offset).map_err(io_errno);
+        }
+        whole.extend_from_slice(data);
+        whole.extend_from_slice(&tail);
+        self.file.write_all_at(&whole, start).map_err(io_errno)?;
+        Ok(data.len())
+    }
+
+    fn truncate(&mut self, size: u64) -> Result<()> {
+        rustix::fs::ftruncate(&*self.file, size)?;
+        if size < self.valid {
+            self.valid = size;
+            let mut value = format!("{size:x} ").into_bytes();
+            value.extend_from_slice(&self.path);
+            rustix::fs::fsetxattr(&*self.file, self.keys.partial(), &value, XattrFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Brings the rest up.
+    fn complete(&self) -> Result<()> {
+        let mut at = 0;
+        while at < self.valid {
+            let data = next_data(&*self.file, at)?.unwrap_or(self.valid).min(self.valid);
+            while at < data {
+                let mut buffer = vec![0; CHUNK.min(data - at) as usize];
+                self.read_lower(&mut buffer, at)?;
+                self.file.write_all_at(&buffer, at).map_err(io_errno)?;
+                at += buffer.len() as u64;
+            }
+            if at < self.valid {
+                at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
+            }
+        }
+        rustix::fs::fdatasync(&*self.file)?;
+        rustix::fs::fremovexattr(&*self.file, self.keys.partial())
+    }
+
+    fn zero(&self, offset: u64, end: u64) -> Result<()> {
+        let mut at = offset;
+        while at < end {
+            let zeros = vec![0; CHUNK.min(end - at) as usize];
+            at += self.write(&zeros, at)? as u64;
+        }
+        Ok(())
+    }
+
+    fn seek_data(&self, offset: u64) -> Result<u64> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let above = next_data(&*self.file, offset)?;
+        let below = self.lower.data(offset)?.filter(|&at| at < self.valid);
+        above.into_iter().chain(below).min().ok_or(Errno::NXIO)
+    }
+
+    fn seek_hole(&self, offset: u64) -> Result<u64> {
+        let size = self.file.metadata().map_err(io_errno)?.len();
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let mut at = offset;
+        while at < size {
+            let above = next_data(&*self.file, at)?.unwrap_or(size);
+            if above == at {
+                at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
+                continue;
+            }
+            if at >= self.valid || self.lower.data(at)? != Some(at) {
+                return Ok(at);
+            }
+            let below = self.lower.hole(at)?.min(self.valid);
+            if below < above {
+                return Ok(below.min(size));
+            }
+            at = above;
+        }
+        Ok(size)
+    }
+}
+
+impl Source {
+    fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        match self {
+            Self::Lower(content) => content.read(buffer, offset),
+            Self::Whole(file) => read_file(file, buffer, offset),
+            Self::Partial(partial) => partial.read(buffer, offset),
+            Self::Sealed(sealed) => sealed.read(buffer, offset),
+        }
+    }
+
+    fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        match self {
+            Self::Lower(content) if hole => {
+                if offset < content.length()? {
+                    content.hole(offset)
+                } else {
+                    Err(Errno::NXIO)
+                }
+            }
+            Self::Lower(content) => content.data(offset)?.ok_or(Errno::NXIO),
+            Self::Whole(file) => {
+                rustix::fs::seek(&**file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
+            }
+            Self::Partial(partial) if hole => partial.seek_hole(offset),
+            Self::Partial(partial) => partial.seek_data(offset),
+            Self::Sealed(sealed) => sealed.seek(offset, hole),
+        }
+    }
+
+    /// The file of the upper; `None` where it was never written.
+    fn written(&self) -> Option<Arc<File>> {
+        match self {
+            Self::Lower(_) => None,
+            Self::Whole(file) => Some(file.clone()),
+            Self::Partial(partial) => Some(partial.file.clone()),
+            Self::Sealed(sealed) => sealed.written(),
+        }
+    }
+
+    /// The file that holds exactly these bytes, if there is one.
+    pub(super) fn as_file(&self) -> Option<&File> {
+        match self {
+            Self::Lower(content) => content.as_file(),
+            Self::Whole(file) => Some(file),
+            Self::Partial(_) => None,
+            Self::Sealed(sealed) => sealed.as_file(),
+        }
+    }
+
+    pub(super) fn length(&self) -> Result<u64> {
+        match self {
+            Self::Lower(content) => content.length(),
+            Self::Whole(file) => Ok(file.metadata().map_err(io_errno)?.len()),
+            Self::Partial(partial) => Ok(partial.file.metadata().map_err(io_errno)?.len()),
+            Self::Sealed(sealed) => sealed.length(),
+        }
+    }
+}
+
+/// A content that never changes, for whoever reads a sealed state.
+impl Content for Source {
+    fn len(&self) -> u64 {
+        self.length().unwrap_or(0)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        Ok(self.read(buffer, offset)?)
+    }
+
+    fn data_after(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        if offset >= Content::len(self) {
+            return Ok(None);
+        }
+        match self.seek(offset, false) {
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(start) => Ok(Some(start..self.seek(start, true)?)),
+        }
+    }
+
+    fn as_file(&self) -> Option<&File> {
+        Self::as_file(self)
+    }
+}
+
+fn read_file(file: &File, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(io_errno(error)),
+        }
+    }
+    Ok(done)
+}
+
+impl OpenFile {
+    pub(super) fn new(source: Source, gate: Arc<Gate>) -> Self {
+        Self { source: RwLock::new(source), writing: Mutex::new(()), gate }
+    }
+
+    /// The layer that it was written to is sealed.
+    pub(super) fn seal(&self) {
+        let mut source = self.source.write().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*source, Source::Whole(_) | Source::Partial(_)) {
+            let nothing = Source::Sealed(Box::new(Source::Lower(LowerContent::Content(Box::new(Nothing)))));
+            *source = Source::Sealed(Box::new(std::mem::replace(&mut *source, nothing)));
+        }
+    }
+
+    /// Whether it has to be copied up before it can be written.
+    pub(super) fn is_below(&self) -> bool {
+        matches!(*self.source(), Source::Lower(_) | Source::Sealed(_))
+    }
+
+    /// The file has been copied up.
+    pub(super) fn replace(&self, source: Source) {
+        *self.source.write().unwrap_or_else(PoisonError::into_inner) = source;
+    }
+
+    fn source(&self) -> std::sync::RwLockReadGuard<'_, Source> {
+        self.source.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file of the upper that has the whole content, and will have it for as long as the file is open.
+    pub fn whole(&self) -> Option<Arc<File>> {
+        match &*self.source() {
+            Source::Whole(file) => Some(file.clone()),
+            _ => None,
+        }
+    }
+
+    /// Reads at `offset`; fewer bytes than asked for only at the end.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        self.source().read(buffer, offset)
+    }
+
+    /// Writes at `offset`.
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> Result<usize> {
+        let _open = self.gate.enter();
+        match &*self.source() {
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
+            Source::Whole(file) => file.write_all_at(data, offset).map(|()| data.len()).map_err(io_errno),
+            Source::Partial(partial) => {
+                let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+                partial.write(data, offset)
+            }
+        }
+    }
+
+    /// Makes what was written durable.
+    pub fn sync(&self, content_only: bool) -> Result<()> {
+        let Some(file) = self.source().written() else { return Ok(()) };
+        if self.gate.settle()? {
+            return Ok(());
+        }
+        if content_only { rustix::fs::fdatasync(&*file) } else { rustix::fs::fsync(&*file) }
+    }
+
+    pub(super) fn truncate(&self, size: u64) -> Result<()> {
+        match &mut *self.source.write().unwrap_or_else(PoisonError::into_inner) {
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
+            Source::Whole(file) => rustix::fs::ftruncate(&**file, size),
+            Source::Partial(partial) => partial.truncate(size),
+        }
+    }
+
+    /// `fallocate(2)`.
+    pub(super) fn allocate(&self, mode: u32, offset: u64, length: u64) -> Result<()> {
+        let _open = self.gate.enter();
+        let flags = FallocateFlags::from_bits_retain(mode);
+        let removes = FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE;
+        let shifts = FallocateFlags::COLLAPSE_RANGE | FallocateFlags::INSERT_RANGE;
+        let mut source = self.source.write().unwrap_or_else(PoisonError::into_inner);
+        let mut offset = offset;
+        let end = offset.checked_add(length).ok_or(Errno::FBIG)?;
+        if let Source::Partial(partial) = &mut *source {
+            let below = partial.valid.min(end).saturating_sub(offset);
+            if flags.intersects(shifts) || (flags.intersects(removes) && below > MOST_ZEROS) {
+                partial.complete()?;
+                let file = partial.file.clone();
+                *source = Source::Whole(file);
+            } else if flags.intersects(removes) && below > 0 {
+                partial.zero(offset, offset + below)?;
+                offset += below;
+            }
+        }
+        match &*source {
+            Source::Lower(_) | Source::Sealed(_) => Err(below()),
+            _ if offset == end => Ok(()),
+            Source::Whole(file) => rustix::fs::fallocate(&**file, flags, offset, end - offset),
+            Source::Partial(partial) => rustix::fs::fallocate(&*partial.file, flags, offset, end - offset),
+        }
+    }
+
+    /// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE`.
+    pub fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        self.source().seek(offset, hole)
+    }
+
+    /// Copies from another file, or from this one, as much as can be done at once.
+    pub(super) fn copy_from(self: &Arc<Self>, other: &Arc<Self>, from: u64, to: u64, length: u64) -> Result<u64> {
+        if !Arc::ptr_eq(self, other) {
+            let _open = self.gate.enter();
+            let (source, target) = (other.source(), self.source());
+            if let (Some(file), Source::Whole(target)) = (source.as_file(), &*target) {
+                let (mut from, mut to) = (from, to);
+                let copied = copy_range(file, &mut from, target, &mut to, length);
+                if !matches!(copied, Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP)) {
+                    return copied;
+                }
+            }
+        }
+        let mut buffer = vec![0; length.min(CHUNK) as usize];
+        let read = other.read(&mut buffer, from)?;
+        let mut written = 0;
+        while written < read {
+            written += self.write(&buffer[written..read], to + written as u64)?;
+        }
+        Ok(read as u64)
+    }
+}
+
+/// No bytes at all.
+#[derive(Debug)]
+struct Nothing;
+
+impl Content for Nothing {
+    fn len(&self) -> u64 {
+        0
+    }
+
+    fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn data_after(&self, _: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+        Ok(None)
+    }
+}
+
+fn copy_range(from: &File, at: &mut u64, to: &File, target: &mut u64, length: u64) -> Result<u64> {
+    let length = usize::try_from(length).unwrap_or(usize::MAX).min(1 << 30);
+    Ok(rustix::fs::copy_file_range(from, Some(at), to, Some(target), length)? as u64)
+}

@@ -1,0 +1,138 @@
+//! The copy-on-write tree: lower, upper, and the names and files that they make together.
+//!
+//! The words are overlayfs's. The *lower* is a directory that never changes. The *upper*, in the store, mirrors the tree as
+//! far as it was changed: what stands there hides what the lower has under the same name. A *whiteout* hides a name without
+//! putting anything in its place; an *opaque* directory hides the whole directory below it. *Copy-up* makes an upper object
+//! out of a lower one before its first change. The page `overlay-format` of fsnap's design says how all this is kept.
+//!
+//! A file is named by its [`Ino`], which is what users see as `st_ino`: it stays the same across copy-up, rename and
+//! remount. All names and attributes are behind one lock, and every change of them is one atomic system call on the upper,
+//! prepared in the store's `work`: a process that is killed leaves the tree as it was before or as it is after. Contents are
+//! read and written outside of that lock, through [`OpenFile`].
+
+mod attr;
+mod backend;
+mod below;
+mod copy_up;
+mod create;
+mod data;
+mod fd_cache;
+mod link;
+mod list;
+mod look;
+mod lower;
+mod node;
+mod object;
+mod open;
+mod origin;
+mod remove;
+mod rename;
+mod seal;
+mod sealed;
+mod store;
+mod verify;
+mod xattr;
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+pub use attr::{Attr, Change, SetTime};
+pub use backend::{KIND, SEAL, STORE, Store, abandon, is_held};
+pub use data::OpenFile;
+pub use list::Listed;
+pub use lower::Below;
+pub use node::{Ino, ROOT};
+pub use origin::{OpenOrigin, Origin, note};
+use rustix::io::Errno;
+pub use seal::MOST_LAYERS;
+pub use store::{Error, is_unchanged};
+
+use self::data::Source;
+use self::fd_cache::FdCache;
+use self::lower::Lower;
+use self::node::Nodes;
+use self::store::PATIENCE;
+
+/// The result of one operation on the tree: what the caller of the system call is told.
+pub type Result<T, E = Errno> = std::result::Result<T, E>;
+
+/// On whose behalf something is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Caller {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+/// The copy-on-write tree over one lower directory.
+#[derive(Debug)]
+pub struct Overlay {
+    tree: Mutex<Tree>,
+}
+
+impl Overlay {
+    /// Opens the branch that `store` keeps over `lower`; makes a new one where there is none.
+    ///
+    /// Waits a moment for a server that has just begun to end.
+    pub fn open(lower: Below, store: &Path) -> Result<Self, Error> {
+        Self::open_within(lower, store, PATIENCE)
+    }
+
+    /// The same, and does not wait.
+    pub fn open_at_once(lower: Below, store: &Path) -> Result<Self, Error> {
+        Self::open_within(lower, store, Duration::ZERO)
+    }
+
+    fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
+        let (lower, opened) = store::open(lower, store, patience)?;
+        let mut tree = Tree::new(lower, opened);
+        tree.climb().map_err(|error| Error::Io {
+            action: "open the layers of",
+            object: store.to_owned(),
+            source: error.into(),
+        })?;
+        Ok(Self::of(tree))
+    }
+
+    fn of(tree: Tree) -> Self {
+        Self { tree: Mutex::new(tree) }
+    }
+
+    /// Opens a content where it is now.
+    fn source(&self, ino: Ino) -> Result<Source> {
+        self.tree().source(ino)
+    }
+
+    fn tree(&self) -> MutexGuard<'_, Tree> {
+        // A panic in one request leaves a tree that is still what the disk says: nothing of it is kept only in memory.
+        self.tree.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether files may be written past this tree: a layer that is sealed meanwhile takes a copy of each. Where copies share no
+    /// blocks, no more than those that were open at the first seal are to be copied.
+    pub fn may_be_passed(&self) -> bool {
+        let tree = self.tree();
+        tree.store.shares || tree.epoch == 0
+    }
+
+    /// The space of the file system that holds the store.
+    pub fn space(&self) -> Result<rustix::fs::StatVfs> {
+        let upper = self.tree().store.upper_root();
+        rustix::fs::fstatvfs(&*upper)
+    }
+}
+
+/// Everything that is known of names and files.
+#[derive(Debug)]
+struct Tree {
+    lower: Lower,
+    store: store::Store,
+    nodes: Nodes,
+    /// Upper directories, by their inode number.
+    dirs: FdCache<Arc<OwnedFd>>,
+    /// How often a layer was sealed since the tree was opened.
+    epoch: u64,
+}

@@ -1,0 +1,177 @@
+//! A sealed state, read through the contract's [`Dir`].
+
+use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
+
+use fsnap_backend::{Content, Dir, Entry, Error, FileKind, FileMeta, Result, Timestamp, Xattrs};
+use rustix::fs::{FileType, Stat};
+use rustix::io::Errno;
+
+use super::attr::Attr;
+use super::node::{Ino, ROOT};
+use super::{Overlay, Result as TreeResult};
+
+/// One directory of a sealed state.
+#[derive(Debug)]
+pub(super) struct SealedDir {
+    overlay: Arc<Overlay>,
+    ino: Ino,
+}
+
+impl SealedDir {
+    pub(super) fn root(overlay: Arc<Overlay>) -> Self {
+        Self { overlay, ino: ROOT }
+    }
+
+    /// Does something with the file of that name.
+    fn with<T>(&self, name: &OsStr, act: impl FnOnce(Ino) -> TreeResult<T>) -> TreeResult<T> {
+        let attr = self.overlay.look_up(self.ino, name)?;
+        let done = act(attr.ino);
+        self.overlay.forget(attr.ino, 1);
+        done
+    }
+
+    fn xattrs_of(&self, ino: Ino) -> TreeResult<Xattrs> {
+        let mut found = Vec::new();
+        for name in self.overlay.xattr_names(ino)? {
+            let value = self.overlay.xattr(ino, &name)?;
+            found.push((name, value));
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+impl Drop for SealedDir {
+    fn drop(&mut self) {
+        if self.ino != ROOT {
+            self.overlay.forget(self.ino, 1);
+        }
+    }
+}
+
+fn failed(action: &'static str, name: &OsStr) -> impl Fn(Errno) -> Error {
+    let object = name.to_string_lossy().into_owned();
+    move |error| Error::Io { action, object: object.clone(), source: error.into() }
+}
+
+fn kind(kind: FileType) -> FileKind {
+    match kind {
+        FileType::Directory => FileKind::Dir,
+        FileType::Symlink => FileKind::Symlink,
+        FileType::Fifo => FileKind::Fifo,
+        FileType::Socket => FileKind::Socket,
+        FileType::CharacterDevice => FileKind::CharDevice,
+        FileType::BlockDevice => FileKind::BlockDevice,
+        FileType::RegularFile | FileType::Unknown => FileKind::File,
+    }
+}
+
+fn meta(attr: &Attr) -> FileMeta {
+    let stat: &Stat = &attr.stat;
+    let time = |seconds: i64, nanoseconds: u64| Timestamp { seconds, nanoseconds: nanoseconds as u32 };
+    FileMeta {
+        kind: kind(attr.kind),
+        ino: attr.ino,
+        nlink: attr.nlink,
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        rdev: if matches!(attr.kind, FileType::CharacterDevice | FileType::BlockDevice) { attr.rdev } else { 0 },
+        size: stat.st_size.cast_unsigned(),
+        atime: time(stat.st_atime, stat.st_atime_nsec),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
+        btime: None,
+    }
+}
+
+impl Dir for SealedDir {
+    fn meta(&self) -> Result<FileMeta> {
+        let attr = self.overlay.attr(self.ino).map_err(failed("read the attributes of", OsStr::new(".")))?;
+        Ok(meta(&attr))
+    }
+
+    fn own_xattrs(&self) -> Result<Xattrs> {
+        self.xattrs_of(self.ino).map_err(failed("read the extended attributes of", OsStr::new(".")))
+    }
+
+    fn entries(&self) -> Result<Vec<Entry>> {
+        let listed = self.overlay.list(self.ino).map_err(failed("list", OsStr::new(".")))?;
+        let mut entries = Vec::with_capacity(listed.len());
+        for listed in listed {
+            entries.extend(self.entry(&listed.name)?);
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    fn entry(&self, name: &OsStr) -> Result<Option<Entry>> {
+        let found = self.overlay.peek(self.ino, name).map_err(failed("read the attributes of", name))?;
+        Ok(found.map(|attr| Entry { name: name.to_owned(), meta: meta(&attr) }))
+    }
+
+    fn open_dir(&self, name: &OsStr) -> Result<Box<dyn Dir>> {
+        let attr = self.overlay.look_up(self.ino, name).map_err(failed("open the directory", name))?;
+        let dir = Self { overlay: self.overlay.clone(), ino: attr.ino };
+        match attr.kind {
+            FileType::Directory => Ok(Box::new(dir)),
+            _ => Err(failed("open the directory", name)(Errno::NOTDIR)),
+        }
+    }
+
+    fn open_file(&self, name: &OsStr) -> Result<Box<dyn Content>> {
+        let source = self.with(name, |ino| self.overlay.source(ino)).map_err(failed("open", name))?;
+        Ok(Box::new(source))
+    }
+
+    fn read_link(&self, name: &OsStr) -> Result<OsString> {
+        self.with(name, |ino| self.overlay.read_link(ino)).map_err(failed("read the link", name))
+    }
+
+    fn xattrs(&self, name: &OsStr) -> Result<Xattrs> {
+        self.with(name, |ino| self.xattrs_of(ino)).map_err(failed("read the extended attributes of", name))
+    }
+}
+
+/// A directory with nothing in it: what stands below for the moment in which one lower takes another's place.
+#[derive(Debug)]
+pub(super) struct Empty;
+
+impl Dir for Empty {
+    fn meta(&self) -> Result<FileMeta> {
+        Err(missing())
+    }
+
+    fn own_xattrs(&self) -> Result<Xattrs> {
+        Ok(Vec::new())
+    }
+
+    fn entries(&self) -> Result<Vec<Entry>> {
+        Ok(Vec::new())
+    }
+
+    fn entry(&self, _: &OsStr) -> Result<Option<Entry>> {
+        Ok(None)
+    }
+
+    fn open_dir(&self, _: &OsStr) -> Result<Box<dyn Dir>> {
+        Err(missing())
+    }
+
+    fn open_file(&self, _: &OsStr) -> Result<Box<dyn Content>> {
+        Err(missing())
+    }
+
+    fn read_link(&self, _: &OsStr) -> Result<OsString> {
+        Err(missing())
+    }
+
+    fn xattrs(&self, _: &OsStr) -> Result<Xattrs> {
+        Err(missing())
+    }
+}
+
+fn missing() -> Error {
+    Error::NotFound { what: "a file of an empty tree".into() }
+}

@@ -1,0 +1,272 @@
+//! The process that stands by for the frozen window, and what the hooks say to it.
+//!
+//! The pre-dump hook leaves it behind as a child. It holds the intent's lock and has the stores open, has read the settings and set up what
+//! takes time. So the post-dump hook has little left to do while processes stand: it calls, waits, and lets the note appear. The note is the
+//! last thing that the *hook* does: a hook that is killed before that has failed, and then the attendant takes back what it took. When the hook
+//! has ended well, the attendant lets go of all that it holds and [searches](super::search) for other writers.
+//!
+//! It ends with the engine, and undoes nothing then: what an engine left is recovery's. Nothing depends on it. Where nobody stands by, the
+//! post-dump hook does all by itself, with the same code.
+//!
+//! Architecture Invariant: it holds nothing of the engine's but the image directory, and is neither in its session nor in its way.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use fsnap::catalog::{Attending, HiddenNote, PendingCheckpoint, SearchFile};
+use fsnap::checkpoint::{CheckpointId, EngineImages};
+use fsnap::coordinator::{Begun, Window, WriterSearch};
+use fsnap::engine::Images;
+use fsnap::volume::StoreRecord;
+use fsnap::{Error, catalog, failpoint, stores};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+
+use super::deadline::Deadline;
+use super::{Context, Failure, environment, hook, search, sys};
+
+/// No engine needs longer between its two calls; and if one does, its hook does without.
+const LONGEST: Duration = Duration::from_secs(3600);
+
+/// Whoever calls says at once what it wants.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// More than any of the two says.
+const LINE_LIMIT: u64 = 1 << 20;
+
+/// What a hook wants: one line of JSON.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Call {
+    /// The processes stand: take the snapshots.
+    Take {
+        /// The device and the inode of the image directory.
+        images: (u64, u64),
+        /// The root of the process tree.
+        tree: i32,
+        /// Who is no writer: the engine.
+        ignore: Vec<i32>,
+        /// Where a test lets it die.
+        armed: Option<String>,
+    },
+    /// Let go: somebody else works on the intent from now on.
+    Leave,
+}
+
+/// What the attendant says to that: one line of JSON.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Answer {
+    /// All was taken, and the note has this number.
+    Taken(CheckpointId, i64),
+    /// Nothing was, or it was taken back; with what there is to say.
+    Failed(String),
+}
+
+/// Has the snapshots taken by the process that stands by for the engine's images; `None` if there is none that can.
+///
+/// What counts is only the note, which is the caller's to let appear.
+pub(crate) fn take(
+    state: &Path,
+    images: &EngineImages,
+    dir: &Images,
+    tree: i32,
+    ignore: Vec<i32>,
+) -> Result<Option<(CheckpointId, HiddenNote)>, Failure> {
+    let Some(mut attendant) = called(state, images)? else { return Ok(None) };
+    let cannot = |source| Error::Io { action: "examine", object: "the image directory".into(), source };
+    let call = Call::Take { images: place_of(dir).map_err(cannot)?, tree, ignore, armed: environment::armed() };
+    match say(&mut attendant, &call).and_then(|()| hear(&attendant)) {
+        Ok(Answer::Taken(id, number)) => {
+            // It learns of the end of this process by the end of this connection.
+            std::mem::forget(attendant);
+            Ok(Some((id, HiddenNote::of(state, number))))
+        }
+        Ok(Answer::Failed(text)) => Err(Failure::Told(text)),
+        // It has ended, whatever it had begun: what was taken in part is taken again.
+        Err(_) => Ok(None),
+    }
+}
+
+/// Sends away the process that stands by for the engine's images, if there is one, so that its intent's lock is free.
+pub(crate) fn dismiss(state: &Path, images: &EngineImages) -> Result<(), Failure> {
+    if let Some(mut attendant) = called(state, images)? {
+        // Its end, or that of the connection, is the answer. One that somebody has stopped is not waited for.
+        let left = attendant.set_read_timeout(Some(AT_ONCE)).and_then(|()| say(&mut attendant, &Call::Leave));
+        let _ = left.and_then(|()| hear::<Answer>(&attendant));
+    }
+    Ok(())
+}
+
+fn called(state: &Path, images: &EngineImages) -> Result<Option<UnixStream>, Failure> {
+    Ok(catalog::attendant(state, |pending| pending.engine.as_ref() == Some(images))?)
+}
+
+/// Leaves a process behind that stands by for what was begun, and does not end with this one.
+///
+/// Must be called while the process has one thread.
+pub(crate) fn leave(begun: Begun, stores: &[StoreRecord], images: &Images, context: &Context) -> fsnap::Result<()> {
+    let cannot = |source| Error::Io { action: "start", object: "the process that stands by".into(), source };
+    let (calls, answer) = (begun.attend()?, begun.begin_search()?);
+    let (options, limit) = (context.config.stores(), context.config.hook.deadline());
+    let mut mine = Some((begun, answer));
+    let work = || {
+        let Some((begun, answer)) = mine.take() else { return };
+        Attendant { stores, options, images, calls: &calls, limit }.run(begun, answer);
+    };
+    sys::in_child(work).map_err(cannot)?;
+    // The lock belongs to both, and is not to be released by this one.
+    std::mem::forget(mine);
+    Ok(())
+}
+
+/// What the process knows.
+struct Attendant<'a> {
+    stores: &'a [StoreRecord],
+    options: stores::Options,
+    images: &'a Images,
+    calls: &'a Attending,
+    limit: Duration,
+}
+
+impl Attendant<'_> {
+    fn run(self, begun: Begun, answer: SearchFile) {
+        let kept = [begun.as_fd(), answer.as_fd(), self.calls.as_fd(), self.images.as_fd()];
+        if sys::detach(&kept).is_err() {
+            return;
+        }
+        let Some(engine) = begun.pending().owner.and_then(|owner| owner.open().ok()) else { return };
+        let Ok(window) = Window::open(begun, self.stores, &self.options) else { return };
+        let Ok(reader) = TreeReader::start(window.pending().clone()) else { return };
+        failpoint::hit("attendant:ready");
+        let Some((caller, tree, ignore)) = self.wait(&engine) else { return };
+        drop(engine);
+        self.serve(caller, window, answer, || reader.read(tree, ignore));
+    }
+
+    /// Waits for the hook of the frozen window; `None` if it will not come.
+    fn wait(&self, engine: &impl AsFd) -> Option<(UnixStream, i32, Vec<i32>)> {
+        let limit = Timespec { tv_sec: LONGEST.as_secs().cast_signed(), tv_nsec: 0 };
+        let caller = loop {
+            let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
+            poll(&mut events, Some(&limit)).ok()?;
+            if events[0].revents().is_empty() {
+                return None;
+            }
+            if let Some(caller) = self.calls.accept().ok()? {
+                break caller;
+            }
+        };
+        caller.set_read_timeout(Some(AT_ONCE)).ok()?;
+        let Ok(Call::Take { images, tree, ignore, armed }) = hear(&caller) else { return None };
+        // The engine may have made another directory under that name.
+        if images != place_of(self.images).ok()? {
+            return None;
+        }
+        if let Some(spec) = armed {
+            failpoint::arm(&spec);
+        }
+        caller.set_read_timeout(None).ok()?;
+        Some((caller, tree, ignore))
+    }
+
+    /// Takes everything for the hook, and searches for writers when it has ended well.
+    fn serve(self, mut hook: UnixStream, mut window: Window, answer: SearchFile, read_tree: impl FnOnce() -> Reading) {
+        let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: self.limit.as_secs_f64() };
+        let Ok(deadline) = Deadline::set(self.limit, &late.into()) else { return };
+        let tree = read_tree();
+        let taken = hook::take_all(&mut window, self.images);
+        let mut search = tree.end();
+        let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
+        let told = match taken.and_then(|()| window.write_note()) {
+            Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
+            Err(error) => {
+                let failure = Failure::from(hook::take_back(window, self.images, error));
+                let _ = say(&mut hook, &Answer::Failed(failure.to_text()));
+                return;
+            }
+        };
+        failpoint::hit("attendant:told");
+        // The hook's end wakes this process up, and must not have to wait for it.
+        sys::give_way();
+        search::learn(&mut search);
+        let ended = told.and_then(|()| hook.read(&mut [0]));
+        if window.note().symlink_metadata().is_err() {
+            let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };
+            let _ = hook::take_back(window, self.images, error);
+            return;
+        }
+        drop(deadline);
+        if sys::end_after(self.limit).is_err() {
+            return;
+        }
+        let members = window.pending().members.len();
+        // The lock, the stores and the image directory are not to be kept busy by the search.
+        drop((hook, window));
+        if sys::keep_only(&[answer.as_fd()]).is_ok() {
+            search::finish(search, members, answer);
+        }
+    }
+}
+
+fn hung_up(ended: io::Result<usize>) -> io::Error {
+    ended.err().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+}
+
+/// A thread that reads who belongs to the tree while the snapshots are taken; started ahead, for that takes a tenth of a millisecond.
+struct TreeReader {
+    ask: mpsc::Sender<(i32, Vec<i32>)>,
+    tell: mpsc::Receiver<fsnap::Result<WriterSearch>>,
+}
+
+/// A tree that is being read.
+struct Reading(mpsc::Receiver<fsnap::Result<WriterSearch>>);
+
+impl TreeReader {
+    fn start(pending: PendingCheckpoint) -> io::Result<Self> {
+        let (ask, asked) = mpsc::channel();
+        let (told, tell) = mpsc::channel();
+        std::thread::Builder::new().spawn(move || {
+            if let Ok((tree, ignore)) = asked.recv() {
+                let _ = told.send(search::among_standing(&pending, tree, ignore));
+            }
+        })?;
+        Ok(Self { ask, tell })
+    }
+
+    fn read(self, tree: i32, ignore: Vec<i32>) -> Reading {
+        let _ = self.ask.send((tree, ignore));
+        Reading(self.tell)
+    }
+}
+
+impl Reading {
+    /// Waits for its end.
+    fn end(self) -> fsnap::Result<WriterSearch> {
+        let lost =
+            |_| Error::Io { action: "read", object: "the process tree".into(), source: io::ErrorKind::Other.into() };
+        self.0.recv().map_err(lost)?
+    }
+}
+
+/// Which directory it is, whatever its name.
+fn place_of(images: &Images) -> io::Result<(u64, u64)> {
+    let found = rustix::fs::fstat(images)?;
+    Ok((found.st_dev, found.st_ino))
+}
+
+fn say(to: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(what)?;
+    line.push(b'\n');
+    to.write_all(&line)
+}
+
+fn hear<T: for<'a> Deserialize<'a>>(from: &UnixStream) -> io::Result<T> {
+    let mut line = Vec::new();
+    BufReader::new(from.take(LINE_LIMIT)).read_until(b'\n', &mut line)?;
+    Ok(serde_json::from_slice(&line)?)
+}

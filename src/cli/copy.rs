@@ -1,0 +1,103 @@
+//! `fsnap branch CKPT --run`: live copies of a run.
+
+use std::ffi::OsString;
+
+use fsnap::Error;
+use fsnap::branch::Branch;
+use fsnap::checkpoint::Checkpoint;
+use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
+use fsnap::engine::{Images, PidSpace, Restored};
+use fsnap::name::Name;
+use fsnap::run::{RESTORE_ARGS, RunRecord, Runs};
+use serde_json::json;
+
+use super::terminal::Terminal;
+use super::{Context, Failure, Outcome, Output, environment, internal, json};
+
+/// What copies are to be made.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The name of the branch and the run; of several, what their names begin with.
+    pub(crate) name: Option<Name>,
+    /// How many.
+    pub(crate) count: u32,
+    /// Whether it gets this terminal.
+    pub(crate) tty: bool,
+    /// Whether JSON is wanted.
+    pub(crate) json: bool,
+    /// Further arguments for the engine.
+    pub(crate) args: Vec<OsString>,
+}
+
+/// Restores copies, each onto a branch of its own and under its name, and prints the names.
+///
+/// When one cannot be made, those before it go on, and are told.
+pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Checkpoint, wanted: &Wanted) -> Outcome {
+    let engine = checkpoint.engine.as_ref().ok_or(Error::NoProcessImage { id: checkpoint.id })?;
+    let images = Images::open(engine.images.as_path())?;
+    let original = RunRecord::of_images(&images)?.ok_or(Error::NotOfARun { id: checkpoint.id })?;
+    if original.terminal.is_some() && !wanted.tty {
+        return Err(Error::NothingToTake { why: "the run has a terminal: give its copy one by --tty".into() }.into());
+    }
+    let out = Output::new();
+    let mut made = Vec::new();
+    for number in 1..=wanted.count {
+        let name = match &wanted.name {
+            Some(name) if wanted.count == 1 => name.clone(),
+            Some(name) => format!("{name}-{number}").parse::<Name>()?,
+            None => super::branch::free_name(coordinator, &checkpoint.id)?,
+        };
+        let terminal = match original.terminal {
+            Some(_) => Some(Terminal::open()?),
+            None => None,
+        };
+        let (branch, restored) =
+            one(context, coordinator, (checkpoint, &original), (name, &wanted.args), terminal.as_ref())?;
+        if let Some(terminal) = terminal {
+            return terminal.relay(restored);
+        }
+        if !wanted.json {
+            out.line(&branch.name)?;
+            continue;
+        }
+        let mut object = json::branch(coordinator, &branch);
+        object["init"] = json!(restored.init.pid);
+        object["pid"] = json!(restored.root.map(|root| root.pid));
+        made.push(object);
+    }
+    if wanted.json { out.json(&made) } else { Ok(()) }
+}
+
+fn one(
+    context: &Context,
+    coordinator: &Coordinator,
+    (checkpoint, original): (&Checkpoint, &RunRecord),
+    (name, args): (Name, &[OsString]),
+    terminal: Option<&Terminal>,
+) -> Result<(Branch, Restored), Failure> {
+    let runs = Runs::of(&context.state);
+    let mut record = original.copied(name.clone(), checkpoint.id);
+    let mut engine_args: Vec<OsString> = RESTORE_ARGS.map(OsString::from).to_vec();
+    engine_args.extend_from_slice(args);
+    let criu = environment::find_criu(&context.config)?;
+    // The engine knows the terminal by the numbers that it had at first, and this copy's own by a path.
+    let terminals = original.terminal.zip(terminal.map(Terminal::path));
+    record.terminal = terminal.map(Terminal::id);
+    let place = runs.create(&record)?;
+    let restored = coordinator.restore(&RestoreRequest {
+        checkpoint,
+        branch: &name,
+        criu: &criu,
+        args: &engine_args,
+        stage: &internal::stage_command(),
+        pids: PidSpace::New,
+        run: Some(RunRequest { record: &record, place: place.path(), terminal: terminals }),
+    });
+    match restored {
+        Ok((branch, restored)) => {
+            place.started(restored.root)?;
+            Ok((branch, restored))
+        }
+        Err(error) => Err(error.and_undo(place.discard()).into()),
+    }
+}

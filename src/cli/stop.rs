@@ -1,0 +1,67 @@
+//! `fsnap stop`
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use fsnap::Error;
+use fsnap::name::Name;
+use fsnap::processes::ProcessId;
+use fsnap::run::{Run, RunState, Runs};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::{Context, Outcome};
+
+/// End runs: ask each command to (SIGTERM), and kill what is left after a while
+///
+/// What they wrote stays: their branches, their logs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The runs
+    #[arg(value_name = "RUN", required = true)]
+    names: Vec<Name>,
+    /// How long to wait before the rest is killed; 0 kills at once
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    time: u32,
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    let runs = Runs::of(&Context::load()?.state);
+    let found = args.names.iter().map(|name| runs.get(name)).collect::<Result<Vec<_>, _>>()?;
+    found.iter().try_for_each(|run| stop(run, Duration::from_secs(args.time.into())))
+}
+
+fn stop(run: &Run, patience: Duration) -> Outcome {
+    let RunState::Running { init, root } = run.state else { return Ok(()) };
+    let failed = |source| Error::Io { action: "end", object: format!("the run {}", run.record.name), source };
+    let signal = |process: ProcessId, signal| -> io::Result<bool> {
+        // One that has ended meanwhile needs no signal.
+        let Ok(process) = process.open() else { return Ok(true) };
+        match pidfd_send_signal(&process, signal) {
+            Err(rustix::io::Errno::SRCH) => Ok(true),
+            sent => Ok(sent.map(|()| false)?),
+        }
+    };
+    if let Some(root) = root.filter(|_| !patience.is_zero()) {
+        signal(root, Signal::TERM).map_err(failed)?;
+        if ends_within(init, Some(patience)).map_err(failed)? {
+            return Ok(());
+        }
+    }
+    // All others in its pid namespace go with it.
+    signal(init, Signal::KILL).map_err(failed)?;
+    ends_within(init, None).map_err(failed)?;
+    Ok(())
+}
+
+fn ends_within(process: ProcessId, patience: Option<Duration>) -> io::Result<bool> {
+    let Ok(process) = process.open() else { return Ok(true) };
+    let limit = patience.map(|patience| Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: 0 });
+    loop {
+        match poll(&mut [PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)], limit.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            polled => return Ok(polled? > 0),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Branches that are written through `fsnap mount`, copy-on-write, whatever keeps the snapshots below.
+//!
+//! Such a branch is a record and nothing else until somebody first looks at its files: the server that does it then makes the
+//! directory that keeps what differs. So making one takes one transaction, on a tree of any size, and needs no intent: nothing
+//! outside of the catalog has changed. The directory's name is never used twice, so that the removal of an earlier branch of the
+//! same name, should it be finished late, cannot hit it.
+
+use std::path::PathBuf;
+
+use fsnap_backend::Identity;
+
+use super::Coordinator;
+use crate::branch::{Branch, BranchMember};
+use crate::checkpoint::{Checkpoint, PathText};
+use crate::name::Name;
+use crate::{Error, Result};
+
+/// What the mount calls the directory of branches.
+const DIR: &str = "branches";
+
+impl Coordinator {
+    /// Records the branch `name` of `checkpoint`, to be written through `fsnap mount`.
+    pub fn branch_to_write(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
+        let taken =
+            |by: Option<&str>| Error::NameTaken { what: "the branch", name: name.clone(), by: by.map(Into::into) };
+        if self.catalog.branch(name)?.is_some() {
+            return Err(taken(None));
+        }
+        let suffix = hex::encode(crate::random_bytes::<4>().map_err(|source| Error::Io {
+            action: "make up a name for",
+            object: name.to_string(),
+            source,
+        })?);
+        let home = self.homes.join(name.as_str());
+        let member = |member: &crate::checkpoint::Member| {
+            let dir = home.join(format!("{}.{suffix}", member.volume));
+            BranchMember {
+                volume: member.volume.clone(),
+                backend: member.backend.clone(),
+                store: member.store.clone(),
+                at: member.snapshot.at.clone(),
+                path: PathText(dir.join("files")),
+                identity: Identity::new(format!("layers:{suffix}:{}", member.volume)),
+                origin: member.path.clone(),
+                overlay: None,
+                layers: Some(PathText(dir)),
+                home: None,
+            }
+        };
+        let members = checkpoint.members.iter().map(member).collect();
+        let branch = Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members };
+        if self.catalog.add_unmade_branch(&branch)? {
+            Ok(branch)
+        } else {
+            Err(taken(Some("or its checkpoint was removed meanwhile")))
+        }
+    }
+
+    /// Where the files of a branch's volume are: its own path, or below a mount that shows it now.
+    pub fn files_of(&self, branch: &Branch, member: &BranchMember) -> Option<PathBuf> {
+        if member.layers.is_none() {
+            return Some(member.path.0.clone());
+        }
+        let mounts = crate::mount::served(self.catalog.state()).unwrap_or_default();
+        let below = |mount: PathBuf| mount.join(DIR).join(branch.name.as_str()).join(member.volume.as_str());
+        mounts.into_iter().map(below).next_back()
+    }
+}

@@ -1,0 +1,230 @@
+//! What the processes of a run can write to, carried out in their mount namespace.
+//!
+//! Everything is read-only, except what is mounted afterwards: volumes or branches, a scratch file system in memory on each of the
+//! usual places, and what the user opened up. Nothing is moved: a path means the same inside and outside, which is what makes
+//! one process image fit many copies.
+//!
+//! What lies in the scratch places belongs to the processes and not to the volumes: it is saved with the process image
+//! ([`save_scratch`]), and is there again before the engine restores.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use fsnap_backend::MountSpec;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::stage::Failure;
+use super::{Ended, sys};
+use crate::checkpoint::PathText;
+use crate::mount::{Prepared, Restrictions};
+use crate::processes::ProcessId;
+
+/// Where programs expect to find a place for files that need not last.
+pub const SCRATCH: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
+
+/// Where the kernel shows terminals.
+const TERMINALS: &str = "/dev/pts";
+
+/// The directory within a run's own that its processes see.
+pub const OUTPUT: &str = "output";
+/// The file in it with standard output and standard error of the processes.
+pub const LOG: &str = "log";
+/// Who waits for the processes, since which boot.
+const INIT: &str = "init";
+/// How the processes ended.
+pub(super) const ENDED: &str = "ended";
+
+/// What processes can write to, apart from their volumes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    /// Directories of this machine, the same for all copies.
+    #[serde(default)]
+    pub writable: Vec<PathText>,
+    /// Directories that are shown as they are, read-only, also in a scratch place or a volume.
+    #[serde(default)]
+    pub read_only: Vec<PathText>,
+    /// Where each copy has a file system in memory of its own.
+    #[serde(default)]
+    pub scratch: Vec<PathText>,
+    /// Where each copy finds its own log.
+    pub output: PathText,
+}
+
+/// A [`Confinement`] that one run is put in.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Cell {
+    pub(super) confinement: Confinement,
+    /// The directory of this run.
+    pub(super) place: PathText,
+}
+
+/// What was prepared while everything could still be seen.
+#[derive(Debug)]
+pub(super) struct Opened {
+    mounts: Vec<(PathBuf, Prepared)>,
+    place: OwnedFd,
+}
+
+/// The process that waits for a run's processes; all of them end with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Init {
+    /// Which process.
+    pub id: ProcessId,
+    /// The running kernel's boot: a start time says nothing after it.
+    pub boot: String,
+}
+
+impl Init {
+    /// Reads who waits for the processes of the run with the directory `place`, and how they ended: `None` as long as there
+    /// is no answer.
+    pub fn read(place: &Path) -> (Option<Self>, Option<Ended>) {
+        (read(&place.join(INIT)), read(&place.join(ENDED)))
+    }
+
+    /// Whether it is there.
+    pub fn is_alive(&self) -> bool {
+        crate::boot_id().is_ok_and(|boot| boot == self.boot) && self.id.is_alive()
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+impl Cell {
+    /// Notes who waits for the processes, before there are any.
+    pub(super) fn note_init(&self, id: ProcessId) -> io::Result<()> {
+        let init = Init { id, boot: crate::boot_id()? };
+        let (unfinished, path) = (self.place.as_path().join("init.new"), self.place.as_path().join(INIT));
+        fs::write(&unfinished, serde_json::to_vec(&init)?)?;
+        fs::rename(unfinished, path)
+    }
+
+    /// Takes hold of everything that the processes shall see, before it is covered.
+    pub(super) fn open(&self) -> Result<Opened, Failure> {
+        let bind = |dir: &Path, at: &Path, read_only| {
+            let failed = |error: crate::mount::Error| Failure::Step {
+                step: format!("prepare what {at:?} shall show"),
+                reason: error.to_string(),
+            };
+            let restrictions = Restrictions::of(dir).map_err(failed)?;
+            let spec = MountSpec::Bind { dir: dir.into(), read_only };
+            Ok((at.to_owned(), Prepared::new(&spec, restrictions).map_err(failed)?))
+        };
+        let Confinement { writable, read_only, output, .. } = &self.confinement;
+        let mut mounts = Vec::new();
+        for (dirs, is_read_only) in [(writable, false), (read_only, true)] {
+            for dir in dirs {
+                mounts.push(bind(dir.as_path(), dir.as_path(), is_read_only)?);
+            }
+        }
+        // Terminals are no files, and change hands.
+        if Path::new(TERMINALS).is_dir() {
+            mounts.push(bind(Path::new(TERMINALS), Path::new(TERMINALS), false)?);
+        }
+        mounts.push(bind(&self.place.as_path().join(OUTPUT), output.as_path(), false)?);
+        // The processes do not see it: it says who they are, and they are not asked.
+        let (_, place) = bind(self.place.as_path(), self.place.as_path(), false)?;
+        let place = place.open().map_err(|error| Failure::Step {
+            step: format!("open the directory of the run {:?}", self.place.as_path()),
+            reason: error.to_string(),
+        })?;
+        Ok(Opened { mounts, place })
+    }
+
+    /// Takes everything away, and puts scratch places there; `saved` is what they held.
+    ///
+    /// A place that is going to be covered by one of `volumes` gets none.
+    pub(super) fn close(&self, volumes: &[&Path], saved: Option<File>) -> Result<(), Failure> {
+        sys::make_everything_read_only().map_err(Failure::step("make all mounts read-only"))?;
+        let Confinement { writable, scratch, .. } = &self.confinement;
+        let mut scratch: Vec<&Path> = scratch.iter().map(PathText::as_path).collect();
+        scratch.sort_by_key(|at| at.components().count());
+        for at in scratch {
+            let covered = volumes.contains(&at) || writable.iter().any(|dir| dir.as_path() == at);
+            // What is missing can be made within another scratch place only; a link leads to one of its own.
+            let is_there =
+                || make_mount_point(at).is_ok() && fs::symlink_metadata(at).is_ok_and(|found| found.is_dir());
+            if covered || !is_there() {
+                continue;
+            }
+            let spec = MountSpec::Mount {
+                fstype: "tmpfs".into(),
+                source: "fsnap".into(),
+                options: "mode=1777".into(),
+                read_only: false,
+            };
+            let made = Prepared::new(&spec, Restrictions::default()).and_then(|mount| mount.attach(at));
+            let failed = |error: crate::mount::Error| Failure::Step {
+                step: format!("make a scratch place at {at:?}"),
+                reason: error.to_string(),
+            };
+            made.map_err(failed)?.keep();
+        }
+        match saved {
+            Some(saved) => load_scratch(saved).map_err(Failure::step("bring back what was in the scratch places")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Opened {
+    /// What is to be mounted, and how the end of the processes is recorded.
+    pub(super) fn into_parts(self) -> (Vec<(PathBuf, Prepared)>, OwnedFd) {
+        (self.mounts, self.place)
+    }
+}
+
+/// Takes the settings of the kernel away, which are no files: not before an engine that needs them has done its work.
+pub(super) fn protect_settings() -> Result<(), Failure> {
+    let at = Path::new("/proc/sys");
+    let spec = MountSpec::Bind { dir: at.into(), read_only: true };
+    let mounted = Prepared::new(&spec, Restrictions::default()).and_then(|mount| mount.attach(at));
+    let failed = |error: crate::mount::Error| Failure::Step {
+        step: "protect the settings of the kernel".into(),
+        reason: error.to_string(),
+    };
+    mounted.map_err(failed)?.keep();
+    Ok(())
+}
+
+/// Makes the directory `at`, if it is missing: in a scratch place, for elsewhere it is there or nothing can be made.
+pub(super) fn make_mount_point(at: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(at).is_ok() { Ok(()) } else { fs::create_dir_all(at) }
+}
+
+/// The file with what was in the scratch places, in the image directory.
+pub(super) const SAVED_SCRATCH: &str = "fsnap-scratch.tar";
+
+/// Saves what lies in scratch places into the image directory `images`; called in their mount namespace, while their
+/// processes stand.
+///
+/// Costs nothing where there is nothing. What cannot be in an archive, such as a socket, is made by the engine.
+pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> {
+    let used = |place: &&PathBuf| fs::read_dir(place).is_ok_and(|mut entries| entries.next().is_some());
+    let used: Vec<&Path> = places.iter().filter(used).filter_map(|place| place.strip_prefix("/").ok()).collect();
+    if used.is_empty() {
+        return Ok(());
+    }
+    let file = File::create(images.join(SAVED_SCRATCH))?;
+    tar(&["--create", "--one-file-system", "--sparse"], &used, |tar| tar.stdout(file))
+}
+
+fn load_scratch(saved: File) -> io::Result<()> {
+    tar(&["--extract", "--preserve-permissions", "--same-owner"], &[], |tar| tar.stdin(saved))
+}
+
+fn tar(work: &[&str], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
+    let mut command = Command::new("tar");
+    command.args(work).args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
+    command.args(places).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let output = connect(&mut command).spawn()?.wait_with_output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}

@@ -1,0 +1,230 @@
+//! The branches that are written through a mount: which of them are open, and what numbers their files have.
+//!
+//! Each volume of such a branch is a copy-on-write tree of its own, over a snapshot of whatever backend. It is opened when
+//! somebody first asks for more than its name; then this server has its store, and no other server gets it. It is let go of when
+//! nothing of it is known to the kernel any more, and when the catalog has the branch no longer.
+//!
+//! All trees of a mount share one space of numbers. A tree's own numbers take 53 bits; those above tell the trees apart, and are 0
+//! for the rest of the mount. A tree gets its bits from its directory's name, so that they are the same in every mount but
+//! for the rare case that two trees want the same ones.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use fsnap_backend::{Backend, Locator};
+use fuser::Notifier;
+use rustix::io::Errno;
+
+use super::adapter::Adapter;
+use super::browse::{Records, Report, errno_of};
+use super::overlay::{self, Origin, Overlay};
+use super::{lower, session};
+use crate::branch::BranchMember;
+use crate::error::IoContext;
+use crate::name::Name;
+use crate::{Error, Result};
+
+/// How many bits a tree's own numbers take.
+pub(super) const OWN_BITS: u32 = 53;
+/// How many trees one mount can have.
+const SLOTS: u64 = (1 << (64 - OWN_BITS)) - 1;
+
+/// The part of a number that says which tree it belongs to; 0 for none.
+pub(super) fn slot_of(number: u64) -> u64 {
+    number >> OWN_BITS
+}
+
+/// Branches that are written through one mount.
+pub struct Branches {
+    records: Records,
+    report: Report,
+    notifier: Arc<OnceLock<Notifier>>,
+    passthrough: AtomicBool,
+    slots: Mutex<HashMap<u64, Slot>>,
+    open: RwLock<HashMap<u64, Arc<Adapter>>>,
+}
+
+/// A tree that has a number.
+#[derive(Debug, Clone)]
+struct Slot {
+    branch: Name,
+    dir: PathBuf,
+    /// What is active for it.
+    below: Option<Below>,
+    used: Instant,
+}
+
+/// The snapshot below an open tree.
+#[derive(Debug, Clone)]
+struct Below {
+    store: Arc<dyn Backend>,
+    at: Locator,
+}
+
+impl std::fmt::Debug for Branches {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Branches").field("records", &self.records).finish_non_exhaustive()
+    }
+}
+
+impl Branches {
+    /// Opens nothing yet. The notifier is set once the session has one.
+    pub fn new(records: Records, report: Report, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        let (slots, open) = (Mutex::default(), RwLock::default());
+        Self { records, report, notifier, passthrough: AtomicBool::new(false), slots, open }
+    }
+
+    /// Requests may be passed through to files below.
+    pub(super) fn pass_through(&self) {
+        self.passthrough.store(true, Ordering::Relaxed);
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<u64, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of the root of the branch's volume, if it is written through the mount. Opens nothing.
+    pub(super) fn number_of(&self, branch: &Name, member: &BranchMember) -> Option<u64> {
+        let dir = member.layers.as_ref()?.as_path();
+        let mut hasher = DefaultHasher::new();
+        dir.hash(&mut hasher);
+        let mut slots = self.slots();
+        let mut at = hasher.finish() % SLOTS + 1;
+        for _ in 0..SLOTS {
+            match slots.get(&at) {
+                Some(known) if known.dir == dir => return Some(root_of(at)),
+                Some(_) => at = at % SLOTS + 1,
+                None => {
+                    let (branch, dir) = (branch.clone(), dir.to_owned());
+                    slots.insert(at, Slot { branch, dir, below: None, used: Instant::now() });
+                    return Some(root_of(at));
+                }
+            }
+        }
+        None
+    }
+
+    /// The tree that a number belongs to; opens it where it is not open. `None` for numbers of no tree.
+    pub(super) fn tree(&self, number: u64) -> Result<Option<Arc<Adapter>>, Errno> {
+        let slot = slot_of(number);
+        if slot == 0 {
+            return Ok(None);
+        }
+        if let Some(open) = self.open.read().unwrap_or_else(PoisonError::into_inner).get(&slot) {
+            return Ok(Some(open.clone()));
+        }
+        self.open(slot).map(Some).map_err(|error| {
+            (self.report)(&error);
+            errno_of(&error)
+        })
+    }
+
+    /// The tree, if it is open.
+    pub(super) fn open_tree(&self, number: u64) -> Option<Arc<Adapter>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&slot_of(number)).cloned()
+    }
+
+    fn open(&self, number: u64) -> Result<Arc<Adapter>> {
+        // Whoever comes meanwhile waits, and so does whoever asks for another one: it takes a millisecond, and a mount at most.
+        let mut slots = self.slots();
+        if let Some(open) = self.open_tree(root_of(number)) {
+            return Ok(open);
+        }
+        let slot = slots.get_mut(&number).ok_or_else(gone)?;
+        let coordinator = self.records.open()?;
+        let branch = coordinator.catalog().branch(&slot.branch)?.ok_or_else(gone)?;
+        let is_it = |member: &&BranchMember| member.layers.as_ref().is_some_and(|dir| dir.as_path() == slot.dir);
+        let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
+        let store = coordinator.store_at(&member.store)?;
+        let below = lower::of_recipe(store.activate(&member.at)?)?;
+        let at = member.at.clone();
+        if let Some(home) = slot.dir.parent() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(home).context("make the directory", home)?;
+        }
+        let tree = Overlay::open_at_once(below, &slot.dir).map_err(session::Error::from)?;
+        let (notifier, base) = (self.notifier.clone(), number << OWN_BITS);
+        if let Some(record) = coordinator.catalog().store(&member.store)? {
+            let (backend, place, at) = (member.backend.clone(), record.place.0, member.at.clone());
+            let origin = Origin::Image { backend, place, store: member.store.clone(), at };
+            overlay::note(&slot.dir, &origin)?;
+        }
+        let passthrough = self.passthrough.load(Ordering::Relaxed);
+        let adapter = Arc::new(Adapter::within(tree, &slot.dir, notifier, base, passthrough));
+        slot.below = Some(Below { store, at });
+        slot.used = Instant::now();
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(number, adapter.clone());
+        Ok(adapter)
+    }
+
+    /// Whether nothing was ever written to the branch.
+    pub(super) fn is_unchanged(&self, branch: &Name) -> Result<bool> {
+        let coordinator = self.records.open()?;
+        let Some(branch) = coordinator.catalog().branch(branch)? else { return Ok(true) };
+        for member in &branch.members {
+            let Some(dir) = &member.layers else { return Ok(false) };
+            if !overlay::is_unchanged(dir.as_path()).map_err(session::Error::from)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Lets go of trees of which the kernel has known nothing for so long.
+    pub(super) fn let_go(&self, idle: Duration) {
+        self.close_those(|slot, adapter| {
+            if adapter.is_idle() && slot.used.elapsed() >= idle {
+                return true;
+            }
+            if !adapter.is_idle() {
+                slot.used = Instant::now();
+            }
+            false
+        });
+    }
+
+    /// Lets go of trees that are in the catalog no more.
+    pub(super) fn let_go_of_removed(&self) {
+        let Ok(coordinator) = self.records.open() else { return };
+        let Ok(branches) = coordinator.catalog().branches() else { return };
+        let dirs: Vec<PathBuf> = branches.iter().flat_map(|branch| branch.homes()).map(|dir| dir.0).collect();
+        self.close_those(|slot, _| !dirs.contains(&slot.dir));
+        self.slots().retain(|_, slot| slot.below.is_some() || dirs.contains(&slot.dir));
+    }
+
+    /// Lets go of all.
+    pub(super) fn close(&self) {
+        self.close_those(|_, _| true);
+    }
+
+    fn close_those(&self, mut goes: impl FnMut(&mut Slot, &Adapter) -> bool) {
+        let mut slots = self.slots();
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        let mut below = Vec::new();
+        open.retain(|number, adapter| {
+            let Some(slot) = slots.get_mut(number) else { return false };
+            let goes = goes(slot, adapter);
+            if goes {
+                below.extend(slot.below.take());
+            }
+            !goes
+        });
+        drop(open);
+        for below in below {
+            // In use by others: then they let go of it.
+            let _ = below.store.deactivate(&below.at);
+        }
+    }
+}
+
+fn root_of(slot: u64) -> u64 {
+    (slot << OWN_BITS) | overlay::ROOT
+}
+
+fn gone() -> Error {
+    Error::Io { action: "open", object: "a branch that is gone".into(), source: Errno::STALE.into() }
+}

@@ -1,0 +1,337 @@
+//! Runs: commands that fsnap started, or restored, in namespaces of their own.
+//!
+//! A run is a directory in `runs` of the state directory, named like it, and nothing else keeps it: no daemon, no row in the catalog.
+//! What it consists of says which state it is in, so that it is right after every crash:
+//!
+//! | in the directory | written by | when |
+//! |---|---|---|
+//! | a lock on it | who starts the run | until it runs, or has failed |
+//! | `run.json`, the [`RunRecord`] | the same | first of all |
+//! | `init`, an [`Init`] | the first stage | before there is any process |
+//! | `root` | who starts the run | when it runs |
+//! | `output/log` | the processes | all they say |
+//! | `ended` | the init | when all have ended |
+//!
+//! A run lives while its init does, which is told by pid, start time and boot: a reused pid is no run. A directory without a
+//! living init and without a lock is what is left of a run, kept for its log until the name is used again or it is removed.
+//!
+//! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
+
+mod checkpoint;
+
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use fsnap_backend::beneath;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use checkpoint::remove_images;
+pub use checkpoint::{HookCommand, RESTORE_ARGS, RunCheckpoint, sweep_images};
+
+use crate::checkpoint::{CheckpointId, PathText};
+use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, TerminalId, os_text};
+use crate::error::IoContext;
+use crate::name::Name;
+use crate::processes::{ProcessId, Tree};
+use crate::{Error, Result};
+
+/// The newest version of [`RunRecord`].
+const VERSION: u32 = 1;
+/// A record beside an engine's images: how to make copies of the run.
+pub(crate) const COPY_RECORD: &str = "fsnap-run.json";
+/// More than a record of a thousand directories needs.
+const RECORD_LIMIT: u64 = 1 << 20;
+
+/// What a run is, and how another like it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    version: u32,
+    /// Its name.
+    pub name: Name,
+    /// The command that was started.
+    #[serde(with = "os_text::list")]
+    pub command: Vec<OsString>,
+    /// When it was started, or restored.
+    pub since: jiff::Timestamp,
+    /// The checkpoint that it was restored from.
+    pub checkpoint: Option<CheckpointId>,
+    /// The branch that it works on.
+    pub branch: Option<Name>,
+    /// Whether it has a terminal.
+    pub terminal: Option<TerminalId>,
+    /// What it can write to, apart from its volumes.
+    pub confinement: Confinement,
+    /// Where it finds each of its volumes.
+    pub volumes: Vec<SeenVolume>,
+}
+
+/// A volume, and where processes find its files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenVolume {
+    /// The volume's name.
+    pub volume: Name,
+    /// The path.
+    pub at: PathText,
+}
+
+impl RunRecord {
+    /// A run of `command` that starts now.
+    pub fn new(name: Name, command: Vec<OsString>, confinement: Confinement, volumes: Vec<SeenVolume>) -> Self {
+        let since = jiff::Timestamp::now();
+        Self {
+            version: VERSION,
+            name,
+            command,
+            since,
+            checkpoint: None,
+            branch: None,
+            terminal: None,
+            confinement,
+            volumes,
+        }
+    }
+
+    /// A copy of it, from that checkpoint, on a branch of the copy's name.
+    pub fn copied(&self, name: Name, checkpoint: CheckpointId) -> Self {
+        let (command, confinement) = (self.command.clone(), self.confinement.clone());
+        let mut copy = Self::new(name.clone(), command, confinement, self.volumes.clone());
+        (copy.checkpoint, copy.branch) = (Some(checkpoint), Some(name));
+        copy
+    }
+
+    /// The run that was saved in an image directory; `None` if it is of something else.
+    pub fn of_images(images: &Images) -> Result<Option<Self>> {
+        let Some(bytes) = images.read(COPY_RECORD, RECORD_LIMIT)? else { return Ok(None) };
+        Self::parse(&bytes, &images.path().join(COPY_RECORD)).map(Some)
+    }
+
+    fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let refuse = |reason: String| Error::BadRun { path: PathText(path.into()), reason };
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let not_ours = |error: serde_json::Error| refuse(format!("it is not a record of fsnap: {error}"));
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(not_ours)?;
+        if version > VERSION {
+            return Err(refuse(format!("it has version {version}; this fsnap reads up to {VERSION}")));
+        }
+        serde_json::from_slice(bytes).map_err(not_ours)
+    }
+}
+
+/// All runs of a state directory.
+#[derive(Debug, Clone)]
+pub struct Runs {
+    state: PathBuf,
+}
+
+/// How it stands with a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// Somebody is about to start it.
+    Starting,
+    /// It runs.
+    Running {
+        /// What waits for its processes.
+        init: ProcessId,
+        /// The root of its tree, if that has not ended.
+        root: Option<ProcessId>,
+    },
+    /// All its processes have ended.
+    Ended(Ended),
+}
+
+/// A run, and how it stood when it was looked at.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// What it is.
+    pub record: RunRecord,
+    /// How it stood.
+    pub state: RunState,
+    place: PathBuf,
+}
+
+/// The directory of a run that is being started, locked.
+#[derive(Debug)]
+pub struct Place {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Runs {
+    /// Those of the state directory `state`.
+    pub fn of(state: &Path) -> Self {
+        Self { state: state.into() }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.state.join("runs")
+    }
+
+    /// Where every run finds its own log: a path that is there for all of them.
+    pub fn output(&self) -> PathBuf {
+        self.state.join(OUTPUT)
+    }
+
+    /// All of them, by name.
+    pub fn list(&self) -> Result<Vec<Run>> {
+        let dir = self.dir();
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error).context("read the directory", &dir),
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<Name>().ok());
+        let mut names: Vec<Name> = names.collect();
+        names.sort();
+        names.into_iter().filter_map(|name| self.find(&name).transpose()).collect()
+    }
+
+    /// The run of that name.
+    pub fn find(&self, name: &Name) -> Result<Option<Run>> {
+        let place = self.dir().join(name.as_str());
+        let path = place.join("run.json");
+        let record = match fs::read(&path) {
+            Ok(bytes) => RunRecord::parse(&bytes, &path)?,
+            // It is not begun, or it is being removed.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).context("read", &path),
+        };
+        Ok(Some(Run { state: state_of(&place), record, place }))
+    }
+
+    /// The run of that name, which must be there.
+    pub fn get(&self, name: &Name) -> Result<Run> {
+        let found = self.find(name)?;
+        let near = || self.list().unwrap_or_default().into_iter().map(|run| run.record.name.to_string()).collect();
+        found.ok_or_else(|| Error::NoSuchRun { name: name.to_string(), near: near() })
+    }
+
+    /// Makes the directory of a new run; what is left of an ended one of that name goes.
+    pub fn create(&self, record: &RunRecord) -> Result<Place> {
+        let (dir, output) = (self.dir(), self.output());
+        for dir in [&dir, &output] {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).context("make the directory", dir)?;
+        }
+        // Two of one name do not take each other's remains away.
+        let all = File::open(&dir).context("open", &dir)?;
+        all.lock().context("lock", &dir)?;
+        let path = dir.join(record.name.as_str());
+        if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
+            let by = Some("`fsnap ps` lists the runs".to_owned());
+            return Err(Error::NameTaken { what: "the run", name: record.name.clone(), by });
+        }
+        remove(&path)?;
+        fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
+        let lock = File::open(&path).context("open", &path)?;
+        lock.lock().context("lock", &path)?;
+        let place = Place { path, _lock: lock };
+        let output = place.path.join(OUTPUT);
+        fs::create_dir(&output).context("make the directory", &output)?;
+        let log = output.join(LOG);
+        beneath::open_root(&output)
+            .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
+            .context("make", &log)?;
+        place.write("run.json", record)?;
+        Ok(place)
+    }
+
+    /// Removes what is left of a run that has ended.
+    pub fn remove(&self, name: &Name) -> Result<()> {
+        let run = self.get(name)?;
+        match run.state {
+            RunState::Ended(_) => remove(&run.place),
+            _ => Err(Error::RunLives { name: name.clone() }),
+        }
+    }
+}
+
+fn remove(place: &Path) -> Result<()> {
+    match fs::remove_dir_all(place) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("remove", place),
+        _ => Ok(()),
+    }
+}
+
+fn state_of(place: &Path) -> RunState {
+    let (init, ended) = Init::read(place);
+    let ended = ended.unwrap_or(Ended::Unknown);
+    match init.filter(Init::is_alive) {
+        Some(init) => RunState::Running { init: init.id, root: root_of(place, init.id) },
+        None if is_locked(place) => RunState::Starting,
+        None => RunState::Ended(ended),
+    }
+}
+
+fn is_locked(place: &Path) -> bool {
+    File::open(place).is_ok_and(|dir| matches!(dir.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+/// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
+fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
+    let recorded = fs::read(place.join("root")).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
+    if let Some(root) = recorded {
+        return root.filter(|root| root.is_alive());
+    }
+    let tree = Tree::of_pid(init.pid).ok()?;
+    let mut children = tree.members().filter(|member| member.parent == init.pid).map(|member| member.id);
+    children.next().filter(|_| children.next().is_none())
+}
+
+impl Place {
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where its stages complain.
+    pub fn start_log(&self) -> PathBuf {
+        self.path.join("start.log")
+    }
+
+    /// It runs: records the root of its tree, which may have ended already.
+    pub fn started(self, root: Option<ProcessId>) -> Result<()> {
+        self.write("root", &root)
+    }
+
+    /// It does not run: removes everything.
+    pub fn discard(self) -> Result<()> {
+        remove(&self.path)
+    }
+
+    fn write(&self, name: &str, content: &impl Serialize) -> Result<()> {
+        let (unfinished, path) = (self.path.join(format!("{name}.new")), self.path.join(name));
+        let bytes = serde_json::to_vec_pretty(content).map_err(std::io::Error::other).context("write", &path)?;
+        fs::write(&unfinished, bytes).and_then(|()| fs::rename(&unfinished, &path)).context("write", &path)
+    }
+}
+
+impl Run {
+    /// Opens its log. The processes could have put anything in its place: it is a regular file, or an error.
+    pub fn log(&self) -> Result<File> {
+        let output = self.place.join(OUTPUT);
+        beneath::open_root(&output)
+            .and_then(|dir| beneath::open_file(dir, LOG.as_ref()))
+            .context("read", output.join(LOG))
+    }
+
+    /// The init and the root of its tree; an error if it does not run.
+    pub fn running(&self) -> Result<(ProcessId, ProcessId)> {
+        match self.state {
+            RunState::Running { init, root: Some(root) } => Ok((init, root)),
+            RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
+            RunState::Starting | RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
+        }
+    }
+}
+
+/// Reads to the end of what there is.
+pub fn read_on(file: &mut File) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).context("read", "the log of the run")?;
+    Ok(bytes)
+}

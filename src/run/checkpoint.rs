@@ -1,0 +1,200 @@
+//! Saves a run, processes and files, by the engine.
+//!
+//! The image directory is fsnap's own: in `images` of the state directory, locked while it is written. One that nobody holds and
+//! no checkpoint names is what a killed fsnap left, and goes with the next such checkpoint.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{COPY_RECORD, Run};
+use crate::catalog::{Catalog, Intent};
+use crate::checkpoint::{CheckpointId, EngineImages, PathText};
+use crate::coordinator::Window;
+use crate::engine::criu::{self, Criu};
+use crate::engine::{Dump, Images, StageCommand, sys};
+use crate::error::IoContext;
+use crate::processes::ProcessId;
+use crate::{Error, Result, stores};
+
+/// How to call fsnap as the engine's action script: a program, and the name that it is called by.
+#[derive(Debug, Clone)]
+pub struct HookCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// Its name.
+    pub name: OsString,
+}
+
+/// A checkpoint of a run that is to be taken.
+#[derive(Debug)]
+pub struct RunCheckpoint<'a> {
+    /// The run.
+    pub run: &'a Run,
+    /// The state directory.
+    pub state: &'a Path,
+    /// The engine.
+    pub criu: &'a Criu,
+    /// Further arguments for `criu dump`.
+    pub args: &'a [OsString],
+    /// How to start the stage of the dump.
+    pub stage: &'a StageCommand,
+    /// How to call the hook.
+    pub hook: &'a HookCommand,
+    /// How stores are opened.
+    pub stores: &'a stores::Options,
+}
+
+/// What a run needs of CRIU: locks that it holds, and files whose names are gone, come back in its copies.
+const DUMP: [&str; 4] = ["--file-locks", "--link-remap", "--ghost-limit", "1073741824"];
+/// What a restore of such a dump needs.
+pub const RESTORE_ARGS: [&str; 1] = ["--file-locks"];
+
+impl RunCheckpoint<'_> {
+    /// Takes it; the next command seals it. On failure nothing of it is left, and the run goes on.
+    pub fn take(&self) -> Result<CheckpointId> {
+        let (init, root) = self.run.running()?;
+        let (dir, _lock) = self.make_directory()?;
+        match self.dump(init, root, &dir) {
+            Ok(id) => Ok(id),
+            Err(error) => {
+                let removed = fs::remove_dir_all(&dir).context("remove", &dir);
+                Err(error.and_undo(removed))
+            }
+        }
+    }
+
+    fn dump(&self, init: ProcessId, root: ProcessId, dir: &Path) -> Result<CheckpointId> {
+        let record = dir.join(COPY_RECORD);
+        let bytes = serde_json::to_vec_pretty(&self.run.record).map_err(std::io::Error::other);
+        bytes.and_then(|bytes| fs::write(&record, bytes)).context("write", &record)?;
+        let images = Images::open(dir)?;
+        let scratch: Vec<PathBuf> = self.run.record.confinement.scratch.iter().map(|dir| dir.0.clone()).collect();
+        let mut args: Vec<OsString> = DUMP.map(OsString::from).to_vec();
+        if let Some(terminal) = self.run.record.terminal {
+            args.extend(["--external".into(), terminal.key().into()]);
+        }
+        args.extend_from_slice(self.args);
+        let (mut id, mut failed) = (None, None);
+        let dump =
+            Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
+        let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root) {
+            Ok(said) => {
+                id = id.or(said);
+                // Before the freeze it says which checkpoint it has begun; if it has not, there is nothing to save.
+                if action.name() == "pre-dump" && id.is_none() {
+                    failed = Some(Error::NothingToTake { why: self.no_volume() });
+                }
+                failed.is_none()
+            }
+            Err(error) => {
+                failed = Some(error);
+                false
+            }
+        });
+        match (dumped, failed, id) {
+            (_, Some(error), _) => Err(self.give_up(&images, error)),
+            (Err(error), None, _) => Err(self.give_up(&images, error.into())),
+            (Ok(()), None, Some(id)) => Ok(id),
+            (Ok(()), None, None) => Err(Error::NothingToTake { why: self.no_volume() }),
+        }
+    }
+
+    /// Undoes what the hook took for an engine that failed afterwards; the next command drops the intent.
+    fn give_up(&self, images: &Images, error: Error) -> Error {
+        let Ok(path) = images.path().canonicalize() else { return error };
+        let images = EngineImages { name: criu::NAME.into(), images: PathText(path) };
+        match Window::reopen(self.state, &images, self.stores) {
+            Ok(Some(window)) => window.give_up(error),
+            Ok(None) => error,
+            Err(undo) => error.and_undo(Err(undo)),
+        }
+    }
+
+    fn no_volume(&self) -> String {
+        format!("the run {} can write to no registered volume: start it with `--volume`", self.run.record.name)
+    }
+
+    fn call_hook(&self, action: &str, images: &Images, root: ProcessId) -> Result<Option<CheckpointId>> {
+        let mut command = Command::new(&self.hook.program);
+        // When this program dies, the relay fails and the processes run: nothing may be taken any more.
+        let output = sys::dies_with_this_thread(&mut command)
+            .arg0(&self.hook.name)
+            .env("CRTOOLS_SCRIPT_ACTION", action)
+            .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
+            .env("CRTOOLS_INIT_PID", root.to_string())
+            .stdin(Stdio::null())
+            .output()
+            .context("run", &self.hook.program)?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            return Err(Error::HookFailed { said: said.trim_end().replace("fsnap: error: ", "") });
+        }
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()))
+    }
+
+    /// Makes an empty directory for images, and locks it.
+    fn make_directory(&self) -> Result<(PathBuf, File)> {
+        let all = directory(self.state);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&all).context("make the directory", &all)?;
+        loop {
+            let name = hex::encode(crate::random_bytes::<8>().context("make", "a name")?);
+            let dir = all.join(name);
+            fs::DirBuilder::new().mode(0o700).create(&dir).context("make the directory", &dir)?;
+            let lock = File::open(&dir).and_then(|file| file.lock().map(|()| file));
+            // A sweep that came between took it for one that nobody works on.
+            if dir.exists() {
+                return Ok((dir.clone(), lock.context("lock", &dir)?));
+            }
+        }
+    }
+}
+
+/// As the kernel names it, for that is what hooks record.
+fn directory(state: &Path) -> PathBuf {
+    state.canonicalize().unwrap_or_else(|_| state.into()).join("images")
+}
+
+/// Removes the image directory of a checkpoint that is gone, if fsnap made it.
+pub(crate) fn remove_images(state: &Path, images: &PathText) -> Result<()> {
+    if images.as_path().parent() != Some(&directory(state)) {
+        return Ok(());
+    }
+    match fs::remove_dir_all(images.as_path()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove", images.as_path()),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the image directories that a killed fsnap left: nobody works on them, and no checkpoint names them.
+pub fn sweep_images(catalog: &Catalog) -> Result<()> {
+    let Ok(entries) = fs::read_dir(directory(catalog.state())) else { return Ok(()) };
+    // Locked before it is asked who needs it: whoever made it may have ended, and sealed its checkpoint, meanwhile.
+    let free = entries.flatten().filter_map(|entry| {
+        let lock = File::open(entry.path()).ok()?;
+        lock.try_lock().ok().map(|()| (entry.path(), lock))
+    });
+    let free: Vec<_> = free.collect();
+    if free.is_empty() {
+        return Ok(());
+    }
+    let mut needed: Vec<PathText> = Vec::new();
+    let engines = catalog.checkpoints()?.into_iter().map(|checkpoint| checkpoint.engine);
+    needed.extend(engines.flatten().map(|engine| engine.images));
+    for (_, intent) in catalog.intents()? {
+        if let Intent::Checkpoint(pending) = intent {
+            needed.extend(pending.engine.map(|engine| engine.images));
+        }
+    }
+    for (dir, _lock) in free {
+        if !needed.iter().any(|images| images.as_path() == dir) {
+            fs::remove_dir_all(&dir).context("remove", &dir)?;
+        }
+    }
+    Ok(())
+}

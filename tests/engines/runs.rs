@@ -1,0 +1,450 @@
+//! Runs: commands in namespaces of their own, saved and copied live.
+
+use std::fs;
+use std::io::Write as _;
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::Case;
+use crate::site::{Site, Volume, said, wait_until};
+
+pub(crate) const CASES: &[Case] = &[
+    ("copies_go_on_side_by_side", copies_go_on_side_by_side),
+    ("a_copy_is_copied", a_copy_is_copied),
+    ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
+    ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
+    ("a_tree_without_its_root_is_refused", a_tree_without_its_root_is_refused),
+    ("a_program_that_is_not_there", a_program_that_is_not_there),
+    ("names_and_remains", names_and_remains),
+    ("killed_while_it_is_saved", killed_while_it_is_saved),
+    ("failing_hooks_leave_the_run_alone", failing_hooks_leave_the_run_alone),
+    ("a_terminal", a_terminal),
+    ("without_privileges", without_privileges),
+];
+
+/// Runs of one site; they are ended when it is dropped.
+struct Running<'a>(&'a Site);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let names: Vec<String> = self.all().iter().map(|run| run["name"].as_str().unwrap().to_owned()).collect();
+        for name in names {
+            let _ = self.0.command(["stop", "--time", "0", &name]).output();
+        }
+    }
+}
+
+impl Running<'_> {
+    fn all(&self) -> Vec<Value> {
+        self.0.json(["ps", "--json"]).as_array().unwrap().clone()
+    }
+
+    /// Starts a shell with these lines.
+    fn start(&self, name: &str, options: &[&str], script: &str) {
+        let begin = ["run", "--name", name];
+        let shell = ["--", "sh", "-c", script];
+        assert_eq!(self.0.ok([&begin, options, &shell].concat()), name);
+    }
+
+    /// Everything that a run has said.
+    fn said(&self, name: &str) -> String {
+        self.0.ok(["logs", name])
+    }
+
+    /// Waits until a run has said that line.
+    fn says(&self, name: &str, line: &str) {
+        wait_until(&format!("{line:?} in the log of {name}"), || self.said(name).lines().any(|said| said == line));
+    }
+
+    /// The last number that a run has said.
+    fn number(&self, name: &str) -> u64 {
+        self.said(name).lines().rev().find_map(|line| line.parse().ok()).unwrap_or(0)
+    }
+
+    /// Waits until a run has counted on.
+    fn counts_on(&self, name: &str) {
+        let before = self.number(name);
+        wait_until(&format!("the next number of {name}"), || self.number(name) > before);
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.all().iter().map(|run| run["name"].as_str().unwrap().to_owned()).collect()
+    }
+}
+
+/// A counter in memory, in each of the volumes, in a scratch place and in what it says.
+fn counter(site: &Site) -> String {
+    let writes: Vec<_> = site.volumes.iter().map(|dir| format!("echo $i >{}/number", dir.display())).collect();
+    format!(
+        "i=0; while :; do i=$((i+1)); {}; echo $i >/tmp/number; [ $(cat /tmp/number) = $i ] && echo $i; sleep 0.02; done",
+        writes.join("; ")
+    )
+}
+
+/// Where a branch has the files of volume `index`.
+fn branch_path(site: &Site, branch: &str, index: usize) -> PathBuf {
+    let branches = site.json(["branches", "--json"]);
+    let found = branches.as_array().unwrap().iter().find(|found| found["name"] == branch).unwrap().clone();
+    found["members"][index]["path"].as_str().unwrap().into()
+}
+
+fn copies_go_on_side_by_side() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one", "--tag", "saved"]);
+    running.counts_on("one");
+    let member = &site.json(["show", "--json", "saved"])["members"];
+    assert_eq!(member.as_array().unwrap().len(), 2);
+    for member in member.as_array().unwrap() {
+        assert_eq!(member["consistency"], "point-in-time", "{member}");
+        assert_eq!(member["writers"].as_array().unwrap().len(), 0, "{member}");
+    }
+    let made = site.ok(["branch", &id, "copy", "--run", "--count", "3"]);
+    assert_eq!(made.lines().collect::<Vec<_>>(), ["copy-1", "copy-2", "copy-3"]);
+    for name in made.lines() {
+        running.counts_on(name);
+        // It goes on where it was, in memory, in the scratch place and in its files.
+        let first: u64 = running.said(name).lines().next().unwrap().parse().unwrap();
+        assert!(first < running.number("one"), "{name} began with {first}");
+    }
+    assert_eq!(running.names(), ["copy-1", "copy-2", "copy-3", "one"]);
+    // When one ends, the others go on; each has the files that it wrote.
+    site.ok(["stop", "copy-2"]);
+    let last = running.number("copy-2");
+    running.counts_on("copy-1");
+    for index in 0..2 {
+        let kept = fs::read_to_string(branch_path(&site, "copy-2", index).join("number")).unwrap();
+        assert!(kept.trim().parse::<u64>().unwrap() - last <= 1, "{kept} after {last}");
+    }
+    let all = site.json(["ps", "--all", "--json"]);
+    let copy = all.as_array().unwrap().iter().find(|run| run["name"] == "copy-2").unwrap();
+    assert_eq!((&copy["state"], &copy["ended"]["killed"]), (&"ended".into(), &15.into()), "{copy}");
+    assert_eq!((&copy["checkpoint"], &copy["branch"]), (&id.as_str().into(), &"copy-2".into()));
+    // A branch that a run works on is not taken from under it.
+    let refused = site.command(["rm", "--branch", "copy-1"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    site.ok(["stop", "copy-1", "copy-3", "one"]);
+    for name in ["copy-1", "copy-2", "copy-3"] {
+        site.ok(["rm", "--branch", name]);
+    }
+    site.holds_nothing_but(1);
+    // The process image goes with the checkpoint.
+    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
+    site.ok(["rm", &id]);
+    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0);
+    site.holds_nothing_but(0);
+}
+
+fn a_copy_is_copied() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("first", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("first", "3");
+    let mut from = "first".to_owned();
+    for name in ["second", "third"] {
+        let id = site.ok(["checkpoint", &from]);
+        site.ok(["branch", &id, name, "--run"]);
+        running.counts_on(name);
+        from = name.to_owned();
+    }
+    site.ok(["stop", "first", "second", "third"]);
+    // Each wrote to its own branch, and none to one before it.
+    for index in 0..2 {
+        let number = |dir: PathBuf| fs::read_to_string(dir.join("number")).unwrap().trim().parse::<u64>().unwrap();
+        for name in ["second", "third"] {
+            let (kept, last) = (number(branch_path(&site, name, index)), running.number(name));
+            assert!(kept == last || kept == last + 1, "{name}: {kept} after {last}");
+        }
+        let (kept, last) = (number(site.volumes[index].clone()), running.number("first"));
+        assert!(kept == last || kept == last + 1, "first: {kept} after {last}");
+    }
+    let log = site.json(["log", "--json"]);
+    assert_eq!(log[0]["branch"], "second", "{log}");
+    assert_eq!(log[0]["parent"], log[1]["id"], "{log}");
+}
+
+fn nothing_but_volumes_can_be_written() {
+    let site = Site::new(&[Volume::Rsync, Volume::Rsync]);
+    let running = Running(&site);
+    let (shared, shown, own) = (site.path("shared"), site.volumes[0].join("shown"), site.path("own"));
+    for dir in [&shared, &shown, &own] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::write(own.join("hidden"), "").unwrap();
+    let attempts = [
+        ("volume", site.volumes[0].clone(), true),
+        ("other", site.volumes[1].clone(), false),
+        ("shown", shown.clone(), false),
+        ("shared", shared.clone(), true),
+        ("own", own.clone(), true),
+        ("tmp", "/tmp".into(), true),
+        ("shm", "/dev/shm".into(), true),
+        ("etc", "/etc".into(), false),
+        ("dev", "/dev".into(), false),
+        ("run", "/run".into(), false),
+        ("sys", "/proc/sys/kernel/hostname".into(), false),
+    ];
+    let mut script = String::new();
+    for (name, dir, _) in &attempts {
+        let file = dir.join("fsnap-test").display().to_string();
+        let attempt =
+            if *name == "sys" { format!("[ -w {} ]", dir.display()) } else { format!("echo x 2>/dev/null >{file}") };
+        script += &format!("if {attempt}; then echo {name} written; else echo {name} refused; fi\n");
+    }
+    script += &format!("ls {}; echo; ls /proc | grep -c '^[0-9]'; echo end; exec sleep 1000\n", own.display());
+    let texts: Vec<String> = [&shared, &shown, &own].iter().map(|dir| dir.display().to_string()).collect();
+    let options = ["--volume", "v0", "--rw", &texts[0], "--ro", &texts[1], "--tmp", &texts[2]];
+    running.start("cell", &options, &script);
+    running.says("cell", "end");
+    let told = running.said("cell");
+    for (name, _, may) in &attempts {
+        let expected = format!("{name} {}", if *may { "written" } else { "refused" });
+        assert!(told.lines().any(|line| line == expected), "{expected}: {told}");
+    }
+    assert!(!told.contains("hidden") && told.contains("fsnap-test"), "{told}");
+    // It sees itself, what waits for it, and nobody else.
+    let processes = told.lines().rev().nth(1).and_then(|line| line.parse().ok());
+    assert!(processes.is_some_and(|number: u32| number <= 4), "{told}");
+    // Outside, there is what it wrote where it may, and nothing else.
+    assert!(shared.join("fsnap-test").exists() && site.volumes[0].join("fsnap-test").exists());
+    for dir in [own.as_path(), Path::new("/tmp"), Path::new("/dev/shm")] {
+        assert!(!dir.join("fsnap-test").exists(), "{dir:?}");
+    }
+}
+
+fn why_it_cannot_be_saved_is_told() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done");
+    site.ok(["run", "--name", "client", "--volume", "v0", "--", "bash", "-c", &script]);
+    let _peer = listener.accept().unwrap();
+    running.says("client", "2");
+    let failed = site.command(["checkpoint", "client"]).output().unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(text.contains("a process has an open TCP connection: close it"), "{text}");
+    running.counts_on("client");
+    site.holds_nothing_but(0);
+    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0);
+}
+
+fn a_tree_without_its_root_is_refused() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    // What a living command's children leave behind stays in the tree.
+    running.start("shell", &["--volume", "v0"], "(sleep 1000 & exit); echo left; while :; do sleep 0.05; done");
+    running.says("shell", "left");
+    let id = site.ok(["checkpoint", "shell"]);
+    site.ok(["branch", &id, "copy", "--run"]);
+    // A command that goes into the background has left everything.
+    running.start("daemon", &["--volume", "v0"], "sleep 1000 & echo left");
+    running.says("daemon", "left");
+    let refused = || {
+        let failed = site.command(["checkpoint", "daemon"]).output().unwrap();
+        assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+        String::from_utf8(failed.stderr).unwrap()
+    };
+    wait_until("the end of the command", || refused().contains("has ended and left other processes behind"));
+    assert!(refused().contains("servers have an option for the foreground"), "{}", refused());
+    let all = running.all();
+    assert_eq!(all.iter().find(|run| run["name"] == "daemon").unwrap()["pid"], Value::Null);
+    site.ok(["stop", "daemon"]);
+    assert_eq!(running.names(), ["copy", "shell"]);
+}
+
+fn a_program_that_is_not_there() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    let failed = site.command(["run", "--name", "none", "--", "/no/such/program"]).output().unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(text.contains("cannot run /no/such/program: No such file or directory"), "{text}");
+    assert_eq!(site.json(["ps", "--all", "--json"]).as_array().unwrap().len(), 0);
+    // The directory it would begin in is hidden by a scratch place.
+    let mut command = site.command(["run", "--", "true"]);
+    let failed = command.current_dir("/tmp/.").output().unwrap();
+    assert!(failed.status.success(), "{}", said(&failed));
+    wait_until("its end", || running.all().is_empty());
+}
+
+fn names_and_remains() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    running.start("job", &[], "echo first; exit 3");
+    let ended = |status: u64| {
+        let all = site.json(["ps", "--all", "--json"]);
+        all[0]["state"] == "ended" && all[0]["ended"]["exited"] == status
+    };
+    wait_until("the end of the job", || ended(3));
+    assert_eq!(running.said("job"), "first");
+    let failed = site.command(["checkpoint", "job"]).output().unwrap();
+    assert!(said(&failed).contains("the run job has ended"), "{}", said(&failed));
+    // Its name is free, and its log goes with the next of that name.
+    running.start("job", &[], "echo second; exec sleep 1000");
+    running.says("job", "second");
+    assert_eq!(running.said("job"), "second");
+    for args in [&["run", "--name", "job", "--", "true"][..], &["rm", "--run", "job"]] {
+        let refused = site.command(args).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{args:?}: {}", said(&refused));
+    }
+    let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
+    assert!(said(&volume).contains("it names a volume"), "{}", said(&volume));
+    site.ok(["stop", "job"]);
+    site.ok(["stop", "job"]);
+    site.ok(["rm", "--run", "job"]);
+    assert_eq!(fs::read_dir(site.path("state/runs")).unwrap().count(), 0);
+    let nobody = site.command(["stop", "job"]).output().unwrap();
+    assert!(said(&nobody).contains("no run \"job\""), "{}", said(&nobody));
+}
+
+fn killed_while_it_is_saved() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("one", "2");
+    // The hook waits in the frozen window; then the fsnap that called it is killed.
+    let mut command = site.command(["checkpoint", "one"]);
+    command.env("FSNAP_FAILPOINT", "hook:frozen=sleep:3600000").stdout(Stdio::null()).stderr(Stdio::null());
+    let mut fsnap = command.spawn().unwrap();
+    let pid = running.all()[0]["pid"].as_i64().unwrap();
+    let stands = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap().contains(") t ");
+    wait_until("the freeze", || stands() && fs::read_dir(site.path("state/images")).unwrap().count() > 0);
+    fsnap.kill().unwrap();
+    fsnap.wait().unwrap();
+    running.counts_on("one");
+    site.holds_nothing_but(0);
+    // What it left goes with the next one.
+    let id = site.ok(["checkpoint", "one"]);
+    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
+    site.holds_nothing_but(1);
+    site.ok(["branch", &id, "copy", "--run"]);
+    running.counts_on("copy");
+}
+
+fn failing_hooks_leave_the_run_alone() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("one", "2");
+    for place in ["begin:recorded", "hook:taken", "hook:written"] {
+        let mut command = site.command(["checkpoint", "one"]);
+        let failed = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        assert_eq!(failed.status.code(), Some(1), "{place}: {}", said(&failed));
+        running.counts_on("one");
+        site.holds_nothing_but(0);
+        assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0, "{place}");
+    }
+    // A run without volumes has nothing that could be kept with it.
+    running.start("none", &[], "exec sleep 1000");
+    let failed = site.command(["checkpoint", "none"]).output().unwrap();
+    assert!(said(&failed).contains("can write to no registered volume"), "{}", said(&failed));
+}
+
+fn a_terminal() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    let script = "tty; stty -echo; while read line; do echo \"got $line\"; done";
+    let mut command = site.command(["run", "--tty", "--name", "shell", "--volume", "v0", "--", "sh", "-c", script]);
+    let mut front = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let output = front.stdout.take().unwrap();
+    let mut shown = Shown::of(output);
+    shown.until("/dev/pts/");
+    let mut keys = front.stdin.take().unwrap();
+    keys.write_all(b"one\n").unwrap();
+    shown.until("got one");
+    let id = site.ok(["checkpoint", "shell"]);
+    keys.write_all(b"two\n").unwrap();
+    shown.until("got two");
+    let refused = site.command(["branch", &id, "copy", "--run"]).output().unwrap();
+    assert!(said(&refused).contains("--tty"), "{}", said(&refused));
+    let mut command = site.command(["branch", &id, "copy", "--run", "--tty"]);
+    let mut other = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut typed = other.stdin.take().unwrap();
+    let mut seen = Shown::of(other.stdout.take().unwrap());
+    typed.write_all(b"three\n").unwrap();
+    seen.until("got three");
+    assert!(!seen.text.contains("two"), "{}", seen.text);
+    keys.write_all(b"four\n").unwrap();
+    shown.until("got four");
+    // The end of the input is a key, too.
+    for (keys, front) in [(&mut keys, &mut front), (&mut typed, &mut other)] {
+        keys.write_all(b"\x04").unwrap();
+        assert!(front.wait().unwrap().success());
+    }
+    assert!(running.all().is_empty());
+}
+
+/// What a terminal shows.
+struct Shown {
+    from: std::process::ChildStdout,
+    text: String,
+}
+
+impl Shown {
+    fn of(from: std::process::ChildStdout) -> Self {
+        Self { from, text: String::new() }
+    }
+
+    /// Reads on until it shows that.
+    fn until(&mut self, wanted: &str) {
+        use std::io::Read as _;
+        let mut buffer = [0; 256];
+        while !self.text.contains(wanted) {
+            let length = self.from.read(&mut buffer).unwrap();
+            assert!(length > 0, "{wanted:?} is not in {:?}", self.text);
+            self.text += &String::from_utf8_lossy(&buffer[..length]);
+        }
+    }
+}
+
+fn without_privileges() {
+    const NOBODY: u32 = 65_534;
+    let site = Site::new(&[]);
+    let home = site.path("home");
+    for dir in ["home", "home/volume", "home/state"] {
+        fs::create_dir(site.path(dir)).unwrap();
+        std::os::unix::fs::chown(site.path(dir), Some(NOBODY), Some(NOBODY)).unwrap();
+    }
+    let fsnap = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
+        command.args(args).env("FSNAP_STATE", home.join("state")).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
+        command.env("HOME", &home).env("FSNAP_CRIU", fsnap_oracle::criu::Criu::find().program()).current_dir("/");
+        command.output().unwrap()
+    };
+    let ok = |args: &[&str]| {
+        let output = fsnap(args);
+        assert!(output.status.success(), "{args:?}: {}", said(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let volume = home.join("volume").display().to_string();
+    ok(&["init", &volume]);
+    fs::write(home.join("secret"), "").unwrap();
+    let script = format!("cd {volume}; echo x >file; echo x >../other; ls ..; echo said; exec sleep 1000");
+    ok(&["run", "--name", "own", "--volume", "volume", "--", "sh", "-c", &script]);
+    wait_until("its word", || ok(&["logs", "own"]).contains("said"));
+    // Below /tmp it sees its volume, and nothing else.
+    assert!(!ok(&["logs", "own"]).contains("secret"), "{}", ok(&["logs", "own"]));
+    assert!(home.join("volume/file").exists() && !home.join("other").exists());
+    // CRIU may be able to save it, and lacks the rights to restore it: whatever fails is told, and harms nothing.
+    let saved = fsnap(&["checkpoint", "own"]);
+    let failed = match saved.status.success() {
+        true => fsnap(&["branch", "@latest", "copy", "--run"]),
+        false => saved,
+    };
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    assert!(said(&failed).contains("error: CRIU could not "), "{}", said(&failed));
+    assert_eq!(ok(&["branches"]), "");
+    let all = serde_json::from_str::<Value>(&ok(&["ps", "--all", "--json"])).unwrap();
+    assert_eq!(all.as_array().unwrap().iter().map(|run| &run["state"]).collect::<Vec<_>>(), ["running"], "{all}");
+    // Its files can be saved without an engine.
+    ok(&["checkpoint", "--pid", &all[0]["pid"].to_string(), "volume"]);
+    ok(&["stop", "-t", "0", "own"]);
+}

@@ -1,0 +1,216 @@
+//! Branches that are written through `fsnap mount`.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::process::Stdio;
+
+use rustix::io::Errno;
+
+use crate::Case;
+use crate::past::{Past, names, until};
+use crate::site::is_mounted;
+
+pub(crate) const CASES: &[Case] = &[
+    ("made_and_written_over_btrfs", || made_and_written("btrfs")),
+    ("made_and_written_over_rsync", || made_and_written("rsync")),
+    ("named_by_prefix_tag_and_latest", named_by_prefix_tag_and_latest),
+    ("removed_while_nothing_was_written", removed_while_nothing_was_written),
+    ("one_server_has_a_branch", one_server_has_a_branch),
+    ("both_kinds_live_together", both_kinds_live_together),
+];
+
+fn read(path: impl AsRef<std::path::Path>) -> String {
+    fs::read_to_string(path).unwrap()
+}
+
+fn number(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap()
+}
+
+fn made_and_written(backend: &str) {
+    let past = Past::new();
+    let db = past.volume("db", backend);
+    fs::create_dir(db.join("sub")).unwrap();
+    fs::write(db.join("file"), "one").unwrap();
+    fs::write(db.join("sub/deep"), "deep").unwrap();
+    fs::hard_link(db.join("file"), db.join("second")).unwrap();
+    let large: Vec<u8> = (0..600_000_u32).map(|at| (at / 11) as u8).collect();
+    fs::write(db.join("large"), &large).unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    assert_eq!(names(past.at("branches")), ["try"]);
+    assert_eq!(names(past.at("branches/try")), ["db"]);
+    assert_eq!(names(past.at("branches/try/db")), ["file", "large", "second", "sub"]);
+    assert_eq!(read(past.at("branches/try/db/file")), "one");
+
+    fs::write(past.at("branches/try/db/file"), "two").unwrap();
+    assert_eq!(read(past.at("branches/try/db/second")), "two", "they are one file");
+    fs::write(past.at("branches/try/db/sub/new"), "new").unwrap();
+    fs::rename(past.at("branches/try/db/sub"), past.at("branches/try/db/moved")).unwrap();
+    let file = fs::File::options().write(true).open(past.at("branches/try/db/large")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"changed", 300_000).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    let mut changed = large.clone();
+    changed[300_000..300_007].copy_from_slice(b"changed");
+
+    let holds = || {
+        assert_eq!(names(past.at("branches/try/db")), ["file", "large", "moved", "second"]);
+        assert_eq!(names(past.at("branches/try/db/moved")), ["deep", "new"]);
+        assert_eq!(read(past.at("branches/try/db/moved/deep")), "deep");
+        assert_eq!(read(past.at("branches/try/db/second")), "two");
+        assert!(fs::read(past.at("branches/try/db/large")).unwrap() == changed, "the large file is another one");
+        // Nothing below has changed.
+        assert_eq!(names(past.at("latest/db")), ["file", "large", "second", "sub"]);
+        assert_eq!(read(past.at("latest/db/file")), "one");
+        assert!(fs::read(past.at("latest/db/large")).unwrap() == large, "the snapshot has changed");
+        assert_eq!(read(db.join("file")), "one");
+    };
+    holds();
+    let before: Vec<u64> = ["file", "moved", "moved/new", "large"]
+        .map(|name| fs::metadata(past.at(&format!("branches/try/db/{name}"))).unwrap().ino())
+        .into();
+    past.unmount();
+    past.mount();
+    let after: Vec<u64> = ["file", "moved", "moved/new", "large"]
+        .map(|name| fs::metadata(past.at(&format!("branches/try/db/{name}"))).unwrap().ino())
+        .into();
+    assert_eq!(before, after, "the numbers are others");
+    holds();
+    // What was synced is there, whatever becomes of the server.
+    past.kill();
+    past.mount();
+    holds();
+
+    let listed: serde_json::Value = serde_json::from_str(&past.fsnap(["branches", "--json"])).unwrap();
+    assert_eq!(listed[0]["members"][0]["path"], past.at("branches/try/db").to_str().unwrap());
+    past.unmount();
+    let listed: serde_json::Value = serde_json::from_str(&past.fsnap(["branches", "--json"])).unwrap();
+    assert_eq!(listed[0]["members"][0]["path"], serde_json::Value::Null);
+    assert!(past.fsnap(["branches"]).contains("(not mounted)"));
+}
+
+fn named_by_prefix_tag_and_latest() {
+    let past = Past::new();
+    let db = past.volume("db", "btrfs");
+    past.mount();
+    let error = fs::create_dir(past.at("branches/early@latest")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound, "there is no checkpoint yet");
+    fs::write(db.join("file"), "first").unwrap();
+    let first = past.fsnap(["checkpoint", "-t", "kept"]);
+    fs::write(db.join("file"), "second").unwrap();
+    past.checkpoint();
+    for (name, from, expected) in
+        [("a", "kept", "first"), ("b", "latest", "second"), ("c", &first[..8], "first"), ("d", "latest~1", "first")]
+    {
+        fs::create_dir(past.at(&format!("branches/{name}@{from}"))).unwrap();
+        assert_eq!(read(past.at(&format!("branches/{name}/db/file"))), expected, "{name}@{from}");
+        fs::write(past.at(&format!("branches/{name}/db/file")), name).unwrap();
+    }
+    for name in ["a", "b", "c", "d"] {
+        assert_eq!(read(past.at(&format!("branches/{name}/db/file"))), name, "branches are independent");
+    }
+    assert_eq!(names(past.at("branches")), ["a", "b", "c", "d"]);
+    for (name, expected) in [
+        ("a@latest", Errno::EXIST),
+        ("new@none", Errno::NOENT),
+        ("new@", Errno::NOENT),
+        ("plain", Errno::INVAL),
+        ("-x@latest", Errno::INVAL),
+        (".x@latest", Errno::INVAL),
+        ("@latest", Errno::INVAL),
+    ] {
+        let error = fs::create_dir(past.at(&format!("branches/{name}"))).unwrap_err();
+        assert_eq!(number(&error), expected, "{name}");
+    }
+    assert_eq!(number(&fs::create_dir(past.at("branches/a/new")).unwrap_err()), Errno::ROFS);
+    let between = fs::rename(past.at("branches/a/db/file"), past.at("branches/b/db/other")).unwrap_err();
+    assert_eq!(number(&between), Errno::XDEV);
+    // The checkpoint below is needed.
+    let refused = past.command().args(["rm", "kept"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains('a'), "{refused:?}");
+    past.unmount();
+}
+
+fn removed_while_nothing_was_written() {
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("file"), "one").unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/unused@latest")).unwrap();
+    fs::create_dir(past.at("branches/used@latest")).unwrap();
+    assert_eq!(read(past.at("branches/unused/db/file")), "one");
+    fs::write(past.at("branches/used/db/new"), "new").unwrap();
+    assert_eq!(number(&fs::remove_dir(past.at("branches/used")).unwrap_err()), Errno::NOTEMPTY);
+    fs::remove_dir(past.at("branches/unused")).unwrap();
+    assert_eq!(names(past.at("branches")), ["used"]);
+    assert_eq!(fs::metadata(past.at("branches/unused")).unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(read(past.at("branches/used/db/new")), "new");
+
+    // Its users are named.
+    let open = fs::File::options().append(true).open(past.at("branches/used/db/new")).unwrap();
+    let refused = past.command().args(["rm", "--branch", "used"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains(&std::process::id().to_string()), "{refused:?}");
+    drop(open);
+    // A program that another case starts has our descriptors for a moment.
+    until("nobody uses it", || past.command().args(["rm", "--branch", "used"]).output().unwrap().status.success());
+    until("it is gone", || fs::metadata(past.at("branches/used/db/new")).is_err());
+    assert_eq!(names(past.at("branches")), [""; 0]);
+    assert_eq!(names(past.state().join("branches")), [""; 0], "nothing is left");
+    // A new one of that name has nothing of it.
+    fs::create_dir(past.at("branches/used@latest")).unwrap();
+    assert_eq!(names(past.at("branches/used/db")), ["file"]);
+    past.unmount();
+}
+
+fn one_server_has_a_branch() {
+    let past = Past::new();
+    fs::write(past.volume("db", "btrfs").join("file"), "one").unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    fs::write(past.at("branches/try/db/file"), "two").unwrap();
+    let second = past.path("second");
+    fs::create_dir(&second).unwrap();
+    let started = past.command().arg("mount").arg(&second).stdin(Stdio::null()).status().unwrap();
+    assert!(started.success());
+    assert_eq!(read(second.join("latest/db/file")), "one");
+    assert_eq!(names(second.join("branches/try")), ["db"]);
+    assert_eq!(number(&fs::read_dir(second.join("branches/try/db")).unwrap_err()), Errno::BUSY);
+    past.unmount();
+    assert_eq!(read(second.join("branches/try/db/file")), "two", "it is free now");
+    until("it is unmounted", || past.command().arg("umount").arg(&second).output().unwrap().status.success());
+    assert!(!is_mounted(&second));
+}
+
+fn both_kinds_live_together() {
+    let past = Past::new();
+    let (db, home) = (past.volume("db", "btrfs"), past.volume("home", "rsync"));
+    fs::write(db.join("file"), "of db").unwrap();
+    fs::write(home.join("file"), "of home").unwrap();
+    past.checkpoint();
+    past.fsnap(["branch", "latest", "native"].map(|word| if word == "latest" { "@latest" } else { word }));
+    past.mount();
+    fs::create_dir(past.at("branches/written@latest")).unwrap();
+    assert_eq!(names(past.at("branches")), ["native", "written"]);
+    for branch in ["native", "written"] {
+        let is_link = fs::symlink_metadata(past.at(&format!("branches/{branch}/db"))).unwrap().is_symlink();
+        assert_eq!(is_link, branch == "native");
+        for (volume, content) in [("db", "of db"), ("home", "of home")] {
+            let file = past.at(&format!("branches/{branch}/{volume}/file"));
+            assert_eq!(read(&file), content);
+            fs::write(&file, branch).unwrap();
+        }
+    }
+    for branch in ["native", "written"] {
+        for volume in ["db", "home"] {
+            assert_eq!(read(past.at(&format!("branches/{branch}/{volume}/file"))), branch);
+        }
+    }
+    past.unmount();
+}
