@@ -27,4 +27,6 @@ page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
 page!(browsing, "browsing.md");
 page!(fuse_costs, "fuse-costs.md");
+page!(layers, "layers.md");
+page!(semantics, "semantics.md");
 page!(runs, "runs.md");

@@ -299,17 +299,11 @@ fn branches() {
     assert_snapshot!(help("branches"), @"
     List the branches, the checkpoint each grew from, and where its files are
 
-    Those of a branch that is written through `fsnap mount` are where something is mounted that shows
-    it.
-
     Usage: fsnap branches [OPTIONS]
 
     Options:
-          --json
-              Print an array of JSON objects
-
-      -h, --help
-              Print help (see a summary with '-h')
+          --json  Print an array of JSON objects
+      -h, --help  Print help
     ");
 }
 
@@ -640,7 +634,8 @@ fn mount() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted, and say what cannot be read and why
+              Serve in this process, until it is unmounted or terminated, and say what cannot be read and
+              why
 
           --allow-other
               Let other users see it; the permissions of the files hold
@@ -675,7 +670,7 @@ fn overlay() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted
+              Serve in this process, until it is unmounted or terminated
 
           --allow-other
               Let other users see it, although it is not root who mounts

@@ -44,7 +44,7 @@ pub(crate) fn of(root: &Path) -> Tree {
 pub(crate) fn of_dir(root: &dyn Dir) -> Tree {
     let mut found = Tree::new();
     let mut first_names = HashMap::new();
-    let said = words(&root.meta().unwrap(), &Path::new("").into(), &mut first_names);
+    let said = words(&root.meta().unwrap(), Path::new(""), &mut first_names);
     found.insert(PathBuf::new(), said + &format!(" xattrs {:?}", plain(root.own_xattrs().unwrap())));
     of_below(root, Path::new(""), &mut found, &mut first_names);
     found
@@ -80,7 +80,7 @@ fn of_below(dir: &dyn Dir, at: &Path, found: &mut Tree, first_names: &mut HashMa
     }
 }
 
-fn words(meta: &FileMeta, path: &PathBuf, first_names: &mut HashMap<u64, PathBuf>) -> String {
+fn words(meta: &FileMeta, path: &Path, first_names: &mut HashMap<u64, PathBuf>) -> String {
     let kind = match meta.kind {
         FileKind::File => 0o100_000,
         FileKind::Dir => 0o040_000,
@@ -92,7 +92,7 @@ fn words(meta: &FileMeta, path: &PathBuf, first_names: &mut HashMap<u64, PathBuf
     };
     let mut said = format!("{:o} {}:{}", kind | meta.mode, meta.uid, meta.gid);
     if meta.kind != FileKind::Dir {
-        let first = first_names.entry(meta.ino).or_insert_with(|| path.clone());
+        let first = first_names.entry(meta.ino).or_insert_with(|| path.to_owned());
         said += &format!(" nlink {} with {first:?} size {}", meta.nlink, meta.size);
     }
     said

@@ -114,7 +114,10 @@ fn check(places: &Places, disk: &Path, log: &Log, promises: usize, record: &Reco
         let Some(id) = found else { continue };
         reads_back(places, &catalog, &id, &record[&number], &format!("checkpoint {number}"));
     }
-    ok(&mut places.fsnap(&["verify"]));
+    // All that is there was read and compared; that fsnap finds nothing either is asked now and then.
+    if promises.is_multiple_of(4) {
+        ok(&mut places.fsnap(&["verify"]));
+    }
     // No branch lives longer than the step that made it, except over a cut.
     for branch in catalog.branches().unwrap() {
         ok(&mut places.fsnap(&["rm", "--branch", branch.name.as_str()]));

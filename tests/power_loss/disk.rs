@@ -106,9 +106,10 @@ impl Standing {
         // What mkfs leaves there for old tools, the backend leaves out of its snapshots.
         fs::remove_file(places.nilfs2.join(".nilfs")).unwrap();
         ok(places.fsnap(&["init", "--backend", "dm-thin", "--store"]).args([&places.pool_store(), &places.thin]));
-        for (backend, volume) in [("rsync", &places.dir), ("btrfs", &places.subvolume), ("nilfs2", &places.nilfs2)] {
-            ok(places.fsnap(&["init", "--backend", backend]).arg(volume));
-        }
+        ok(places.fsnap(&["init", "--backend", "rsync"]).arg(&places.dir));
+        ok(places.fsnap(&["init", "--backend", "btrfs"]).arg(&places.subvolume));
+        let beside = places.system.join("nilfs2-store");
+        ok(places.fsnap(&["init", "--backend", "nilfs2", "--store"]).args([&beside, &places.nilfs2]));
         // Everything up to here is no matter of this test.
         rustix::fs::sync();
         standing

@@ -16,7 +16,7 @@ use crate::disk::{Places, Standing, mark, ok};
 /// How many steps there are.
 pub(crate) const STEPS: u32 = 14;
 /// So many checkpoints are kept: older ones are removed.
-const KEPT: u32 = 4;
+const KEPT: u32 = 3;
 
 /// What the volumes held at each step, by the path of the volume.
 pub(crate) type Record = BTreeMap<u32, Vec<Listing>>;

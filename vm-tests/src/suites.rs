@@ -43,6 +43,8 @@ const USUAL_PART: &[(&str, &str)] =
 /// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
 const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
 
+const NO_CRIU: &str = "user-mode Linux has no checkpoint and restore";
+
 /// A test that cannot pass on the machine's kernel, and why.
 const SKIPPED: &[(&str, &str, &str)] = &[
     (
@@ -55,7 +57,8 @@ const SKIPPED: &[(&str, &str, &str)] = &[
         "both_in_one_checkpoint_at_any_moment",
         "all_in_one_checkpoint_at_any_moment has both of them, and two more",
     ),
-    ("fsnap::cli", "doctor::criu_is_what_is_installed", "user-mode Linux has no checkpoint and restore"),
+    ("fsnap::cli", "doctor::criu_is_what_is_installed", NO_CRIU),
+    ("fsnap::recovery", "::hook_", NO_CRIU),
 ];
 
 /// One test program.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fsnap_backend::{FileKind, FileMeta, Timestamp};
@@ -13,7 +13,7 @@ use super::Keep;
 use super::tree::{Tree, Trees};
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, Side};
 use crate::fuse::branches::Branches;
 use crate::name::Name;
 use crate::{Error, Result, reference};
@@ -22,7 +22,8 @@ const README: &str = "\
 These are the checkpoints and branches of fsnap. Everything here but branches is read-only.
 
 ids/<id>/<volume>/...           the files of a checkpoint, as they were
-ids/<id>/.fsnap/                not listed: meta.json, and the links parent and images
+ids/<id>/.fsnap/                not listed: meta.json, changed (since the parent), and the
+                                links parent and images
 snapshots/<time>                links into ids; snapshots/latest is the newest
 tags/<tag>                      links into ids
 latest                          a link to the newest checkpoint
@@ -38,9 +39,13 @@ New checkpoints show up by themselves. `fsnap umount` ends this.
 /// The directory of what belongs to a checkpoint besides its files. No volume has such a name.
 const EXTRAS: &str = ".fsnap";
 const META: &str = "meta.json";
+const CHANGED: &str = "changed";
 const PARENT: &str = "parent";
 const IMAGES: &str = "images";
 const LATEST: &str = "latest";
+
+/// So many lists of what has changed are remembered.
+const MOST_CHANGED: usize = 64;
 
 /// Describes a checkpoint, with its tags, for `meta.json`.
 pub type Describe = fn(&Checkpoint, &[Name]) -> String;
@@ -90,6 +95,8 @@ pub(super) enum Place {
     Checkpoint(CheckpointId),
     Extras(CheckpointId),
     Meta(CheckpointId),
+    /// What differs from the first to the second.
+    Changed(CheckpointId, CheckpointId),
     Branch(Name),
     Link(PathBuf),
 }
@@ -97,7 +104,7 @@ pub(super) enum Place {
 impl Place {
     fn kind(&self) -> FileKind {
         match self {
-            Self::Readme | Self::Meta(_) => FileKind::File,
+            Self::Readme | Self::Meta(_) | Self::Changed(..) => FileKind::File,
             Self::Link(_) => FileKind::Symlink,
             _ => FileKind::Dir,
         }
@@ -107,7 +114,7 @@ impl Place {
         match self {
             Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
             Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
-            Self::Meta(_) | Self::Link(_) => Keep::Not,
+            Self::Meta(_) | Self::Changed(..) | Self::Link(_) => Keep::Not,
         }
     }
 }
@@ -142,6 +149,7 @@ impl Found {
 pub(super) struct Layout {
     records: Records,
     branches: Arc<Branches>,
+    changed: Mutex<HashMap<(CheckpointId, CheckpointId), String>>,
     since: Timestamp,
     owner: (u32, u32),
 }
@@ -149,7 +157,7 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(records: Records, branches: Arc<Branches>) -> Self {
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self { records, branches, since: timestamp(jiff::Timestamp::now()), owner }
+        Self { records, branches, changed: Mutex::default(), since: timestamp(jiff::Timestamp::now()), owner }
     }
 
     /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
@@ -209,7 +217,7 @@ impl Layout {
                 let listed = self.children(place, trees)?;
                 return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
             }
-            Place::Readme | Place::Meta(_) | Place::Link(_) => None,
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::Link(_) => None,
         };
         Ok(place.map(Found::Place))
     }
@@ -268,6 +276,7 @@ impl Layout {
                         add(IMAGES, Place::Link(engine.images.0));
                     }
                     if let Some(parent) = checkpoint.parent {
+                        add(CHANGED, Place::Changed(parent, *id));
                         add(PARENT, Place::Link(PathBuf::from(format!("../../{parent}"))));
                     }
                 }
@@ -281,7 +290,7 @@ impl Layout {
                     found.push((member.volume.as_str().into(), place));
                 }
             }
-            Place::Readme | Place::Meta(_) | Place::Link(_) => {}
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::Link(_) => {}
         }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found)
@@ -297,6 +306,8 @@ impl Layout {
         let (time, size) = match place {
             Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
             Place::Checkpoint(id) | Place::Extras(id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
+            // It has a length for whoever has opened it, and was computed for him.
+            Place::Changed(_, id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
             Place::Meta(id) => match catalog.checkpoint(id)? {
                 Some(checkpoint) => (Some(checkpoint.time), self.describe(catalog, &checkpoint)?.len() as u64),
                 None => (None, 0),
@@ -318,7 +329,7 @@ impl Layout {
             Place::Branches => (FileMeta { mode: 0o755, ..dir }, true),
             Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
-            Place::Meta(_) => (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false),
+            Place::Meta(_) | Place::Changed(..) => (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false),
             Place::Link(target) => {
                 let size = target.as_os_str().as_bytes().len() as u64;
                 (FileMeta { kind: FileKind::Symlink, mode: 0o777, size, ..dir }, true)
@@ -350,6 +361,7 @@ impl Layout {
     pub(super) fn text(&self, place: &Place) -> Result<Option<String>> {
         match place {
             Place::Readme => Ok(Some(README.to_owned())),
+            Place::Changed(old, new) => self.changed(old, new),
             Place::Meta(id) => {
                 let records = self.records.open()?;
                 let checkpoint = records.catalog().checkpoint(id)?;
@@ -357,6 +369,27 @@ impl Layout {
             }
             _ => Ok(None),
         }
+    }
+
+    /// What `fsnap diff` prints, found out at the first look.
+    fn changed(&self, old: &CheckpointId, new: &CheckpointId) -> Result<Option<String>> {
+        let known = || self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = known().get(&(*old, *new)) {
+            return Ok(Some(text.clone()));
+        }
+        let records = self.records.open()?;
+        let catalog = records.catalog();
+        let (Some(old), Some(new)) = (catalog.checkpoint(old)?, catalog.checkpoint(new)?) else { return Ok(None) };
+        let mut text = String::new();
+        records.diff(&old, Side::Checkpoint(&new), &mut |change| {
+            text.push_str(&format!("{} {}\n", change.kind.letter(), change.shown()));
+        })?;
+        let mut known = known();
+        if known.len() >= MOST_CHANGED {
+            known.clear();
+        }
+        known.insert((old.id, new.id), text.clone());
+        Ok(Some(text))
     }
 
     fn describe(&self, catalog: &Catalog, checkpoint: &Checkpoint) -> Result<String> {
