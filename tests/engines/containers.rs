@@ -11,8 +11,10 @@ use serde_json::{Value, json};
 use crate::runs::branch_path;
 use crate::site::{Site, Volume, run, said, wait_until};
 
-/// Cases that need a runtime, and say which is missing.
-pub(crate) const CASES: &[(&str, fn() -> Completion)] = &[
+/// A case that needs a runtime, and says if it is missing.
+type Needy = (&'static str, fn() -> Completion);
+
+pub(crate) const CASES: &[Needy] = &[
     ("a_container_of_runc_gets_a_twin", a_container_of_runc_gets_a_twin),
     ("a_container_whose_criu_has_no_hook", a_container_whose_criu_has_no_hook),
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
