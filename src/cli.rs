@@ -12,6 +12,7 @@ mod copy;
 mod deadline;
 mod diff;
 mod doctor;
+mod engine;
 mod environment;
 mod failure;
 mod hook;
@@ -108,6 +109,7 @@ enum Command {
     Recover(recover::Args),
     Doctor(doctor::Args),
     InstallHooks(install_hooks::Args),
+    Engine(engine::Args),
     Hook(hook::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -186,6 +188,7 @@ fn run(command: Command) -> Outcome {
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::InstallHooks(args) => install_hooks::run(args),
+        Command::Engine(args) => engine::run(args),
         Command::Hook(args) => hook::run(args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),

@@ -137,3 +137,42 @@ fn install_hooks() {
               Print help (see a summary with '-h')
     ");
 }
+
+#[test]
+fn engine_runc_checkpoint() {
+    assert_snapshot!(help("engine runc checkpoint"), @"
+    Save a container, its processes and its volumes, at one instant, and let it run on
+
+    For a CRIU that runc may not give hooks (`fsnap install-hooks` tells). fsnap freezes the container's
+    control group, lets runc save the processes, takes the snapshots, and thaws it: it stands still for
+    all of that. Prints the new checkpoint's id.
+
+    Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNC ARGS>...]
+
+    Arguments:
+      <CONTAINER>
+              The container
+
+      [RUNC ARGS]...
+              Further arguments for runc's checkpoint, after --
+
+    Options:
+          --image-path <DIR>
+              Where the process image goes: a directory that is empty or missing, outside of every
+              volume
+
+          --root <DIR>
+              Where runc keeps the state of its containers
+
+          --deadline <SECONDS>
+              Give up, and let the container run, if it does not stand after so many seconds
+
+              [default: 10]
+
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}

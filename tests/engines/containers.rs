@@ -11,9 +11,12 @@ use serde_json::{Value, json};
 use crate::runs::branch_path;
 use crate::site::{Site, Volume, run, said, wait_until};
 
-/// Cases that need a runtime, and say which is missing.
-pub(crate) const CASES: &[(&str, fn() -> Completion)] = &[
+/// A case that needs a runtime, and says if it is missing.
+type Needy = (&'static str, fn() -> Completion);
+
+pub(crate) const CASES: &[Needy] = &[
     ("a_container_of_runc_gets_a_twin", a_container_of_runc_gets_a_twin),
+    ("a_container_whose_criu_has_no_hook", a_container_whose_criu_has_no_hook),
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
 ];
 
@@ -85,6 +88,17 @@ impl Runc<'_> {
     }
 }
 
+/// Makes a root file system that counts.
+fn populate(root: &Path) {
+    for dir in ["bin", "proc", "dev", "sys", "data"] {
+        fs::create_dir(root.join(dir)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for program in ["sh", "sleep"] {
+        symlink("busybox", root.join("bin").join(program)).unwrap();
+    }
+}
+
 fn number(file: &Path) -> u64 {
     fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
@@ -108,13 +122,7 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     let told = site.ok(["install-hooks", "runc"]);
     assert!(told.contains("write /etc/criu/runc.conf"), "{told}");
     let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
-    for dir in ["bin", "proc", "dev", "sys", "data"] {
-        fs::create_dir(root.join(dir)).unwrap();
-    }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    for program in ["sh", "sleep"] {
-        symlink("busybox", root.join("bin").join(program)).unwrap();
-    }
+    populate(&root);
     let first = format!("fsnap-test-{}-first", std::process::id());
     let second = format!("fsnap-test-{}-second", std::process::id());
     let bundle = runc.bundle("first", &root, &data);
@@ -153,6 +161,46 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     counts_on(&root, &data);
     site.ok(["install-hooks", "runc", "--uninstall"]);
     assert!(!Path::new("/etc/criu/runc.conf").exists());
+    Completion::Completed
+}
+
+fn a_container_whose_criu_has_no_hook() -> Completion {
+    if !is_installed("runc") {
+        return Completion::ignored_with("runc is not installed");
+    }
+    let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
+    populate(&root);
+    let first = format!("fsnap-test-{}-outer", std::process::id());
+    let second = format!("fsnap-test-{}-twin", std::process::id());
+    let bundle = runc.bundle("first", &root, &data);
+    runc.names.extend([first.clone(), second.clone()]);
+    runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
+    counts_on(&root, &data);
+    let (images, state) = (site.new_path("outer").display().to_string(), site.path("runc").display().to_string());
+    let begin = ["engine", "runc", "checkpoint", "--root", &state, "--image-path", &images];
+    let id = site.ok([&begin[..], &[&first]].concat());
+    counts_on(&root, &data);
+    site.holds_nothing_but(1);
+    let checkpoint = site.json(["show", "--json", &id]);
+    let classes = checkpoint["members"].as_array().unwrap().iter().map(|member| member["consistency"].clone());
+    assert_eq!(classes.collect::<Vec<_>>(), ["point-in-time"; 2], "{checkpoint}");
+    site.ok(["branch", &id, "twin"]);
+    let (twin_root, twin_data) = (branch_path(&site, "twin", 0), branch_path(&site, "twin", 1));
+    let (in_root, in_data) = (number(&twin_root.join("number")), number(&twin_data.join("number")));
+    assert!(in_root == in_data || in_root == in_data + 1, "{in_root} and {in_data}");
+    let bundle = runc.bundle("second", &twin_root, &twin_data);
+    runc.ok(&["restore", "--detach", "--bundle", bundle.to_str().unwrap(), "--image-path", &images, &second]);
+    counts_on(&twin_root, &twin_data);
+    // What runc cannot do undoes everything, and nothing stays frozen.
+    let failed = site.command([&begin[..], &["no-such-container"]].concat()).output();
+    let failed = failed.unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    let failed = site.command([&begin[..], &[&first, "--", "--no-such-option"]].concat()).output().unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    counts_on(&root, &data);
+    site.holds_nothing_but(1);
     Completion::Completed
 }
 
