@@ -26,7 +26,7 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
-pub use attendant::{Attending, attendant};
+pub use attendant::{Attending, attendants};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
 pub use lock::{HiddenNote, IntentLock, Note, find_plan};
 pub use query::Removal;

@@ -1,19 +1,22 @@
 //! The socket at which a process stands by for an intent: it has all open that is needed to take the snapshots.
 //!
-//! The file `N.attendant` beside the lock of the intent `N` is the socket of the process that holds that lock. Both ends talk to
-//! processes of the same user only; the directory is closed to others anyway. A file at which nobody listens is left by a process that
-//! has ended, and says nothing.
+//! The file `N.attendant.X` beside the lock of the intent `N` is the socket of the process that holds that lock. `X` is made from the name
+//! of the engine's image directory, so that its hook finds it among many, and reads nothing for that; whether it is the right one, the
+//! process itself says. Both ends talk to processes of the same user only; the directory is closed to others anyway. A file at which
+//! nobody listens is left by a process that has ended, and says nothing.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::lock::{attended, io_error, unless_missing};
-use super::{IntentLock, PendingCheckpoint, Result};
+use super::lock::{io_error, unless_missing};
+use super::{IntentLock, Result};
+use crate::checkpoint::EngineImages;
 
 /// The end of it where the process listens.
 #[derive(Debug)]
@@ -35,8 +38,8 @@ impl AsFd for Attending {
 
 impl IntentLock {
     /// Opens the socket.
-    pub fn attend(&self) -> Result<Attending> {
-        let path = self.attendant();
+    pub fn attend(&self, images: &EngineImages) -> Result<Attending> {
+        let path = self.attendant(&mark(images));
         let bind = || {
             unless_missing(std::fs::remove_file(&path))?;
             let place = Place::of(&path)?;
@@ -46,13 +49,21 @@ impl IntentLock {
     }
 }
 
-/// Calls the process that stands by for a planned checkpoint that is `wanted`; `None` if none does. Looks at no database.
-pub fn attendant(state: &Path, wanted: impl Fn(&PendingCheckpoint) -> bool) -> Result<Option<UnixStream>> {
-    let Some(path) = attended(state, wanted)? else { return Ok(None) };
-    let called = Place::of(&path).and_then(|place| UnixStream::connect(place.path()));
-    // Nobody listens any more.
-    let Ok(stream) = called else { return Ok(None) };
-    Ok(is_ours(&stream).is_ok_and(|ours| ours).then_some(stream))
+/// Calls the processes that may stand by for what was begun for the engine's images; looks at no database.
+pub fn attendants(state: &Path, images: &EngineImages) -> impl Iterator<Item = UnixStream> {
+    let end = format!(".attendant.{}", mark(images));
+    let files = std::fs::read_dir(state.join("intents")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let sockets = files.filter(move |path| path.as_os_str().as_bytes().ends_with(end.as_bytes()));
+    // Where nobody listens any more, there is nobody to call.
+    let called = sockets.filter_map(|path| UnixStream::connect(Place::of(&path).ok()?.path()).ok());
+    called.filter(|stream| is_ours(stream).is_ok_and(|ours| ours))
+}
+
+/// Eight small letters that other images hardly have (FNV-1a).
+fn mark(images: &EngineImages) -> String {
+    let bytes = images.images.as_path().as_os_str().as_bytes();
+    let hash = bytes.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
+    hash.to_be_bytes().iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|digit| char::from(b'a' + digit)).collect()
 }
 
 /// Whether a process of the same user is at the other end.
@@ -75,5 +86,37 @@ impl Place {
     /// Holds as long as this is open.
     fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd())).join(&self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::time::Duration;
+
+    use super::super::{Access, Catalog, IntentId};
+    use super::*;
+    use crate::checkpoint::PathText;
+
+    #[test]
+    fn it_is_found_by_its_images_as_long_as_it_listens() {
+        let temp = tempfile::tempdir().unwrap();
+        // Longer than a socket's path may be.
+        let state = temp.path().join("d".repeat(200));
+        let catalog = Catalog::open(&state, Access::Create, Duration::ZERO).unwrap();
+        let lock = catalog.lock_intent(IntentId(88)).unwrap().unwrap();
+        let images = |path: &str| EngineImages { name: "criu".into(), images: PathText(path.into()) };
+        let attending = lock.attend(&images("/a")).unwrap();
+        let mut caller = attendants(&state, &images("/a")).next().unwrap();
+        caller.write_all(b"x").unwrap();
+        let mut heard = [0];
+        attending.accept().unwrap().unwrap().read_exact(&mut heard).unwrap();
+        assert_eq!(heard, *b"x");
+        assert_eq!(attendants(&state, &images("/b")).count(), 0);
+        drop(attending);
+        assert_eq!(attendants(&state, &images("/a")).count(), 0);
+        // Its file is one of the intent's.
+        lock.finish();
+        assert_eq!(std::fs::read_dir(state.join("intents")).unwrap().count(), 0);
     }
 }

@@ -7,7 +7,7 @@
 //! * `N.taken` holds what was [`Taken`], from the instant at which all was;
 //! * `N.search` holds who else was writing, once the search for them has ended;
 //! * `N.new` is one that is being written;
-//! * `N.attendant` is the socket of a process that stands by to take the snapshots;
+//! * `N.attendant.X` is the socket of a process that stands by to take the snapshots;
 //! * `N.finished` stands for the others, when they were found missing though the catalog has the intent.
 //!
 //! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -86,8 +87,16 @@ impl IntentFiles {
         self.dir.join(format!("{}.new", self.id))
     }
 
-    fn attendant(&self) -> PathBuf {
-        self.dir.join(format!("{}.attendant", self.id))
+    /// The socket of a process that stands by; `mark` is made of small letters.
+    fn attendant(&self, mark: &str) -> PathBuf {
+        self.dir.join(format!("{}.attendant.{mark}", self.id))
+    }
+
+    /// All sockets there are, of those who stand by and of those who did.
+    fn attendants(&self) -> Vec<PathBuf> {
+        let paths = std::fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        let first = self.attendant("");
+        paths.filter(|path| path.as_os_str().as_bytes().starts_with(first.as_os_str().as_bytes())).collect()
     }
 }
 
@@ -117,8 +126,8 @@ impl IntentLock {
     }
 
     /// Where a process listens that stands by for this intent.
-    pub(super) fn attendant(&self) -> PathBuf {
-        self.files.attendant()
+    pub(super) fn attendant(&self, mark: &str) -> PathBuf {
+        self.files.attendant(mark)
     }
 
     pub(super) fn search(&self) -> PathBuf {
@@ -154,8 +163,8 @@ impl Drop for IntentLock {
         if self.finished {
             // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
             let Self { files, .. } = &self;
-            let beside = [files.unfinished(), files.attendant(), files.search(), files.taken()];
-            for path in beside.into_iter().chain([files.lock(), files.finished()]) {
+            let beside = [files.unfinished(), files.search(), files.taken(), files.lock(), files.finished()];
+            for path in files.attendants().into_iter().chain(beside) {
                 let _ = std::fs::remove_file(path);
             }
         }
@@ -285,17 +294,6 @@ pub fn find_plan(
         // Whoever finished it before the lock was free has unlinked the file.
         if lock.file.metadata().map_err(io_error("examine", &path))?.nlink() > 0 {
             return Ok(Some((id, lock, plan)));
-        }
-    }
-    Ok(None)
-}
-
-/// Where the process listens that stands by for a planned checkpoint that is `wanted`; perhaps it is dead. Looks at no database.
-pub(super) fn attended(state: &Path, wanted: impl Fn(&PendingCheckpoint) -> bool) -> Result<Option<PathBuf>> {
-    for id in ids_in(&state.join("intents"))? {
-        let socket = IntentFiles::of(state, id).attendant();
-        if socket.symlink_metadata().is_ok() && plan_of(state, id, &wanted)?.is_some() {
-            return Ok(Some(socket));
         }
     }
     Ok(None)

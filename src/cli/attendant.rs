@@ -44,8 +44,10 @@ const LINE_LIMIT: u64 = 1 << 20;
 enum Call {
     /// The processes stand: take the snapshots.
     Take {
-        /// The device and the inode of the image directory.
-        images: (u64, u64),
+        /// The engine's images.
+        images: EngineImages,
+        /// The device and the inode of their directory.
+        place: (u64, u64),
         /// The root of the process tree.
         tree: i32,
         /// Who is no writer: the engine.
@@ -54,7 +56,10 @@ enum Call {
         armed: Option<String>,
     },
     /// Let go: somebody else works on the intent from now on.
-    Leave,
+    Leave {
+        /// The engine's images.
+        images: EngineImages,
+    },
 }
 
 /// What the attendant says to that: one line of JSON.
@@ -75,35 +80,34 @@ pub(crate) fn take(
     images: &EngineImages,
     dir: &Images,
     tree: i32,
-    ignore: Vec<i32>,
+    ignore: &[i32],
 ) -> Result<Option<(CheckpointId, HiddenNote)>, Failure> {
-    let Some(mut attendant) = called(state, images)? else { return Ok(None) };
-    let cannot = |source| Error::Io { action: "examine", object: "the image directory".into(), source };
-    let call = Call::Take { images: place_of(dir).map_err(cannot)?, tree, ignore, armed: environment::armed() };
-    match say(&mut attendant, &call).and_then(|()| hear(&attendant)) {
-        Ok(Answer::Taken(id, number)) => {
-            // It learns of the end of this process by the end of this connection.
-            std::mem::forget(attendant);
-            Ok(Some((id, HiddenNote::of(state, number))))
+    for mut attendant in catalog::attendants(state, images) {
+        let cannot = |source| Error::Io { action: "examine", object: "the image directory".into(), source };
+        let (place, armed) = (place_of(dir).map_err(cannot)?, environment::armed());
+        let call = Call::Take { images: images.clone(), place, tree, ignore: ignore.to_vec(), armed };
+        match say(&mut attendant, &call).and_then(|()| hear(&attendant)) {
+            Ok(Answer::Taken(id, number)) => {
+                // It learns of the end of this process by the end of this connection.
+                std::mem::forget(attendant);
+                return Ok(Some((id, HiddenNote::of(state, number))));
+            }
+            Ok(Answer::Failed(text)) => return Err(Failure::Told(text)),
+            // It stands by for others; or it has ended, whatever it had begun: what was taken in part is taken again.
+            Err(_) => {}
         }
-        Ok(Answer::Failed(text)) => Err(Failure::Told(text)),
-        // It has ended, whatever it had begun: what was taken in part is taken again.
-        Err(_) => Ok(None),
     }
+    Ok(None)
 }
 
 /// Sends away the process that stands by for the engine's images, if there is one, so that its intent's lock is free.
-pub(crate) fn dismiss(state: &Path, images: &EngineImages) -> Result<(), Failure> {
-    if let Some(mut attendant) = called(state, images)? {
+pub(crate) fn dismiss(state: &Path, images: &EngineImages) {
+    for mut attendant in catalog::attendants(state, images) {
         // Its end, or that of the connection, is the answer. One that somebody has stopped is not waited for.
-        let left = attendant.set_read_timeout(Some(AT_ONCE)).and_then(|()| say(&mut attendant, &Call::Leave));
+        let call = Call::Leave { images: images.clone() };
+        let left = attendant.set_read_timeout(Some(AT_ONCE)).and_then(|()| say(&mut attendant, &call));
         let _ = left.and_then(|()| hear::<Answer>(&attendant));
     }
-    Ok(())
-}
-
-fn called(state: &Path, images: &EngineImages) -> Result<Option<UnixStream>, Failure> {
-    Ok(catalog::attendant(state, |pending| pending.engine.as_ref() == Some(images))?)
 }
 
 /// Leaves a process behind that stands by for what was begun, and does not end with this one.
@@ -111,7 +115,8 @@ fn called(state: &Path, images: &EngineImages) -> Result<Option<UnixStream>, Fai
 /// Must be called while the process has one thread.
 pub(crate) fn leave(begun: Begun, stores: &[StoreRecord], images: &Images, context: &Context) -> fsnap::Result<()> {
     let cannot = |source| Error::Io { action: "start", object: "the process that stands by".into(), source };
-    let (calls, answer) = (begun.attend()?, begun.begin_search()?);
+    let Some(calls) = begun.attend()? else { return Ok(()) };
+    let answer = begun.begin_search()?;
     let (options, limit) = (context.config.stores(), context.config.hook.deadline());
     let mut mine = Some((begun, answer));
     let work = || {
@@ -143,35 +148,39 @@ impl Attendant<'_> {
         let Ok(window) = Window::open(begun, self.stores, &self.options) else { return };
         let Ok(reader) = TreeReader::start(window.pending().clone()) else { return };
         failpoint::hit("attendant:ready");
-        let Some((caller, tree, ignore)) = self.wait(&engine) else { return };
+        let Some((caller, tree, ignore)) = self.wait(&engine, window.pending().engine.as_ref()) else { return };
         drop(engine);
         self.serve(caller, window, answer, || reader.read(tree, ignore));
     }
 
     /// Waits for the hook of the frozen window; `None` if it will not come.
-    fn wait(&self, engine: &impl AsFd) -> Option<(UnixStream, i32, Vec<i32>)> {
+    fn wait(&self, engine: &impl AsFd, mine: Option<&EngineImages>) -> Option<(UnixStream, i32, Vec<i32>)> {
         let limit = Timespec { tv_sec: LONGEST.as_secs().cast_signed(), tv_nsec: 0 };
-        let caller = loop {
+        loop {
             let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
             poll(&mut events, Some(&limit)).ok()?;
             if events[0].revents().is_empty() {
                 return None;
             }
-            if let Some(caller) = self.calls.accept().ok()? {
-                break caller;
+            let Some(caller) = self.calls.accept().ok()? else { continue };
+            caller.set_read_timeout(Some(AT_ONCE)).ok()?;
+            match hear(&caller).ok()? {
+                Call::Take { images, place, tree, ignore, armed } if mine == Some(&images) => {
+                    // The engine may have made another directory under that name.
+                    if place != place_of(self.images).ok()? {
+                        return None;
+                    }
+                    if let Some(spec) = armed {
+                        failpoint::arm(&spec);
+                    }
+                    caller.set_read_timeout(None).ok()?;
+                    return Some((caller, tree, ignore));
+                }
+                Call::Leave { images } if mine == Some(&images) => return None,
+                // It looks for another one.
+                Call::Take { .. } | Call::Leave { .. } => {}
             }
-        };
-        caller.set_read_timeout(Some(AT_ONCE)).ok()?;
-        let Ok(Call::Take { images, tree, ignore, armed }) = hear(&caller) else { return None };
-        // The engine may have made another directory under that name.
-        if images != place_of(self.images).ok()? {
-            return None;
         }
-        if let Some(spec) = armed {
-            failpoint::arm(&spec);
-        }
-        caller.set_read_timeout(None).ok()?;
-        Some((caller, tree, ignore))
     }
 
     /// Takes everything for the hook, and searches for writers when it has ended well.

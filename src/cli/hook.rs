@@ -57,7 +57,7 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
     let coordinator = context.create()?;
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
-    attendant::dismiss(&context.state, &images)?;
+    attendant::dismiss(&context.state, &images);
     if let Some(begun) = coordinator.begun_in(&images)? {
         // Called twice for one dump: once more ahead.
         coordinator.prime(&begun)?;
@@ -76,7 +76,7 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
     let begun = coordinator.begin(Request {
         targets,
         engine: Some(images),
-        owner: Some(call.engine),
+        owner: Some(call.engine()?),
         tree: Some(ProcessId::of(pid)?),
         audit,
         ..Request::default()
@@ -119,8 +119,8 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     let Some(pid) = call.tree else { return Ok(()) };
     failpoint::hit("hook:frozen");
     let images = images(call);
-    let ignore = vec![call.engine.pid, environment::parent()];
-    if let Some((id, note)) = attendant::take(&context.state, &images, &call.images, pid, ignore.clone())? {
+    let ignore = vec![call.engine, environment::parent()];
+    if let Some((id, note)) = attendant::take(&context.state, &images, &call.images, pid, &ignore)? {
         deadline.removes(&note.path()).map_err(cannot)?;
         say_id(id);
         hold_off_signals().map_err(cannot)?;

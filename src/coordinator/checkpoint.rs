@@ -59,8 +59,10 @@ impl Begun {
     }
 
     /// Opens the socket at which this process, or a child of it, stands by to take the snapshots.
-    pub fn attend(&self) -> Result<Attending> {
-        Ok(self.lock.attend()?)
+    ///
+    /// `None` if no engine's hook can be called for it.
+    pub fn attend(&self) -> Result<Option<Attending>> {
+        Ok(self.pending.engine.as_ref().map(|images| self.lock.attend(images)).transpose()?)
     }
 }
 

@@ -40,8 +40,8 @@ pub struct HookCall {
     pub images: Images,
     /// The pid of the tree's root, in the pid namespace of CRIU; not known before a restore.
     pub tree: Option<i32>,
-    /// CRIU itself.
-    pub engine: ProcessId,
+    /// The pid of CRIU itself.
+    pub engine: i32,
 }
 
 impl HookCall {
@@ -58,7 +58,6 @@ impl HookCall {
         let Some(phase) = action.to_str().and_then(phase_of) else { return Ok(None) };
         let link = PathBuf::from(variable(IMAGES).ok_or_else(|| wrong(IMAGES, "is not set"))?);
         let engine = engine_of(&link).unwrap_or(caller);
-        let engine = ProcessId::of(engine).map_err(|_| wrong(IMAGES, "names a process that has ended"))?;
         let tree = match variable(TREE) {
             Some(pid) => {
                 let pid = pid.to_str().and_then(|pid| pid.parse().ok()).filter(|&pid| pid > 0);
@@ -68,6 +67,12 @@ impl HookCall {
             None => None,
         };
         Ok(Some(Self { phase, images: open_images(&link)?, tree, engine }))
+    }
+
+    /// CRIU itself, told apart from later processes with its pid.
+    pub fn engine(&self) -> Result<ProcessId> {
+        let gone = |_| Error::Environment { variable: "CRTOOLS_IMAGE_DIR", problem: "names a process that has ended" };
+        ProcessId::of(self.engine).map_err(gone)
     }
 }
 

@@ -154,7 +154,7 @@ fn processes_are_shown_as_they_stood() {
     assert!(link("fd/1").starts_with("pipe:["));
     // One without processes has none to show, and a pid that is none is nothing.
     let other = past.checkpoint();
-    assert_eq!(names(past.at(&format!("ids/{other}/.fsnap"))), ["meta.json", "parent"]);
+    assert_eq!(names(past.at(&format!("ids/{other}/.fsnap"))), ["changed", "meta.json", "parent"]);
     for bad in ["0", "x", "+1", &format!("0{pid}")] {
         assert_eq!(fs::metadata(at(bad)).unwrap_err().kind(), ErrorKind::NotFound, "{bad}");
     }

@@ -49,7 +49,7 @@ pub(crate) fn helper(args: &[String]) -> ExitCode {
         Some("hook") => {
             let call = HookCall::parse(|name| std::env::var_os(name), 0).unwrap();
             if let Some(call) = call {
-                let alive = if call.engine.is_alive() { "alive" } else { "gone" };
+                let alive = if call.engine().is_ok_and(|engine| engine.is_alive()) { "alive" } else { "gone" };
                 let complete = criu::complete(&call.images).is_ok();
                 let (phase, images, tree) = (call.phase, call.images.path(), call.tree.unwrap());
                 let mut said = fs::File::options().create(true).append(true).open(&args[1]).unwrap();
