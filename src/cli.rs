@@ -14,6 +14,7 @@ mod diff;
 mod doctor;
 mod environment;
 mod failure;
+mod generic;
 mod hook;
 mod init;
 mod internal;

@@ -9,6 +9,7 @@ mod attended;
 mod by_hand;
 mod consistency;
 mod demo;
+mod generic;
 mod hook;
 mod identity;
 mod killed;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     for (module, cases) in [
         ("consistency", consistency::CASES),
         ("hook", hook::CASES),
+        ("generic", generic::CASES),
         ("killed", killed::CASES),
         ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
