@@ -210,6 +210,7 @@ fn every_command_has_a_manual_page() {
     fsnap-diff.1
     fsnap-doctor.1
     fsnap-hook-criu.1
+    fsnap-hook-generic.1
     fsnap-hook.1
     fsnap-init.1
     fsnap-log.1
