@@ -15,6 +15,7 @@ mod doctor;
 mod engine;
 mod environment;
 mod failure;
+mod generic;
 mod hook;
 mod init;
 mod install_hooks;

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
-pub use images::{ImageRecord, Images, MemberRecord, RECORD_NAME};
+pub use images::{ANSWER_NAME, ImageRecord, Images, MemberRecord, RECORD_NAME};
 pub use program::{Program, TerminalId, run_program};
 pub use reasons::of as reasons_in;
 pub use relay::{is_relay, run_relay};
@@ -173,6 +173,19 @@ pub struct Reasons(pub Vec<String>);
 impl std::fmt::Display for Reasons {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|reason| write!(f, "\n{reason}"))
+    }
+}
+
+/// The name of an engine that fsnap does not know, and that calls it as the [contract](crate::design::generic_door) says.
+pub const GENERIC: &str = "generic";
+
+/// Checks that the engine of that name has finished its images, as far as fsnap can tell.
+pub fn complete(engine: &str, images: &Images) -> Result<()> {
+    match engine {
+        criu::NAME => criu::complete(images),
+        // It calls when they are.
+        GENERIC => Ok(()),
+        name => Err(Error::Unknown { name: name.to_owned() }),
     }
 }
 

@@ -10,7 +10,7 @@ use fsnap::{Error, failpoint};
 use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
 use super::search::Search;
-use super::{Context, Failure, Outcome, Output, attendant, environment};
+use super::{Context, Failure, Outcome, Output, attendant, environment, generic};
 
 /// The name under which fsnap is CRIU's action script.
 pub(crate) const CRIU_HOOK_NAME: &str = "fsnap-criu-hook";
@@ -33,11 +33,13 @@ enum Engine {
     /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An action that needs
     /// nothing done succeeds.
     Criu,
+    Generic(generic::Args),
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
     match args.engine {
         Engine::Criu => criu(),
+        Engine::Generic(args) => generic::run(&args),
     }
 }
 
@@ -53,7 +55,7 @@ pub(crate) fn criu() -> Outcome {
 }
 
 /// The processes run: plan, and do all that can be done ahead.
-fn start(context: &Context, call: &HookCall) -> Outcome {
+pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     let coordinator = context.create()?;
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
@@ -93,7 +95,7 @@ fn leave(context: &Context, coordinator: &Coordinator, begun: Begun, call: &Hook
         // The next hook does all by itself.
         left.unwrap_or_else(|error| say("warning", &format!("nobody stands by for the freeze: {error}")));
     }
-    say_id(id);
+    say_id(call, id);
     Ok(())
 }
 
@@ -110,7 +112,7 @@ fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Opt
 }
 
 /// The processes stand: take the snapshots, and leave all else for later.
-fn take(context: &Context, call: &HookCall) -> Outcome {
+pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     // As long as this process lives, the application stands. What was taken so far is undone by the next command.
     let limit = context.config.hook.deadline();
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
@@ -122,7 +124,7 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     let ignore = vec![call.engine, environment::parent()];
     if let Some((id, note)) = attendant::take(&context.state, &images, &call.images, pid, &ignore)? {
         deadline.removes(&note.path()).map_err(cannot)?;
-        say_id(id);
+        say_id(call, id);
         hold_off_signals().map_err(cannot)?;
         return Ok(note.appear()?);
     }
@@ -135,7 +137,7 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     };
     let id = window.pending().id;
     if window.taken().is_some() {
-        say_id(id);
+        say_id(call, id);
         return Ok(());
     }
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
@@ -143,7 +145,7 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
     let search = Search::start(&window, pid, ignore, limit);
     let taken = take_all(&mut window, &call.images).and_then(|()| {
         let note = window.write_note()?;
-        say_id(id);
+        say_id(call, id);
         match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,
             Err(error) if window.pending().audit.policy == Policy::Refuse => {
@@ -166,7 +168,8 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
 
 /// Takes every snapshot, and leaves the record of them beside the engine's images.
 pub(crate) fn take_all(window: &mut Window, images: &Images) -> fsnap::Result<()> {
-    criu::complete(images)?;
+    let engine = window.pending().engine.as_ref().map_or(criu::NAME, |engine| &engine.name);
+    fsnap::engine::complete(engine, images)?;
     window.take(true, || Ok(None))?;
     failpoint::hit("hook:taken");
     images.write_record(&record(window))?;
@@ -180,8 +183,13 @@ pub(crate) fn take_back(window: Window, images: &Images, error: Error) -> Error 
 }
 
 /// A full disk under the engine's log is no reason to call the checkpoint a failure.
-fn say_id(id: CheckpointId) {
+///
+/// Said before the note appears: nothing may come after that.
+fn say_id(call: &HookCall, id: CheckpointId) {
     let _ = Output::new().line(id);
+    if call.name == fsnap::engine::GENERIC {
+        generic::answer(call, Ok(Some(id)));
+    }
 }
 
 /// What is left beside the engine's images.
@@ -199,15 +207,15 @@ pub(super) fn record(window: &Window) -> ImageRecord {
 }
 
 /// A restore begins: refuse the wrong files.
-fn check(context: &Context, call: &HookCall) -> Outcome {
+pub(crate) fn check(context: &Context, call: &HookCall) -> Outcome {
     let coordinator = context.read()?;
     match coordinator.check_restore(&call.images)? {
-        Some(id) => say_id(id),
+        Some(id) => say_id(call, id),
         None => say("note", "these images belong to no checkpoint of fsnap: their files are not checked"),
     }
     Ok(())
 }
 
-fn images(call: &HookCall) -> EngineImages {
-    EngineImages { name: criu::NAME.into(), images: PathText(call.images.path().to_owned()) }
+pub(crate) fn images(call: &HookCall) -> EngineImages {
+    EngineImages { name: call.name.into(), images: PathText(call.images.path().to_owned()) }
 }

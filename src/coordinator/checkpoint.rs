@@ -235,6 +235,12 @@ impl Coordinator {
         error.and_undo(self.undo(begun.id, begun.lock))
     }
 
+    /// Undoes a checkpoint that was begun, since its engine has failed.
+    pub fn cancel(&self, begun: Begun) -> Result<()> {
+        begun.lock.remove_taken()?;
+        self.undo(begun.id, begun.lock)
+    }
+
     /// Deletes what an intent may have made, and then the intent.
     pub(super) fn undo(&self, id: IntentId, lock: IntentLock) -> Result<()> {
         failpoint::hit("undo:before");

@@ -34,6 +34,8 @@ pub const NAME: &str = "criu";
 /// One call of CRIU's action script that concerns fsnap.
 #[derive(Debug)]
 pub struct HookCall {
+    /// Which engine.
+    pub name: &'static str,
     /// Where CRIU stands.
     pub phase: Phase,
     /// The directory of images.
@@ -66,7 +68,7 @@ impl HookCall {
             None if matches!(phase, Phase::Starting | Phase::Frozen) => return Err(wrong(TREE, "is not set")),
             None => None,
         };
-        Ok(Some(Self { phase, images: open_images(&link)?, tree, engine }))
+        Ok(Some(Self { name: NAME, phase, images: open_images(&link)?, tree, engine }))
     }
 
     /// CRIU itself, told apart from later processes with its pid.

@@ -15,6 +15,9 @@ use super::{Error, Result, os_text};
 /// The name of fsnap's record in an image directory.
 pub const RECORD_NAME: &str = "fsnap.json";
 
+/// The name of what fsnap answered to the last call of its generic hook.
+pub const ANSWER_NAME: &str = "fsnap_hook.json";
+
 /// A record is written under this name first.
 const UNFINISHED_RECORD: &str = ".fsnap.json.new";
 
@@ -153,10 +156,10 @@ impl Images {
         let refuse = |reason: String| Error::ImageFile { dir: self.path.clone(), file: RECORD_NAME, reason };
         let mut content = serde_json::to_vec_pretty(record).map_err(|error| refuse(error.to_string()))?;
         content.push(b'\n');
-        self.replace(&content).map_err(|error| refuse(error.to_string()))
+        self.replace(RECORD_NAME, &content).map_err(|error| refuse(error.to_string()))
     }
 
-    fn replace(&self, content: &[u8]) -> io::Result<()> {
+    fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let unfinished = OsStr::new(UNFINISHED_RECORD);
         match rustix::fs::unlinkat(&self.dir, unfinished, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
@@ -164,12 +167,22 @@ impl Images {
         }
         let mut file = beneath::create_file(&self.dir, unfinished, 0o600)?;
         let written = file.write_all(content).and_then(|()| {
-            Ok(rustix::fs::renameat_with(&self.dir, unfinished, &self.dir, RECORD_NAME, RenameFlags::empty())?)
+            Ok(rustix::fs::renameat_with(&self.dir, unfinished, &self.dir, name, RenameFlags::empty())?)
         });
         if written.is_err() {
             let _ = rustix::fs::unlinkat(&self.dir, unfinished, AtFlags::empty());
         }
         written
+    }
+
+    /// Writes what the generic hook answers: the whole of it, or nothing.
+    pub fn write_answer(&self, answer: &[u8]) -> Result<()> {
+        let refuse = |error: io::Error| Error::ImageFile {
+            dir: self.path.clone(),
+            file: ANSWER_NAME,
+            reason: error.to_string(),
+        };
+        self.replace(ANSWER_NAME, answer).map_err(refuse)
     }
 
     /// Removes fsnap's record, if there is one: its checkpoint was undone.

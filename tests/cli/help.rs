@@ -575,8 +575,10 @@ fn hook() {
     Usage: fsnap hook <COMMAND>
 
     Commands:
-      criu  CRIU's action script, which is told everything by the environment (CRTOOLS_*)
-      help  Print this message or the help of the given subcommand(s)
+      criu     CRIU's action script, which is told everything by the environment (CRTOOLS_*)
+      generic  Any engine's hook: called at each step of a dump or a restore, with the tree's root and
+               the directory of images
+      help     Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help

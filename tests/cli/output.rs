@@ -213,6 +213,7 @@ fn every_command_has_a_manual_page() {
     fsnap-engine-runc.1
     fsnap-engine.1
     fsnap-hook-criu.1
+    fsnap-hook-generic.1
     fsnap-hook.1
     fsnap-init.1
     fsnap-install-hooks.1

@@ -10,6 +10,7 @@ mod by_hand;
 mod consistency;
 mod containers;
 mod demo;
+mod generic;
 mod hook;
 mod identity;
 mod killed;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
     for (module, cases) in [
         ("consistency", consistency::CASES),
         ("hook", hook::CASES),
+        ("generic", generic::CASES),
         ("killed", killed::CASES),
         ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),

@@ -1,0 +1,123 @@
+//! `fsnap hook generic`: the door for engines that fsnap does not know.
+
+use std::path::PathBuf;
+
+use fsnap::catalog::Access;
+use fsnap::checkpoint::CheckpointId;
+use fsnap::coordinator::Coordinator;
+use fsnap::engine::criu::HookCall;
+use fsnap::engine::{GENERIC, Images, Phase};
+use fsnap::processes::ProcessId;
+use serde_json::json;
+
+use super::failure::say;
+use super::{Context, Failure, Outcome, attendant, environment, hook};
+
+/// The newest version of the answer.
+const VERSION: u32 = 1;
+
+/// Any engine's hook: called at each step of a dump or a restore, with the tree's root and the directory of images
+///
+/// A dump is: starting (the processes run), frozen (they stand, and the images are complete), and then resumed or failed. A
+/// restore is: restoring, restored. What fsnap answered is in fsnap_hook.json in the directory; the exit code
+/// decides. The engine must call frozen again only after starting.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Where the engine stands
+    #[arg(value_enum, hide_possible_values = true)]
+    step: Step,
+    /// The root of the process tree; needed for a dump
+    #[arg(long, value_name = "PID", required_if_eq_any = [("step", "starting"), ("step", "frozen")])]
+    tree: Option<i32>,
+    /// The engine's directory of images
+    #[arg(long, value_name = "DIR")]
+    images: PathBuf,
+    /// The engine's process, which lives from starting to the end of the dump; the caller, if not given
+    #[arg(long, value_name = "PID")]
+    engine: Option<i32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Step {
+    Starting,
+    Frozen,
+    Resumed,
+    Failed,
+    Restoring,
+    Restored,
+}
+
+pub(crate) fn run(args: &Args) -> Outcome {
+    let call = call(args)?;
+    let done = act(args.step, &call);
+    if let Err(failure) = &done {
+        answer(&call, Err(&failure.to_text()));
+    }
+    done
+}
+
+fn call(args: &Args) -> Result<HookCall, Failure> {
+    let phase = match args.step {
+        Step::Starting => Phase::Starting,
+        Step::Frozen => Phase::Frozen,
+        Step::Restoring => Phase::Restoring,
+        Step::Restored => Phase::Restored,
+        Step::Resumed | Step::Failed => Phase::Resumed,
+    };
+    // One name for one directory in all calls.
+    let path = args.images.canonicalize().unwrap_or_else(|_| args.images.clone());
+    let engine = ProcessId::of(args.engine.unwrap_or_else(environment::parent))?;
+    Ok(HookCall { name: GENERIC, phase, images: Images::open(&path)?, tree: args.tree, engine })
+}
+
+fn act(step: Step, call: &HookCall) -> Outcome {
+    let context = Context::for_hook()?;
+    // That there was nothing to do is said first: what has an id says it itself, and nothing comes after a note.
+    answer(call, Ok(None));
+    match step {
+        Step::Starting => hook::start(&context, call),
+        Step::Frozen => hook::take(&context, call),
+        Step::Restoring => hook::check(&context, call),
+        Step::Restored => Ok(()),
+        // What was taken is sealed by whoever opens the catalog.
+        Step::Resumed => context.write().map(drop),
+        Step::Failed => undo(&context, call),
+    }
+}
+
+/// The engine's part has failed: fsnap's is taken back, whether it was finished or not.
+fn undo(context: &Context, call: &HookCall) -> Outcome {
+    let images = hook::images(call);
+    attendant::dismiss(&context.state, &images)?;
+    // Not recovered: that would seal it.
+    let coordinator: Coordinator = context.open(Access::Write)?;
+    let begun = coordinator.begun_in(&images)?;
+    let was_begun = begun.is_some();
+    if let Some(begun) = begun {
+        coordinator.cancel(begun)?;
+    }
+    if let Some(record) = call.images.record()? {
+        // Only what these images were recorded with: the file may say anything.
+        let id = record.checkpoint.parse::<CheckpointId>().ok().filter(|_| !was_begun);
+        let found = id.map(|id| coordinator.catalog().checkpoint(&id)).transpose()?.flatten();
+        if let Some(checkpoint) = found.filter(|checkpoint| checkpoint.engine.as_ref() == Some(&images)) {
+            coordinator.remove_checkpoint(&checkpoint.id)?;
+        }
+        call.images.remove_record()?;
+    }
+    Ok(())
+}
+
+/// Leaves the answer beside the images; one that cannot be written is none to fail for.
+pub(crate) fn answer(call: &HookCall, result: Result<Option<CheckpointId>, &str>) {
+    let text = json!({
+        "version": VERSION,
+        "call": format!("{:?}", call.phase).to_lowercase(),
+        "ok": result.is_ok(),
+        "checkpoint": result.ok().flatten(),
+        "error": result.err().map(str::trim_end),
+    });
+    if let Err(error) = call.images.write_answer(format!("{text:#}\n").as_bytes()) {
+        say("warning", &error.to_string());
+    }
+}
