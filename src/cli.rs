@@ -3,6 +3,7 @@
 //! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
 
 mod attendant;
+mod audit;
 mod branch;
 mod branches;
 mod checkpoint;
@@ -29,6 +30,7 @@ mod output;
 mod overlay;
 #[cfg(feature = "dm-thin")]
 mod pool;
+mod processes;
 mod progress;
 mod ps;
 mod recover;
@@ -82,6 +84,7 @@ enum Command {
     Init(init::Args),
     Volumes(volumes::Args),
     Checkpoint(checkpoint::Args),
+    Audit(audit::Args),
     Log(log::Args),
     Show(show::Args),
     Diff(diff::Args),
@@ -160,6 +163,7 @@ fn run(command: Command) -> Outcome {
         Command::Init(args) => init::run(args),
         Command::Volumes(args) => volumes::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
+        Command::Audit(args) => audit::run(args),
         Command::Log(args) => log::run(args),
         Command::Show(args) => show::run(args),
         Command::Diff(args) => diff::run(args),

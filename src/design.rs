@@ -14,6 +14,7 @@ page!(contract, "contract.md");
 page!(frozen_window, "frozen-window.md");
 page!(which_volumes, "which-volumes.md");
 page!(consistency, "consistency.md");
+page!(processes, "processes.md");
 page!(freezing, "freezing.md");
 page!(catalog, "catalog.md");
 page!(thin_pools, "thin-pools.md");

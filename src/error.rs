@@ -155,6 +155,12 @@ pub enum Error {
         /// Why not.
         why: String,
     },
+    /// The processes can write to what would be in no snapshot, and the settings forbid that.
+    #[error("the processes can write to what the checkpoint would not hold: {what}")]
+    Outside {
+        /// What.
+        what: String,
+    },
     /// The volume is not the tree that was registered.
     #[error("the volume {volume} at {path} is not the tree that was registered: expected {expected}, found {found}")]
     WrongVolume {
@@ -220,6 +226,12 @@ pub enum Error {
     /// The checkpoint was taken without an engine.
     #[error("checkpoint {} has no process image", .id.short())]
     NoProcessImage {
+        /// The checkpoint.
+        id: CheckpointId,
+    },
+    /// Nobody looked at the processes of the checkpoint, if there were any.
+    #[error("no processes are recorded with checkpoint {}", .id.short())]
+    NoProcesses {
         /// The checkpoint.
         id: CheckpointId,
     },

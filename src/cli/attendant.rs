@@ -180,7 +180,8 @@ impl Attendant<'_> {
         let Ok(deadline) = Deadline::set(self.limit, &late.into()) else { return };
         let tree = read_tree();
         let taken = hook::take_all(&mut window, self.images);
-        let search = tree.end();
+        let mut search = tree.end();
+        let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
         let told = match taken.and_then(|()| window.write_note()) {
             Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
             Err(error) => {
@@ -192,6 +193,7 @@ impl Attendant<'_> {
         failpoint::hit("attendant:told");
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
+        search::learn(&mut search);
         let ended = told.and_then(|()| hook.read(&mut [0]));
         if window.note().symlink_metadata().is_err() {
             let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };

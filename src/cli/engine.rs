@@ -15,7 +15,7 @@ use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::Quiesce;
 
 use super::checkpoint::{everyone_in, print, take_searching};
-use super::{Context, Failure, Outcome, hook, internal};
+use super::{Context, Failure, Outcome, environment, hook, internal};
 
 /// Call a container runtime that cannot call fsnap
 #[derive(Debug, clap::Args)]
@@ -81,8 +81,11 @@ pub(crate) fn run(args: Args) -> Outcome {
         let (volume, volume_path) = (target.volume.clone(), target.path.clone());
         return Err(Error::ImagesInVolume { images: PathText(path), volume, path: volume_path }.into());
     }
+    let audit = environment::audit(&context.config)?;
+    coordinator.refuse_outside(&tree, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
+        audit,
         engine: Some(EngineImages { name: criu::NAME.into(), images: PathText(path.clone()) }),
         owner: Some(ProcessId::of(std::process::id().cast_signed())?),
         tree: Some(ProcessId::of(pid)?),
@@ -108,7 +111,7 @@ impl Checkpoint {
         let frozen = quiesce.freeze(Duration::from_secs(self.deadline.into()))?;
         self.save(images.path())?;
         criu::complete(images)?;
-        take_searching(window, true, everyone_in(&frozen))?;
+        take_searching(window, true, everyone_in(&frozen), Some(frozen.tree()))?;
         images.write_record(&hook::record(window))?;
         frozen.check()?;
         Ok(frozen.thaw()?)

@@ -229,7 +229,7 @@ impl Coordinator {
                 writers: Vec::new(),
             });
         }
-        Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false }))
+        Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None }))
     }
 }
 

@@ -315,6 +315,7 @@ fn wrong_usage_is_told_from_failure() {
     !  init  Begin to track a directory as a volume
     !  volumes  List the volumes: name, path, backend, what the backend can do
     !  checkpoint  Take a snapshot of every volume at one instant, and print the new checkpoint's id
+    !  audit  List what processes can write to that a checkpoint of them would not hold
     !  log  List the checkpoints, newest first
     !  show  Show one checkpoint: its volumes, their consistency, and what is not in it
     !  diff  List the files that differ between two checkpoints, or between a checkpoint and now

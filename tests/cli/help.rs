@@ -34,6 +34,7 @@ fn all() {
       init           Begin to track a directory as a volume
       volumes        List the volumes: name, path, backend, what the backend can do
       checkpoint     Take a snapshot of every volume at one instant, and print the new checkpoint's id
+      audit          List what processes can write to that a checkpoint of them would not hold
       log            List the checkpoints, newest first
       show           Show one checkpoint: its volumes, their consistency, and what is not in it
       diff           List the files that differ between two checkpoints, or between a checkpoint and now
@@ -171,6 +172,14 @@ fn checkpoint() {
           --branch <NAME>
               Take the volumes of this branch
 
+          --outside <POLICY>
+              What to do if the processes can write to anything else: refuse it, record it, or do not
+              look [default: record]
+
+          --ignore <PATTERN>
+              What does not matter: a path with all below it, or a type of file system; * and ** are
+              wildcards
+
           --json
               Print a JSON object
 
@@ -218,8 +227,10 @@ fn show() {
       <CKPT>  The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
 
     Options:
-          --json  Print a JSON object
-      -h, --help  Print help
+          --processes  Show its processes instead, as they stood: their descriptors, and the files that
+                       they had mapped
+          --json       Print a JSON object
+      -h, --help       Print help
     ");
 }
 
@@ -240,6 +251,12 @@ fn diff() {
               The newer checkpoint; the files as they are now, if not given
 
     Options:
+          --processes
+              List what differs between the processes instead
+
+              + was started, - has ended, o opened a file, c closed one, d has another working
+              directory.
+
           --json
               Print an array of JSON objects
 
@@ -603,7 +620,8 @@ fn hook_criu() {
     CRIU's action script, which is told everything by the environment (CRTOOLS_*)
 
     FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found
-    from the processes. An action that needs nothing done succeeds.
+    from the processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An
+    action that needs nothing done succeeds.
 
     Usage: fsnap hook criu
 
@@ -634,8 +652,8 @@ fn mount() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted or terminated, and say what cannot be read and
-              why
+              Serve in this process, until it is unmounted or terminated, and say what cannot be read
+              and why
 
           --allow-other
               Let other users see it; the permissions of the files hold

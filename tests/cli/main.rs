@@ -18,5 +18,6 @@ mod init;
 mod install_hooks;
 mod lost_log;
 mod output;
+mod processes;
 mod readme;
 mod references;

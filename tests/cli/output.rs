@@ -202,6 +202,7 @@ fn every_command_has_a_manual_page() {
     site.run("fsnap man pages");
     assert_snapshot!(site.session("ls pages"), @"
     $ ls pages
+    fsnap-audit.1
     fsnap-branch.1
     fsnap-branches.1
     fsnap-checkpoint.1

@@ -131,6 +131,10 @@ fn named_by_prefix_tag_and_latest() {
     assert_eq!(number(&fs::create_dir(past.at("branches/a/new")).unwrap_err()), Errno::ROFS);
     let between = fs::rename(past.at("branches/a/db/file"), past.at("branches/b/db/other")).unwrap_err();
     assert_eq!(number(&between), Errno::XDEV);
+    // It is no volume besides: what lies below it would not be held.
+    let refused = past.command().arg("init").arg(past.at("branches/a/db")).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("checkpoint --branch"), "{refused:?}");
     // The checkpoint below is needed.
     let refused = past.command().args(["rm", "kept"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));

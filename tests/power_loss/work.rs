@@ -14,9 +14,9 @@ use fsnap_conformance::Listing;
 use crate::disk::{Places, Standing, mark, ok};
 
 /// How many steps there are.
-pub(crate) const STEPS: u32 = 14;
+pub(crate) const STEPS: u32 = 12;
 /// So many checkpoints are kept: older ones are removed.
-const KEPT: u32 = 3;
+const KEPT: u32 = 2;
 
 /// What the volumes held at each step, by the path of the volume.
 pub(crate) type Record = BTreeMap<u32, Vec<Listing>>;
