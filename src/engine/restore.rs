@@ -240,7 +240,13 @@ impl Launch<'_> {
                     let root = root.and_then(|pid| find_inside(init, pid, self.pids));
                     return Ok(Restored { init, root, log: self.log.into(), pids: self.pids, reports });
                 }
-                (Some(Report::Failed(failure)), _) => return Err(self.error(failure)),
+                (Some(Report::Failed(failure)), init) => {
+                    // Until it has ended, it sees what is going to be removed.
+                    if let Some(init) = init {
+                        wait_for_end(init);
+                    }
+                    return Err(self.error(failure));
+                }
                 _ => {
                     let reason = format!("a stage of it ended unexpectedly; see {:?}", self.log);
                     return Err(Error::Restore { step: "restore the processes".into(), reason });

@@ -4,12 +4,20 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libtest_mimic::Completion;
 use serde_json::{Value, json};
 
 use crate::runs::branch_path;
 use crate::site::{Site, Volume, run, said, wait_until};
+
+/// What is installed is there for all containers of the sandbox.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A case that needs a runtime, and says if it is missing.
 type Needy = (&'static str, fn() -> Completion);
@@ -114,6 +122,7 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     if !is_installed("runc") {
         return Completion::ignored_with("runc is not installed");
     }
+    let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
     for dir in ["/etc", "/usr/libexec"] {
         lay_over(&site, dir);
@@ -168,6 +177,7 @@ fn a_container_whose_criu_has_no_hook() -> Completion {
     if !is_installed("runc") {
         return Completion::ignored_with("runc is not installed");
     }
+    let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
     let mut runc = Runc { site: &site, names: Vec::new() };
     let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
