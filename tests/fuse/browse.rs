@@ -540,7 +540,7 @@ fn without_privileges_through_fusermount() {
     };
     shell(
         "mkdir db mnt
-         echo one >db/file; chmod 640 db/file; ln -s /etc/shadow db/link
+         echo one >db/file; chmod 640 db/file; ln -s /etc/shadow db/link; ln -s '#odd' db/odd; ln db/odd db/odd2; mkfifo db/fifo
          ./fsnap init db --backend rsync; ./fsnap checkpoint -t first",
     );
     let look = "cat mnt/latest/db/file; readlink mnt/tags/first/db/link; stat -c %a mnt/latest/db/file";
@@ -554,8 +554,13 @@ fn without_privileges_through_fusermount() {
     let written = "mkdir mnt/branches/try@first; echo two >mnt/branches/try/db/file; echo new >mnt/branches/try/db/new
          mv mnt/branches/try/db/link mnt/branches/try/db/moved; rm mnt/branches/try/db/new
          ls mnt/branches/try/db; cat mnt/branches/try/db/file mnt/latest/db/file; ./fsnap umount mnt; ./fsnap mount mnt
-         ls mnt/branches/try/db; cat mnt/branches/try/db/file";
-    assert_eq!(shell(written), "file\nmoved\ntwo\none\nfile\nmoved\ntwo\n");
+         ls mnt/branches/try/db; cat mnt/branches/try/db/file
+         mv mnt/branches/try/db/odd mnt/branches/try/db/odder; mv mnt/branches/try/db/fifo mnt/branches/try/db/pipe
+         readlink mnt/branches/try/db/odder mnt/branches/try/db/odd2; stat -c '%F %h' mnt/branches/try/db/odd2
+         stat -c %F mnt/branches/try/db/pipe";
+    let names = "fifo\nfile\nmoved\nodd\nodd2\n";
+    let links = "#odd\n#odd\nsymbolic link 2\nfifo\n";
+    assert_eq!(shell(written), format!("{names}two\none\n{names}two\n{links}"));
     shell("./fsnap umount mnt");
     assert!(!is_mounted(&path("mnt")));
     // A server that is killed.

@@ -65,7 +65,13 @@ impl Overlay {
         if tree.node(ino)?.kind != FileType::Symlink {
             return Err(Errno::INVAL);
         }
-        tree.object(ino)?.read_link()
+        let (object, keys) = (tree.object(ino)?, tree.store.keys());
+        if tree.node(ino)?.upper
+            && let Some(mock) = object.xattr(keys.node())?
+        {
+            return Ok(std::os::unix::ffi::OsStringExt::from_vec(tree.target_of(&mock)?));
+        }
+        object.read_link()
     }
 
     /// Changes attributes, and returns them all.
@@ -150,16 +156,30 @@ impl Tree {
         } else if indexed {
             attr.nlink = u32::try_from(self.indexed_links(object, &stat)?).unwrap_or(0);
         }
-        if upper && kind == FileType::RegularFile && stat.st_size == 0 && self.is_device(object)? {
-            attr.kind = FileType::CharacterDevice;
+        if upper
+            && kind == FileType::RegularFile
+            && stat.st_size == 0
+            && let Some(mock) = object.xattr(self.store.keys().node())?
+        {
             attr.rdev = 0;
+            attr.kind = match mock.first() {
+                Some(b'l') => FileType::Symlink,
+                Some(b'p') => FileType::Fifo,
+                Some(b's') => FileType::Socket,
+                _ => FileType::CharacterDevice,
+            };
+            if attr.kind == FileType::Symlink {
+                attr.stat.st_size = self.target_of(&mock)?.len() as i64;
+                attr.stat.st_mode |= 0o777;
+            }
         }
         Ok(attr)
     }
 
-    /// Whether the file stands for the device node 0:0, which would be a whiteout.
-    fn is_device(&self, object: &Object) -> Result<bool> {
-        Ok(object.xattr(self.store.keys().node())?.is_some())
+    /// Where the symbolic link leads to that a file stands for.
+    fn target_of(&self, mock: &[u8]) -> Result<Vec<u8>> {
+        let kept = self.store.lengthen(mock.get(2..).unwrap_or_default().to_vec())?;
+        Ok(kept.get(1..).unwrap_or_default().to_vec())
     }
 
     /// How many names an indexed file has in the lower alone; less than none if it has names of sealed layers that are gone.

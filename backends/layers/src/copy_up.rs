@@ -87,8 +87,7 @@ impl Tree {
         let (place, orphan) = (node.names.first().cloned(), node.names.is_empty());
         let from = if orphan { self.object(ino)? } else { self.lower.object(&at)? };
         let stat = from.stat()?;
-        let marked = self.store.keys().can_mark(object::kind_of(&stat));
-        let indexed = !orphan && marked && stat.st_nlink > 1;
+        let indexed = !orphan && stat.st_nlink > 1;
         if let (Some((parent, _)), false) = (&place, indexed) {
             self.copy_up(*parent, true)?;
         }
@@ -97,9 +96,7 @@ impl Tree {
         let path = (!orphan).then(|| at.path());
         let made = self.make_like(&from, &stat, &to, path.as_deref(), content).and_then(|()| {
             let keys = self.store.keys();
-            if marked {
-                self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
-            }
+            self.mark(&to, keys.origin(), format!("{ino:x}").as_bytes())?;
             if indexed {
                 self.mark(&to, keys.links(), stat.st_nlink.to_string().as_bytes())?;
             }
@@ -140,6 +137,23 @@ impl Tree {
     fn make_like(&mut self, from: &Object, stat: &Stat, to: &Object, path: Option<&[u8]>, content: bool) -> Result<()> {
         let (dir, name) = to.place()?;
         match object::kind_of(stat) {
+            kind if !self.store.keys().can_mark(kind) => {
+                // It stands for a file that could not bear our attributes.
+                let mut value = match kind {
+                    FileType::Symlink => b"l ".to_vec(),
+                    FileType::Fifo => b"p".to_vec(),
+                    FileType::Socket => b"s".to_vec(),
+                    _ => return Err(Errno::PERM),
+                };
+                if kind == FileType::Symlink {
+                    // With a slash before it, so that no target is taken for the name of a long one.
+                    let target = from.read_link()?;
+                    let kept = [b"/", target.as_encoded_bytes()].concat();
+                    value.extend(self.store.shorten(kept)?);
+                }
+                rustix::fs::mknodat(dir, name, FileType::RegularFile, Mode::RUSR | Mode::WUSR, 0)?;
+                self.mark(to, self.store.keys().node(), &value)?;
+            }
             FileType::Symlink => rustix::fs::symlinkat(from.read_link()?, dir, name)?,
             FileType::RegularFile => {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | SAFE;
