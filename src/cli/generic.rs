@@ -7,7 +7,6 @@ use fsnap::checkpoint::CheckpointId;
 use fsnap::coordinator::Coordinator;
 use fsnap::engine::criu::HookCall;
 use fsnap::engine::{GENERIC, Images, Phase};
-use fsnap::processes::ProcessId;
 use serde_json::json;
 
 use super::failure::say;
@@ -66,7 +65,7 @@ fn call(args: &Args) -> Result<HookCall, Failure> {
     };
     // One name for one directory in all calls.
     let path = args.images.canonicalize().unwrap_or_else(|_| args.images.clone());
-    let engine = ProcessId::of(args.engine.unwrap_or_else(environment::parent))?;
+    let engine = args.engine.unwrap_or_else(environment::parent);
     Ok(HookCall { name: GENERIC, phase, images: Images::open(&path)?, tree: args.tree, engine })
 }
 
@@ -88,7 +87,7 @@ fn act(step: Step, call: &HookCall) -> Outcome {
 /// The engine's part has failed: fsnap's is taken back, whether it was finished or not.
 fn undo(context: &Context, call: &HookCall) -> Outcome {
     let images = hook::images(call);
-    attendant::dismiss(&context.state, &images)?;
+    attendant::dismiss(&context.state, &images);
     // Not recovered: that would seal it.
     let coordinator: Coordinator = context.open(Access::Write)?;
     let begun = coordinator.begun_in(&images)?;
