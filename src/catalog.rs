@@ -17,6 +17,7 @@ mod intent;
 mod lock;
 mod query;
 mod search;
+mod tree;
 mod wal;
 
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ pub use attendant::{Attending, attendant};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
 pub use lock::{HiddenNote, IntentLock, Note, find_plan};
 pub use query::Removal;
-pub use search::{SearchFile, WriterLists};
+pub use search::{SearchAnswer, SearchFile, WriterLists};
 
 /// Why the catalog could not be read or changed.
 #[derive(Debug, thiserror::Error)]

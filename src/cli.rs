@@ -3,6 +3,7 @@
 //! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
 
 mod attendant;
+mod audit;
 mod branch;
 mod branches;
 mod checkpoint;
@@ -11,10 +12,12 @@ mod copy;
 mod deadline;
 mod diff;
 mod doctor;
+mod engine;
 mod environment;
 mod failure;
 mod hook;
 mod init;
+mod install_hooks;
 mod internal;
 mod json;
 mod log;
@@ -27,6 +30,7 @@ mod output;
 mod overlay;
 #[cfg(feature = "dm-thin")]
 mod pool;
+mod processes;
 mod progress;
 mod ps;
 mod recover;
@@ -80,6 +84,7 @@ enum Command {
     Init(init::Args),
     Volumes(volumes::Args),
     Checkpoint(checkpoint::Args),
+    Audit(audit::Args),
     Log(log::Args),
     Show(show::Args),
     Diff(diff::Args),
@@ -103,6 +108,8 @@ enum Command {
     Pool(pool::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
+    InstallHooks(install_hooks::Args),
+    Engine(engine::Args),
     Hook(hook::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -156,6 +163,7 @@ fn run(command: Command) -> Outcome {
         Command::Init(args) => init::run(args),
         Command::Volumes(args) => volumes::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
+        Command::Audit(args) => audit::run(args),
         Command::Log(args) => log::run(args),
         Command::Show(args) => show::run(args),
         Command::Diff(args) => diff::run(args),
@@ -179,6 +187,8 @@ fn run(command: Command) -> Outcome {
         Command::Pool(args) => pool::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::InstallHooks(args) => install_hooks::run(args),
+        Command::Engine(args) => engine::run(args),
         Command::Hook(args) => hook::run(args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::name::Name;
+use crate::processes::AuditRules;
 use crate::stores::{Options, Room};
 use crate::{Error, Result};
 
@@ -21,6 +22,8 @@ pub struct Config {
     pub hook: Hook,
     /// The engine CRIU.
     pub criu: Criu,
+    /// What is done about what processes can write to outside their checkpoint.
+    pub audit: AuditRules,
     /// Stores in thin pools.
     #[serde(rename = "dm-thin")]
     pub dm_thin: Room,

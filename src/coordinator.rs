@@ -17,6 +17,7 @@ mod recover;
 mod register;
 mod remove;
 mod restore;
+mod search;
 mod targets;
 mod verify;
 mod window;
@@ -44,7 +45,8 @@ pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
 pub use restore::{RestoreRequest, RunRequest};
-pub use targets::{Target, WriterSearch, find_writers};
+pub use search::{Audit, WriterSearch, find_writers};
+pub use targets::Target;
 pub use verify::Finding;
 pub use window::Window;
 

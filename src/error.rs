@@ -155,6 +155,12 @@ pub enum Error {
         /// Why not.
         why: String,
     },
+    /// The processes can write to what would be in no snapshot, and the settings forbid that.
+    #[error("the processes can write to what the checkpoint would not hold: {what}")]
+    Outside {
+        /// What.
+        what: String,
+    },
     /// The volume is not the tree that was registered.
     #[error("the volume {volume} at {path} is not the tree that was registered: expected {expected}, found {found}")]
     WrongVolume {
@@ -223,6 +229,12 @@ pub enum Error {
         /// The checkpoint.
         id: CheckpointId,
     },
+    /// Nobody looked at the processes of the checkpoint, if there were any.
+    #[error("no processes are recorded with checkpoint {}", .id.short())]
+    NoProcesses {
+        /// The checkpoint.
+        id: CheckpointId,
+    },
     /// The image directory holds another checkpoint's process image by now.
     #[error("the image directory {images} belongs to {found}, not to checkpoint {}", .id.short())]
     ImagesReplaced {
@@ -286,6 +298,12 @@ pub enum Error {
     BadRun {
         /// The file.
         path: PathText,
+        /// Why not.
+        reason: String,
+    },
+    /// What is installed cannot call a hook.
+    #[error("no hook can be installed: {reason}")]
+    NoHooks {
         /// Why not.
         reason: String,
     },

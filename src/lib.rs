@@ -36,7 +36,7 @@
 //! | [`catalog`] | the database: its [format](catalog::format), intents, holds, one transaction per change |
 //! | [`coordinator`] | the order of things; one file per operation |
 //! | [`reference`](mod@reference) | what users write for a checkpoint |
-//! | [`processes`] | `/proc`: trees, what they can write to, who else writes |
+//! | [`processes`] | `/proc`: trees, what they have in use and can write to, who else writes |
 //! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
 //! | [`engine`] | CRIU's hooks, images, dumps and restores; the namespaces of a run |
 //! | [`run`] | commands that can be saved and copied live: where they are recorded, and how they are saved |

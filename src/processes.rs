@@ -11,14 +11,20 @@
 //!
 //! [proc(5)]: https://man7.org/linux/man-pages/man5/proc.5.html
 
+mod audit;
 mod census;
 mod cgroup;
 mod credentials;
+mod diff;
 mod files;
 mod mounts;
+mod observer;
+mod pattern;
 mod proc_dir;
 mod process_id;
 mod reach;
+mod record;
+mod sockets;
 mod sys;
 mod tree;
 mod view;
@@ -27,12 +33,17 @@ mod writers;
 use std::io;
 use std::path::PathBuf;
 
+pub use audit::{AuditRules, Medium, Outside, Policy, Via};
 use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
+pub use diff::{ProcessChange, process_changes};
 pub use files::How;
 pub(crate) use mounts::mounted_from;
+pub use observer::{Observation, observe};
+pub use pattern::{InvalidPattern, Pattern};
 pub use process_id::ProcessId;
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
+pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
 pub use tree::{Member, Tree};
 pub use writers::{Writer, WriterScan, writers};
 

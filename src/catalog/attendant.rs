@@ -20,14 +20,10 @@ use super::{IntentLock, PendingCheckpoint, Result};
 pub struct Attending(UnixListener);
 
 impl Attending {
-    /// Waits for the next caller of the same user.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        loop {
-            let (caller, _) = self.0.accept()?;
-            if is_ours(&caller)? {
-                return Ok(caller);
-            }
-        }
+    /// Waits for the next caller; `None` if it is another user's, to which there is nothing to say.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let (caller, _) = self.0.accept()?;
+        Ok(is_ours(&caller)?.then_some(caller))
     }
 }
 

@@ -12,6 +12,7 @@
 //! | `tag` | a name for a checkpoint | `name`, `checkpoint` |
 //! | `tip` | the newest checkpoint of a volume on a line of work (`line` is a branch's name, or empty) | `line`, `volume`, `checkpoint` |
 //! | `hold` | a reason why an image may not be deleted | `store`, `locator`, `holder` |
+//! | `tree` | the processes of a checkpoint, if they were looked at | `checkpoint`, `body`, `digest` |
 //! | `intent` | a change that was begun | `seq`, `body`, `digest` |
 //!
 //! A `body` is the JSON of the record of the same name in this crate, and `digest` the first 16 bytes of its BLAKE3
@@ -21,6 +22,8 @@
 //! Beside it lie SQLite's files `catalog.db-wal` and `catalog.db-shm`, while the catalog is open or after a kill, and the
 //! directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The file `lock` is held while the
 //! catalog is made.
+//!
+//! A catalog of a release that did not record processes has no table `tree` until it is needed.
 //!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
@@ -67,6 +70,13 @@ CREATE INDEX hold_holder ON hold (holder);
 CREATE TABLE intent (seq INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
 ";
 
+/// Goes with its checkpoint, also when an earlier release removes that.
+pub(super) const TREE_TABLE: &str = "
+CREATE TABLE IF NOT EXISTS tree (
+    checkpoint TEXT PRIMARY KEY REFERENCES checkpoint (id) ON DELETE CASCADE, body TEXT NOT NULL, digest BLOB NOT NULL
+) STRICT;
+";
+
 /// Makes the state directory and an empty catalog in it, unless there is one.
 ///
 /// The catalog appears under its name only when it is whole, so that a short file under that name is damage and is
@@ -103,6 +113,7 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     db.pragma_update(None, "application_id", APPLICATION_ID).map_err(database)?;
     db.pragma_update(None, "user_version", VERSION).map_err(database)?;
     db.execute_batch(SCHEMA).map_err(database)?;
+    db.execute_batch(TREE_TABLE).map_err(database)?;
     db.pragma_update(None, "journal_mode", "WAL").map_err(database)?;
     db.close().map_err(|(_, source)| database(source))?;
     let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all()).map_err(io("sync", path));

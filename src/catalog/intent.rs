@@ -3,10 +3,10 @@
 use fsnap_backend::{Consistency, Identity, Locator};
 use serde::{Deserialize, Serialize};
 
-use super::WriterLists;
+use super::SearchAnswer;
 use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
 use crate::name::Name;
-use crate::processes::ProcessId;
+use crate::processes::{AuditRules, ProcessId, TreeRecord};
 use crate::quiesce::FreezeRecord;
 use crate::volume::StoreRecord;
 
@@ -128,6 +128,9 @@ pub struct PendingCheckpoint {
     /// The snapshot is of a past state.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
+    /// What is done about what the processes can write to besides.
+    #[serde(default)]
+    pub audit: AuditRules,
 }
 
 /// One volume's part in a checkpoint that was begun.
@@ -176,13 +179,18 @@ pub struct Taken {
     /// Whether a search for other writers had yet to end. Until its answer is known, no member is a point in time.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub searching: bool,
+    /// The processes, if they were looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tree: Option<TreeRecord>,
 }
 
 impl Taken {
     /// Brings in what the search for writers found; `None` if it ended without an answer.
-    pub fn tell(&mut self, writers: Option<WriterLists>) {
-        let Some(writers) = writers.filter(|lists| self.searching && lists.len() == self.members.len()) else { return };
+    pub fn tell(&mut self, answer: Option<SearchAnswer>) {
+        let fits = |answer: &SearchAnswer| self.searching && answer.writers.len() == self.members.len();
+        let Some(SearchAnswer { writers, tree }) = answer.filter(fits) else { return };
         self.searching = false;
+        self.tree = tree;
         for (member, writers) in self.members.iter_mut().zip(writers) {
             if writers.is_empty() {
                 member.consistency = Consistency::PointInTime;

@@ -11,6 +11,7 @@ use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Resu
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::name::Name;
+use crate::processes::TreeRecord;
 use crate::volume::{RegisteredVolume, StoreRecord};
 
 pub(super) fn digest(body: &str) -> [u8; 16] {
@@ -70,7 +71,7 @@ impl Catalog {
             .map_err(|error| self.damaged(format!("the record of {what} cannot be read: {error}")))
     }
 
-    fn one<T: DeserializeOwned>(&self, what: &str, query: &str, key: impl Params) -> Result<Option<T>> {
+    pub(super) fn one<T: DeserializeOwned>(&self, what: &str, query: &str, key: impl Params) -> Result<Option<T>> {
         let mut statement = self.db.prepare_cached(query).map_err(|e| self.failed(e))?;
         let row = statement.query_row(key, stored).optional().map_err(|e| self.failed(e))?;
         row.map(|row| self.decode(what, row)).transpose()
@@ -374,7 +375,15 @@ impl Catalog {
     }
 
     /// Replaces an intent by the checkpoint that came of it; `false` if another process was faster.
-    pub fn seal(&self, id: IntentId, checkpoint: &Checkpoint, tags: &[Name]) -> Result<bool> {
+    ///
+    /// `tree` is what was seen of its processes.
+    pub fn seal(
+        &self,
+        id: IntentId,
+        checkpoint: &Checkpoint,
+        tags: &[Name],
+        tree: Option<&TreeRecord>,
+    ) -> Result<bool> {
         self.transact(|tx| {
             if !self.drop_intent_in(tx, id)? {
                 return Ok(false);
@@ -386,6 +395,9 @@ impl Catalog {
                 params![key, parent, body, digest],
             )
             .map_err(|e| self.failed(e))?;
+            if let Some(tree) = tree {
+                self.add_tree_in(tx, &checkpoint.id, tree)?;
+            }
             let line = checkpoint.branch.as_ref().map_or("", Name::as_str);
             for member in &checkpoint.members {
                 if !checkpoint.pinned {
@@ -503,9 +515,15 @@ impl Catalog {
     /// Names every record that cannot be read.
     pub(super) fn damaged_records(&self) -> Result<Vec<String>> {
         let mut damage = Vec::new();
-        for (table, key) in
-            [("store", "identity"), ("volume", "name"), ("checkpoint", "id"), ("branch", "name"), ("intent", "seq")]
-        {
+        let mut tables = vec![
+            ("store", "identity"),
+            ("volume", "name"),
+            ("checkpoint", "id"),
+            ("branch", "name"),
+            ("intent", "seq"),
+        ];
+        tables.extend(self.has_trees()?.then_some(("tree", "checkpoint")));
+        for (table, key) in tables {
             let query = format!("SELECT CAST({key} AS TEXT), body, digest FROM {table}");
             let mut statement = self.db.prepare(&query).map_err(|e| self.failed(e))?;
             let mut rows = statement.query([]).map_err(|e| self.failed(e))?;

@@ -1,4 +1,5 @@
-//! The answer to a question that outlives the frozen window: who else has files of the volumes open for writing.
+//! The answer to a question that outlives the frozen window: who else has files of the volumes open for writing. With it goes what was
+//! seen of the tree while that stood.
 //!
 //! The file `N.search` beside the lock of the intent `N` is locked while a process searches for it, and holds its answer, in the form of
 //! the other records, once that process has ended well. Whoever seals the checkpoint waits for the lock.
@@ -10,11 +11,24 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::lock::{from_bytes, io_error, options, read, to_bytes};
 use super::{Error, IntentLock, Result};
+use crate::processes::TreeRecord;
 
 /// The writers found, in words: one list for each member of the checkpoint.
 pub type WriterLists = Vec<Vec<String>>;
+
+/// What a search found.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SearchAnswer {
+    /// Who else was writing.
+    pub writers: WriterLists,
+    /// The processes that stood, if they could be looked at.
+    #[serde(default)]
+    pub tree: Option<TreeRecord>,
+}
 
 /// Between two looks whether a search has ended.
 pub(super) const PAUSE: Duration = Duration::from_millis(1);
@@ -28,8 +42,8 @@ pub struct SearchFile {
 
 impl SearchFile {
     /// Writes the answer.
-    pub fn write(mut self, writers: &WriterLists) -> Result<()> {
-        self.file.write_all(&to_bytes(writers)).map_err(io_error("write", &self.path))
+    pub fn write(mut self, answer: &SearchAnswer) -> Result<()> {
+        self.file.write_all(&to_bytes(answer)).map_err(io_error("write", &self.path))
     }
 }
 
@@ -55,7 +69,7 @@ impl IntentLock {
     /// What the search found, once it has ended; `None` if it ended without an answer.
     ///
     /// [`Error::Searching`] if it goes on for longer than `patience`.
-    pub fn end_of_search(&self, patience: Duration) -> Result<Option<WriterLists>> {
+    pub fn end_of_search(&self, patience: Duration) -> Result<Option<SearchAnswer>> {
         let path = self.search();
         let file = match options().read(true).open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

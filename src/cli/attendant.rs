@@ -151,12 +151,16 @@ impl Attendant<'_> {
     /// Waits for the hook of the frozen window; `None` if it will not come.
     fn wait(&self, engine: &impl AsFd) -> Option<(UnixStream, i32, Vec<i32>)> {
         let limit = Timespec { tv_sec: LONGEST.as_secs().cast_signed(), tv_nsec: 0 };
-        let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
-        poll(&mut events, Some(&limit)).ok()?;
-        if events[0].revents().is_empty() {
-            return None;
-        }
-        let caller = self.calls.accept().ok()?;
+        let caller = loop {
+            let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
+            poll(&mut events, Some(&limit)).ok()?;
+            if events[0].revents().is_empty() {
+                return None;
+            }
+            if let Some(caller) = self.calls.accept().ok()? {
+                break caller;
+            }
+        };
         caller.set_read_timeout(Some(AT_ONCE)).ok()?;
         let Ok(Call::Take { images, tree, ignore, armed }) = hear(&caller) else { return None };
         // The engine may have made another directory under that name.
@@ -176,7 +180,8 @@ impl Attendant<'_> {
         let Ok(deadline) = Deadline::set(self.limit, &late.into()) else { return };
         let tree = read_tree();
         let taken = hook::take_all(&mut window, self.images);
-        let search = tree.end();
+        let mut search = tree.end();
+        let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
         let told = match taken.and_then(|()| window.write_note()) {
             Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
             Err(error) => {
@@ -188,6 +193,7 @@ impl Attendant<'_> {
         failpoint::hit("attendant:told");
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
+        search::learn(&mut search);
         let ended = told.and_then(|()| hook.read(&mut [0]));
         if window.note().symlink_metadata().is_err() {
             let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };

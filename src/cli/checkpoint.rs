@@ -13,6 +13,7 @@ use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
+use super::audit::Rules;
 use super::{Context, Failure, Outcome, Output, environment, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
@@ -45,6 +46,8 @@ pub(crate) struct Args {
     /// Take the volumes of this branch
     #[arg(long, value_name = "NAME", conflicts_with = "volumes")]
     branch: Option<Name>,
+    #[command(flatten)]
+    rules: Rules,
     /// Print a JSON object
     #[arg(long)]
     json: bool,
@@ -80,11 +83,16 @@ pub(crate) fn run(args: Args) -> Outcome {
         (None, Some(tree)) => coordinator.targets_reached(tree)?,
         (None, None) => coordinator.targets()?,
     };
+    let audit = args.rules.over(&context.config);
+    if let Some(tree) = &tree {
+        coordinator.refuse_outside(tree, &targets, &audit)?;
+    }
     let request = Request {
         targets,
         message: args.message,
         tags: args.tags,
         tree: args.pid.map(ProcessId::of).transpose()?,
+        audit,
         ..Request::default()
     };
     let mut window = coordinator.window(coordinator.begin(request)?)?;
@@ -92,7 +100,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let taken = if tree.is_some() || args.freeze_writers {
         take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
-        take_searching(&mut window, false, Tree::of_processes([]))
+        take_searching(&mut window, false, Tree::of_processes([]), None)
     };
     // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
     let noted = taken.and_then(|()| Ok(window.write_note()?.appear()?));
@@ -105,11 +113,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     print(&coordinator, &checkpoint, args.json)
 }
 
-fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json: bool) -> Outcome {
+pub(super) fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json: bool) -> Outcome {
     let out = Output::new();
     if as_json {
         let tags = coordinator.catalog().tags_of(&checkpoint.id)?;
-        return out.json(&json::checkpoint(checkpoint, &tags));
+        let mut object = json::checkpoint(checkpoint, &tags);
+        json::add_outside(&mut object, coordinator.catalog().tree(&checkpoint.id)?.as_ref());
+        return out.json(&object);
     }
     out.line(checkpoint.id)
 }
@@ -135,6 +145,10 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         (args.pid.is_some() || args.cgroup.is_some(), "--pid and --cgroup name other processes than the run's"),
         (args.freeze_writers, "--freeze-writers is for checkpoints without an engine"),
         (args.branch.is_some(), "a run is saved with the branch that it works on"),
+        (
+            args.rules.are_given(),
+            "what is done about what lies outside a run is set by the settings, or by FSNAP_OUTSIDE",
+        ),
         (!args.message.is_empty(), "the engine's checkpoints have no message: give it a tag"),
     ] {
         if given {
@@ -182,6 +196,7 @@ fn take_frozen(
     writers_too: bool,
     within: Duration,
 ) -> fsnap::Result<()> {
+    let observed = tree.is_some();
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
     if writers_too {
@@ -194,16 +209,32 @@ fn take_frozen(
         freeze_late_writers(window, &mut frozen)?;
     }
     let standing = everyone_in(&frozen);
-    take_searching(window, true, standing)?;
+    let tree = observed.then(|| frozen.tree());
+    take_searching(window, true, standing, tree)?;
     frozen.check()?;
     Ok(frozen.thaw()?)
 }
 
-/// Takes the snapshots, and searches for writers outside `tree` meanwhile.
-fn take_searching(window: &mut Window, stopped: bool, tree: Tree) -> fsnap::Result<()> {
+/// Takes the snapshots, and searches meanwhile for writers among those who do not stand; looks at the tree, if there is one.
+pub(super) fn take_searching(
+    window: &mut Window,
+    stopped: bool,
+    standing: Tree,
+    tree: Option<&Tree>,
+) -> fsnap::Result<()> {
     let pending = window.pending().clone();
     std::thread::scope(|scope| {
-        let search = scope.spawn(move || WriterSearch::new(&pending, tree, Vec::new())?.run());
+        let search = scope.spawn(move || {
+            let search = WriterSearch::new(&pending, standing, Vec::new())?;
+            let search = match tree {
+                Some(tree) => search.observing(tree),
+                None => search,
+            };
+            match search.objection() {
+                Some(objection) => Err(objection),
+                None => search.run(),
+            }
+        });
         window.take(stopped, || search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some))
     })
 }
@@ -220,7 +251,7 @@ fn freeze_late_writers(window: &Window, frozen: &mut Frozen) -> fsnap::Result<()
 }
 
 /// All that stand: the tree, and the writers beside it.
-fn everyone_in(frozen: &Frozen) -> Tree {
+pub(super) fn everyone_in(frozen: &Frozen) -> Tree {
     let tree = frozen.tree().members().map(|member| member.id);
     Tree::of_processes(tree.chain(frozen.record().processes.iter().copied()))
 }

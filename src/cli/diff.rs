@@ -1,11 +1,12 @@
 //! `fsnap diff`
 
 use fsnap::coordinator::Side;
+use fsnap::processes::process_changes;
 use fsnap::reference;
 use serde_json::json;
 
 use super::failure::say;
-use super::{Context, Outcome, Output, json};
+use super::{Context, Failure, Outcome, Output, json, processes};
 
 /// List the files that differ between two checkpoints, or between a checkpoint and now
 ///
@@ -18,6 +19,11 @@ pub(crate) struct Args {
     /// The newer checkpoint; the files as they are now, if not given
     #[arg(value_name = "B")]
     new: Option<String>,
+    /// List what differs between the processes instead
+    ///
+    /// + was started, - has ended, o opened a file, c closed one, d has another working directory.
+    #[arg(long, requires = "new")]
+    processes: bool,
     /// Print an array of JSON objects
     #[arg(long)]
     json: bool,
@@ -28,6 +34,16 @@ pub(crate) fn run(args: Args) -> Outcome {
     let catalog = coordinator.catalog();
     let old = reference::resolve(catalog, &args.old)?;
     let new = args.new.as_deref().map(|new| reference::resolve(catalog, new)).transpose()?;
+    let out = Output::new();
+    if let (true, Some(new)) = (args.processes, &new) {
+        let tree = |id| Ok::<_, Failure>(catalog.tree(&id)?.ok_or(fsnap::Error::NoProcesses { id })?);
+        let (old, new) = (tree(old.id)?, tree(new.id)?);
+        let changes = process_changes(&old, &new);
+        if args.json {
+            return out.json(&changes.iter().map(json::process_change).collect::<Vec<_>>());
+        }
+        return changes.iter().try_for_each(|change| out.line(processes::change(change)));
+    }
     let mut changes = Vec::new();
     let side = new.as_ref().map_or(Side::Now, Side::Checkpoint);
     let skipped = coordinator.diff(&old, side, &mut |change| changes.push(change))?;
@@ -35,7 +51,6 @@ pub(crate) fn run(args: Args) -> Outcome {
         let why = if new.is_some() { "is in only one of the two checkpoints" } else { "is tracked no more" };
         say("note", &format!("volume {volume} {why}"));
     }
-    let out = Output::new();
     if args.json {
         let list: Vec<_> = changes
             .iter()

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use clap::ValueEnum;
 use fsnap::catalog::Access;
 use fsnap::config::Config;
 use fsnap::coordinator::{Coordinator, Recovered};
 use fsnap::engine::criu::{self, Criu};
 use fsnap::failpoint;
+use fsnap::processes::AuditRules;
 use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
 use super::failure::{Failure, say};
@@ -230,6 +232,18 @@ pub(crate) fn volumes(config: &Config) -> Vec<String> {
         }
         _ => config.hook.volumes.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// What hooks do about what lies outside: the configuration's rules, with the policy of `FSNAP_OUTSIDE`.
+pub(crate) fn audit(config: &Config) -> Result<AuditRules, Failure> {
+    let mut rules = config.audit.clone();
+    if let Some(policy) = std::env::var_os("FSNAP_OUTSIDE").filter(|policy| !policy.is_empty()) {
+        let known = policy.to_str().and_then(|policy| super::audit::Outside::from_str(policy, false).ok());
+        let reason = || format!("FSNAP_OUTSIDE is {policy:?}, and not refuse, record or ignore");
+        let environment = || fsnap::Error::Config { path: "environment".into(), reason: reason() };
+        rules.policy = known.ok_or_else(environment)?.into();
+    }
+    Ok(rules)
 }
 
 /// CRIU, as configured or as found.

@@ -86,12 +86,19 @@ fn hint(error: &Error) -> Option<String> {
         }
         Error::ImagesInVolume { .. } => "let the engine write its images to a directory outside every volume",
         Error::NoProcessImage { .. } => "`fsnap branch` gives you its files",
+        Error::Outside { .. } => {
+            "`fsnap audit PID` lists all of it; confine the processes, or say what does not matter by --ignore or the settings"
+        }
+        Error::NoProcesses { .. } => {
+            "they are recorded by `fsnap checkpoint --pid`, by --cgroup, and by an engine's hook"
+        }
         Error::NotAPlace { .. } => "name a place outside every volume by --store",
         Error::NoSuchTag { .. } => "`fsnap log` shows the tags",
         Error::NameTaken { what: "the branch", .. } => {
             "choose another name, or remove the branch: `fsnap rm --branch NAME`"
         }
         Error::NoSuchRun { .. } => "`fsnap ps --all` lists the runs",
+        Error::NoHooks { .. } => "`fsnap engine runc checkpoint` does without hooks",
         Error::RunLives { .. } => "end it first: `fsnap stop NAME`",
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",

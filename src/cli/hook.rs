@@ -4,7 +4,7 @@ use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
 use fsnap::coordinator::{Begun, Coordinator, Request, Target, Window};
 use fsnap::engine::criu::{self, HookCall};
 use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase};
-use fsnap::processes::{ProcessId, Tree};
+use fsnap::processes::{Policy, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
 use super::deadline::{Deadline, hold_off_signals};
@@ -30,7 +30,8 @@ enum Engine {
     /// CRIU's action script, which is told everything by the environment (CRTOOLS_*)
     ///
     /// FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found from the
-    /// processes. An action that needs nothing done succeeds.
+    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An action that needs
+    /// nothing done succeeds.
     Criu,
 }
 
@@ -70,11 +71,14 @@ fn start(context: &Context, call: &HookCall) -> Outcome {
         let (images, volume, path) = (images.images, target.volume.clone(), target.path.clone());
         return Err(Error::ImagesInVolume { images, volume, path }.into());
     }
+    let audit = environment::audit(&context.config)?;
+    coordinator.refuse_outside(&Tree::of_pid(pid)?, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
         engine: Some(images),
         owner: Some(call.engine),
         tree: Some(ProcessId::of(pid)?),
+        audit,
         ..Request::default()
     })?;
     leave(context, &coordinator, begun, call)
@@ -141,7 +145,10 @@ fn take(context: &Context, call: &HookCall) -> Outcome {
         let note = window.write_note()?;
         say_id(id);
         match &search {
-            Ok(search) => search.knows_the_tree(),
+            Ok(search) => search.knows_the_tree(&window.pending().audit)?,
+            Err(error) if window.pending().audit.policy == Policy::Refuse => {
+                return Err(Error::Outside { what: error.to_string() });
+            }
             // The checkpoint claims less, and is whole.
             Err(error) => say("warning", &error.to_string()),
         }
@@ -178,7 +185,7 @@ fn say_id(id: CheckpointId) {
 }
 
 /// What is left beside the engine's images.
-fn record(window: &Window) -> ImageRecord {
+pub(super) fn record(window: &Window) -> ImageRecord {
     let members = window.taken().into_iter().flat_map(|taken| &taken.members).map(|member| MemberRecord {
         volume: member.volume.to_string(),
         path: member.path.0.clone(),

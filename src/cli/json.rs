@@ -5,8 +5,9 @@ use std::path::Path;
 
 use fsnap::branch::Branch;
 use fsnap::checkpoint::Checkpoint;
-use fsnap::coordinator::Coordinator;
+use fsnap::coordinator::{Audit, Coordinator};
 use fsnap::name::Name;
+use fsnap::processes::{FilePlace, OpenFile, Outside, ProcessChange, ProcessRecord, TreeRecord, Via};
 use serde_json::{Value, json};
 
 use super::output::rfc3339;
@@ -44,6 +45,109 @@ pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
             with_path(object, "path", member.path.as_path())
         }).collect::<Vec<_>>(),
     })
+}
+
+/// Adds what the processes could write to besides, if they were looked at.
+pub(crate) fn add_outside(object: &mut Value, tree: Option<&TreeRecord>) {
+    if let Some(tree) = tree {
+        object["outside"] = tree.outside.iter().map(outside).collect();
+        object["ignored"] = json!(tree.ignored);
+    }
+}
+
+fn outside(outside: &Outside) -> Value {
+    let (via, fd) = match outside.via {
+        Via::Descriptor { fd } => ("descriptor", Some(fd)),
+        Via::Mapping => ("mapping", None),
+        Via::Socket { fd } => ("socket", Some(fd)),
+        Via::Mount => ("mount", None),
+    };
+    let object = json!({
+        "pid": outside.pid,
+        "command": outside.command,
+        "via": via,
+        "fd": fd,
+        "file_system": outside.file_system,
+        "medium": outside.medium,
+        "unlinked": outside.unlinked,
+    });
+    with_path(object, "path", outside.path.as_path())
+}
+
+/// What `audit --json` prints.
+pub(crate) fn audit(audit: &Audit) -> Value {
+    let mut object = json!({
+        "volumes": audit.volumes.iter().map(|(target, writers)| {
+            let object = json!({ "volume": target.volume, "branch": target.branch, "writers": writers });
+            with_path(object, "path", target.path.as_path())
+        }).collect::<Vec<_>>(),
+        "refused": audit.objection.is_some(),
+    });
+    add_outside(&mut object, Some(&audit.tree));
+    object
+}
+
+/// The processes of a checkpoint, as `show --processes --json` prints them.
+pub(crate) fn processes(tree: &TreeRecord) -> Value {
+    tree.processes.iter().map(process).collect()
+}
+
+fn process(process: &ProcessRecord) -> Value {
+    json!({
+        "pid": process.pid,
+        "parent": process.parent,
+        "command": process.command,
+        "arguments": process.arguments.iter().map(|argument| argument.0.to_string_lossy()).collect::<Vec<_>>(),
+        "cwd": process.cwd.as_ref().map(|place| with_place(json!({}), place)),
+        "root": process.root.as_ref().map(|place| with_place(json!({}), place)),
+        "program": process.program.as_ref().map(|place| with_place(json!({}), place)),
+        "files": process.files.iter().map(file).collect::<Vec<_>>(),
+        "mapped": process.mapped.iter().map(|file| {
+            let object = json!({ "shared": file.shared, "writable": file.writable, "inode": file.inode });
+            with_place(object, &file.place)
+        }).collect::<Vec<_>>(),
+        "unread": process.unread,
+    })
+}
+
+/// One element of what `diff --processes --json` prints.
+pub(crate) fn process_change(change: &ProcessChange<'_>) -> Value {
+    let (kind, process) = match change {
+        ProcessChange::Started(process) => ("started", process),
+        ProcessChange::Ended(process) => ("ended", process),
+        ProcessChange::Opened(process, _) => ("opened", process),
+        ProcessChange::Closed(process, _) => ("closed", process),
+        ProcessChange::Moved(process, _) => ("moved", process),
+    };
+    let mut object = json!({ "change": kind, "pid": process.pid, "command": process.command });
+    match change {
+        ProcessChange::Opened(_, opened) | ProcessChange::Closed(_, opened) => object["file"] = file(opened),
+        ProcessChange::Moved(_, cwd) => object["cwd"] = with_place(json!({}), cwd),
+        ProcessChange::Started(_) | ProcessChange::Ended(_) => {}
+    }
+    object
+}
+
+fn file(file: &OpenFile) -> Value {
+    let object = json!({
+        "fd": file.fd,
+        "kind": file.kind,
+        "access": file.access(),
+        "flags": file.flags,
+        "offset": file.offset,
+        "inode": file.inode,
+    });
+    with_place(object, &file.place)
+}
+
+fn with_place(object: Value, place: &FilePlace) -> Value {
+    let mut object = with_path(object, "path", place.path.as_path());
+    object["unlinked"] = json!(place.unlinked);
+    if let Some(volume) = &place.volume {
+        object["volume"] = json!(volume.name);
+        object = with_path(object, "path_in_volume", volume.path.as_path());
+    }
+    object
 }
 
 /// A branch, as `branch --json` and each element of `branches --json` print it. What no mount shows has no path.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::output::rfc3339;
 use super::{Context, Outcome, Output};
 
-/// List the runs: the process, the checkpoint and the branch of each, and since when it runs
+/// List the runs: the process, checkpoint and branch of each, and since when it runs
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Those that have ended as well, as long as their logs are kept

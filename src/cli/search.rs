@@ -2,22 +2,25 @@
 //!
 //! It is the longest part of a checkpoint on a machine with many processes, and nothing that the frozen processes need wait for: who is not
 //! frozen is no more at rest during the freeze than some milliseconds later. So only what the thaw would change is learnt in time, which is
-//! who belongs to the tree; and then the process waits until the hook has ended. If the hook failed there is nothing to do. Else it leaves its
-//! answer for whoever seals the checkpoint, who waits for it.
+//! who belongs to the tree, and what these have in use; and then the process waits until the hook has ended. If the hook failed there is
+//! nothing to do. Else it leaves its answer for whoever seals the checkpoint, who waits for it.
 //!
 //! Whatever ends it before, the checkpoint is whole, and claims no more than what a snapshot beside unknown writers is.
 
-use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use fsnap::catalog::{PendingCheckpoint, SearchFile, WriterLists};
+use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
 use fsnap::coordinator::{Window, WriterSearch};
-use fsnap::failpoint;
-use fsnap::processes::Tree;
+use fsnap::processes::{AuditRules, Policy, Tree};
+use fsnap::{Error, failpoint};
 
 use super::sys;
+
+/// The longest that the hook is told.
+const OBJECTION: usize = 4000;
 
 /// The hook's end of it.
 #[derive(Debug)]
@@ -45,7 +48,7 @@ impl Search {
     ///
     /// It ends after `limit` at the latest. Must be called while the process has one thread.
     pub(crate) fn start(window: &Window, tree: i32, ignore: Vec<i32>, limit: Duration) -> fsnap::Result<Self> {
-        let cannot = |source| fsnap::Error::Io { action: "start", object: "the search for writers".into(), source };
+        let cannot = |source| Error::Io { action: "start", object: "the search for writers".into(), source };
         let (tree_is_known, tell) = std::io::pipe().map_err(cannot)?;
         let (listen, hook_lives) = std::io::pipe().map_err(cannot)?;
         let (pending, answer, note) = (window.pending(), window.begin_search()?, window.note());
@@ -60,8 +63,17 @@ impl Search {
     }
 
     /// Waits until the tree may run again; in vain, and not for long, if the process is dead.
-    pub(crate) fn knows_the_tree(&self) {
-        let _ = (&self.tree_is_known).read(&mut [0]);
+    ///
+    /// Fails if the tree can write to what the checkpoint would not hold, and the rules forbid that, or if it cannot be told.
+    pub(crate) fn knows_the_tree(&self, rules: &AuditRules) -> fsnap::Result<()> {
+        let mut said = String::new();
+        let mut reader = BufReader::new((&self.tree_is_known).take(OBJECTION as u64));
+        let heard = reader.read_line(&mut said).is_ok_and(|length| length > 0);
+        match said.trim_end() {
+            "" if heard || rules.policy != Policy::Refuse => Ok(()),
+            "" => Err(Error::Outside { what: "perhaps: the look at them was cut off".into() }),
+            what => Err(Error::Outside { what: what.to_owned() }),
+        }
     }
 }
 
@@ -72,8 +84,9 @@ impl Searcher<'_> {
         if sys::end_after(self.limit).and_then(|()| sys::detach(&kept)).is_err() {
             return;
         }
-        let search = among_standing(self.pending, self.tree, std::mem::take(&mut self.ignore));
-        let _ = self.tree_is_known.write(b".");
+        let mut search = among_standing(self.pending, self.tree, std::mem::take(&mut self.ignore));
+        let _ = self.tree_is_known.write(&line(objection(&search, &self.pending.audit)));
+        learn(&mut search);
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
         // The end of the pipe, and so of the hook.
@@ -86,13 +99,29 @@ impl Searcher<'_> {
     }
 }
 
-/// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands.
+/// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands, and what they have in use.
 pub(crate) fn among_standing(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
     failpoint::hit("search:started");
     let tree = Tree::of_standing(tree)?;
-    let search = WriterSearch::new(pending, tree, ignore);
+    let search = WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree));
     failpoint::hit("search:tree");
     search
+}
+
+/// Why there may be no checkpoint of what was learnt, if the rules say so. Who cannot be asked does not agree.
+pub(crate) fn objection(search: &fsnap::Result<WriterSearch>, rules: &AuditRules) -> Option<Error> {
+    match search {
+        Ok(search) => search.objection(),
+        Err(_) if rules.policy != Policy::Refuse => None,
+        Err(error) => Some(Error::Outside { what: format!("perhaps: {error}") }),
+    }
+}
+
+/// Learns what need not be learnt while the tree stands, from files that are open until then.
+pub(crate) fn learn(search: &mut fsnap::Result<WriterSearch>) {
+    if let Ok(search) = search {
+        search.learn();
+    }
 }
 
 /// Searches, and leaves the answer: one list for each of so many members.
@@ -100,7 +129,22 @@ pub(crate) fn finish(search: fsnap::Result<WriterSearch>, members: usize, answer
     let found = search.and_then(|search| search.run());
     failpoint::hit("search:found");
     let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
-    let writers: WriterLists = found.unwrap_or_else(unknown);
+    let found = found.unwrap_or_else(|error| SearchAnswer { writers: unknown(error), tree: None });
     // Nobody listens any more; without an answer, the checkpoint claims less.
-    let _ = answer.write(&writers);
+    let _ = answer.write(&found);
+}
+
+/// What the hook hears: an empty line, or what stands against the checkpoint. A pipe takes as much at once.
+fn line(objection: Option<Error>) -> Vec<u8> {
+    let what = match objection {
+        None => String::new(),
+        Some(Error::Outside { what }) => what,
+        Some(error) => error.to_string(),
+    };
+    let mut said: Vec<u8> = fsnap::printable(what.as_ref()).into_bytes();
+    // What is cut in the middle of a character gets longer.
+    said.truncate(OBJECTION / 2);
+    let mut line = String::from_utf8_lossy(&said).into_owned().into_bytes();
+    line.push(b'\n');
+    line
 }

@@ -4,7 +4,7 @@ use fsnap::checkpoint::Checkpoint;
 use fsnap::name::Name;
 use fsnap::reference;
 
-use super::{Context, Outcome, Output, json};
+use super::{Context, Outcome, Output, audit, json, processes};
 
 /// Show one checkpoint: its volumes, their consistency, and what is not in it
 #[derive(Debug, clap::Args)]
@@ -12,6 +12,9 @@ pub(crate) struct Args {
     /// The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
     #[arg(value_name = "CKPT")]
     checkpoint: String,
+    /// Show its processes instead, as they stood: their descriptors, and the files that they had mapped
+    #[arg(long)]
+    processes: bool,
     /// Print a JSON object
     #[arg(long)]
     json: bool,
@@ -21,8 +24,25 @@ pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.read()?;
     let checkpoint = reference::resolve(coordinator.catalog(), &args.checkpoint)?;
     let tags = coordinator.catalog().tags_of(&checkpoint.id)?;
+    let tree = coordinator.catalog().tree(&checkpoint.id)?;
     let out = Output::new();
-    if args.json { out.json(&json::checkpoint(&checkpoint, &tags)) } else { print(&out, &checkpoint, &tags) }
+    if args.processes {
+        let tree = tree.ok_or(fsnap::Error::NoProcesses { id: checkpoint.id })?;
+        return if args.json { out.json(&json::processes(&tree)) } else { processes::print(&out, &tree) };
+    }
+    if args.json {
+        let mut object = json::checkpoint(&checkpoint, &tags);
+        json::add_outside(&mut object, tree.as_ref());
+        return out.json(&object);
+    }
+    print(&out, &checkpoint, &tags)?;
+    match tree {
+        Some(tree) if !tree.outside.is_empty() || tree.ignored > 0 || tree.cut_off => {
+            out.line("")?;
+            audit::outside(&out, &tree)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn print(out: &Output, checkpoint: &Checkpoint, tags: &[Name]) -> Outcome {

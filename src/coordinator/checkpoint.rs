@@ -13,7 +13,7 @@ use crate::catalog::{
 use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
-use crate::processes::ProcessId;
+use crate::processes::{AuditRules, ProcessId};
 use crate::progress::Work;
 use crate::quiesce::FreezeRecord;
 use crate::volume::StoreRecord;
@@ -34,6 +34,8 @@ pub struct Request {
     pub owner: Option<ProcessId>,
     /// The root of the process tree.
     pub tree: Option<ProcessId>,
+    /// What is done about what the processes can write to besides.
+    pub audit: AuditRules,
 }
 
 /// A checkpoint that was begun and belongs to this process.
@@ -74,7 +76,7 @@ impl Coordinator {
     ///
     /// All syncing of fsnap's own happens here.
     pub fn begin(&self, request: Request) -> Result<Begun> {
-        let Request { targets, message, tags, engine, owner, tree } = request;
+        let Request { targets, message, tags, engine, owner, tree, audit } = request;
         if targets.is_empty() {
             let why = "there is no volume to take a snapshot of: register one with `fsnap init DIR`";
             return Err(Error::NothingToTake { why: why.into() });
@@ -109,6 +111,7 @@ impl Coordinator {
             freeze: None,
             members,
             pinned: false,
+            audit,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
@@ -219,7 +222,7 @@ impl Coordinator {
             pinned: begun.pending.pinned,
         };
         failpoint::hit("seal:before");
-        self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags)?;
+        self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags, taken.tree.as_ref())?;
         failpoint::hit("seal:after");
         begun.lock.finish();
         Ok(checkpoint)

@@ -6,6 +6,7 @@ use super::checkpoint::{boot_id, new_id};
 use super::{Begun, Coordinator, Target, adopt};
 use crate::catalog::{Intent, PendingCheckpoint, PlannedMember, Taken};
 use crate::checkpoint::{Checkpoint, Member};
+use crate::processes::AuditRules;
 use crate::reference::Past;
 use crate::{Error, Result, failpoint};
 
@@ -60,12 +61,13 @@ impl Coordinator {
             freeze: None,
             members: vec![planned],
             pinned: true,
+            audit: AuditRules::default(),
         };
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("pin:recorded");
         let mut begun = Begun { id, lock, pending, taken: None };
         match self.pin_member(&begun.pending.members[0], &opened, &moment) {
-            Ok(member) => begun.taken = Some(Taken { time, members: vec![member], searching: false }),
+            Ok(member) => begun.taken = Some(Taken { time, members: vec![member], searching: false, tree: None }),
             Err(error) => return Err(self.give_up(begun, error)),
         }
         Ok(Pinned { checkpoint: self.seal(begun)?, fresh: true })

@@ -7,10 +7,10 @@ use fsnap_backend::{Identity, Locator};
 
 use super::Coordinator;
 use crate::branch::{Branch, BranchMember};
-use crate::catalog::{ImageRef, PendingCheckpoint, PlannedMember, WriterLists};
+use crate::catalog::{ImageRef, PlannedMember};
 use crate::checkpoint::PathText;
 use crate::name::Name;
-use crate::processes::{self, Candidate, CandidateKind, Tree, WriterScan};
+use crate::processes::{self, Candidate, CandidateKind, Tree};
 use crate::volume::RegisteredVolume;
 use crate::{Error, Result};
 
@@ -137,59 +137,6 @@ impl Coordinator {
         let users = processes::users(&candidates)?;
         Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
     }
-}
-
-/// A search for those outside a tree who have files of a checkpoint's volumes open for writing.
-#[derive(Debug)]
-pub struct WriterSearch {
-    candidates: Vec<Candidate>,
-    tree: Tree,
-    ignore: Vec<i32>,
-}
-
-impl WriterSearch {
-    /// Opens what it needs: the volumes must be there now, and need not be while it runs.
-    ///
-    /// The processes in `ignore`, such as the engine, are left out.
-    pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
-        Ok(Self { candidates: planned(pending)?, tree, ignore })
-    }
-
-    /// Searches: one list per member, in words.
-    pub fn run(&self) -> Result<WriterLists> {
-        let scan = processes::writers(&self.candidates, &self.tree, &self.ignore)?;
-        let mut lists = vec![Vec::new(); self.candidates.len()];
-        for writer in scan.writers {
-            let path = crate::printable(writer.path.as_os_str());
-            lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
-        }
-        // What the kernel hides even from root is a process that no user could name or freeze either.
-        if !rustix::process::geteuid().is_root() {
-            let text = match scan.unseen.as_slice() {
-                [] => return Ok(lists),
-                [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
-                several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
-            };
-            lists.iter_mut().for_each(|list| list.push(text.clone()));
-        }
-        Ok(lists)
-    }
-}
-
-/// Finds who outside `tree` has files of the members open for writing.
-pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<WriterScan> {
-    Ok(processes::writers(&planned(pending)?, tree, ignore)?)
-}
-
-fn planned(pending: &PendingCheckpoint) -> Result<Vec<Candidate>> {
-    let candidate = |member: &crate::catalog::PlannedMember| {
-        Candidate::of(member.path.as_path(), CandidateKind::Registered).map_err(|source| Error::Io {
-            action: "open the directory",
-            object: member.path.to_string(),
-            source,
-        })
-    };
-    pending.members.iter().map(candidate).collect()
 }
 
 /// The targets that are there, as candidates and by the same indices.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
-use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchFile, Taken, WriterLists};
+use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
 use crate::checkpoint::{EngineImages, Member};
 use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
@@ -75,9 +75,9 @@ impl Window {
 
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
-    /// `writers` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
+    /// `search` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
     /// `None` when the answer will lie in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
-    pub fn take(&mut self, stopped: bool, writers: impl FnOnce() -> Result<Option<WriterLists>>) -> Result<()> {
+    pub fn take(&mut self, stopped: bool, search: impl FnOnce() -> Result<Option<SearchAnswer>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
         let members: Vec<_> = self.stores.iter().zip(&pending.members).collect();
@@ -88,10 +88,12 @@ impl Window {
             Ok(snapshot)
         });
         // Asked in any case: nothing is undone while a search goes on.
-        let writers = writers();
-        let (snapshots, writers) = (snapshots?, writers?);
-        let searching = writers.is_none();
-        let writers = writers.unwrap_or_else(|| vec![vec![NOT_SEARCHED.to_owned()]; members.len()]);
+        let answer = search();
+        let (snapshots, answer) = (snapshots?, answer?);
+        let searching = answer.is_none();
+        let not_searched = || vec![vec![NOT_SEARCHED.to_owned()]; members.len()];
+        let SearchAnswer { writers, tree } =
+            answer.unwrap_or_else(|| SearchAnswer { writers: not_searched(), tree: None });
         let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
             volume: plan.volume.clone(),
             path: plan.path.clone(),
@@ -107,7 +109,7 @@ impl Window {
             needs: plan.needs.clone(),
             writers,
         });
-        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching });
+        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching, tree });
         failpoint::hit("take:all");
         Ok(())
     }

@@ -22,6 +22,7 @@ mod errno;
 mod layout;
 mod node;
 mod opened;
+mod processes;
 mod tree;
 
 use std::ffi::{OsStr, OsString};

@@ -1,16 +1,14 @@
 //! The files that a process has in use.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 
 use super::mounts::Device;
-use super::proc_dir::{ProcDir, link_in, numbers_in, read_all, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, parse, read_all, unescape, unless_gone};
 use super::sys;
 use super::view::{Located, View, Views};
 
@@ -144,24 +142,29 @@ fn visit_descriptors(
 }
 
 /// What a link of a process leads to.
-struct Target {
-    kind: FileType,
+pub(super) struct Target {
+    pub(super) kind: FileType,
     /// The id of the mount through which it was opened.
-    mount: Option<i32>,
-    device: u64,
+    pub(super) mount: Option<i32>,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+    /// It has no name, and will never have one again.
+    pub(super) unlinked: bool,
 }
 
 /// `AT_STATX_DONT_SYNC` takes what the kernel knows and asks no server. The mount is told by Linux 5.8 and later.
-fn target_of(dir: impl AsFd, link: &str) -> io::Result<Target> {
-    let wanted = StatxFlags::TYPE | StatxFlags::MNT_ID;
+pub(super) fn target_of(dir: impl AsFd, link: &str) -> io::Result<Target> {
+    let wanted = StatxFlags::TYPE | StatxFlags::INO | StatxFlags::NLINK | StatxFlags::MNT_ID;
     let ask = |wanted| rustix::fs::statx(&dir, link, AtFlags::STATX_DONT_SYNC, wanted);
     // Of a file on another user's FUSE mount the kernel tells the device only, and only if nothing else is asked for.
     let found = ask(wanted).or_else(|_| ask(StatxFlags::empty()))?;
-    let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::MNT_ID);
+    let told = |what| StatxFlags::from_bits_retain(found.stx_mask).contains(what);
     Ok(Target {
         kind: FileType::from_raw_mode(found.stx_mode.into()),
-        mount: told.then(|| i32::try_from(found.stx_mnt_id).ok()).flatten(),
+        mount: told(StatxFlags::MNT_ID).then(|| i32::try_from(found.stx_mnt_id).ok()).flatten(),
         device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
+        inode: found.stx_ino,
+        unlinked: told(StatxFlags::NLINK) && found.stx_nlink == 0,
     })
 }
 
@@ -189,17 +192,44 @@ fn visit_mappings(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUs
 
 /// The file and its device, of a line of `/proc/PID/maps` that stands for a shared mapping which may be written.
 fn shared_writable(line: &[u8]) -> Option<(&[u8], Device)> {
-    // address perms offset dev inode, then blanks up to a fixed column, then the name.
-    let mut fields = line.splitn(6, |&byte| byte == b' ');
-    let permissions = fields.nth(1)?;
-    if permissions.get(1) != Some(&b'w') || permissions.get(3) != Some(&b's') {
-        return None;
+    let mapping = Mapping::parse(line)?;
+    (mapping.writable && mapping.shared).then_some((mapping.name, mapping.device))
+}
+
+/// A line of `/proc/PID/maps` that stands for a piece of a file.
+pub(super) struct Mapping<'a> {
+    /// First address and end, as the directory `map_files` names it.
+    pub(super) range: &'a str,
+    pub(super) writable: bool,
+    pub(super) shared: bool,
+    pub(super) device: Device,
+    pub(super) inode: u64,
+    /// The file's name, with the kernel's escapes.
+    pub(super) name: &'a [u8],
+}
+
+impl<'a> Mapping<'a> {
+    pub(super) fn parse(line: &'a [u8]) -> Option<Self> {
+        // address perms offset dev inode, then blanks up to a fixed column, then the name.
+        let mut fields = line.splitn(6, |&byte| byte == b' ');
+        let (range, permissions) = (fields.next()?, fields.next()?);
+        let mut device = fields.nth(1)?.split(|&byte| byte == b':');
+        let inode = fields.next()?;
+        // Most lines have none, or one in brackets.
+        let name = fields.next()?.trim_ascii_start();
+        if name.first() != Some(&b'/') {
+            return None;
+        }
+        let mut hex = || u32::from_str_radix(std::str::from_utf8(device.next()?).ok()?, 16).ok();
+        Some(Self {
+            range: std::str::from_utf8(range).ok()?,
+            writable: permissions.get(1) == Some(&b'w'),
+            shared: permissions.get(3) == Some(&b's'),
+            device: (hex()?, hex()?),
+            inode: parse(inode)?,
+            name,
+        })
     }
-    let mut device = fields.nth(1)?.split(|&byte| byte == b':');
-    let mut hex = || u32::from_str_radix(std::str::from_utf8(device.next()?).ok()?, 16).ok();
-    let device = (hex()?, hex()?);
-    let name = fields.nth(1)?.trim_ascii_start();
-    Path::new(OsStr::from_bytes(name)).is_absolute().then_some((name, device))
 }
 
 #[cfg(test)]

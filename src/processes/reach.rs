@@ -131,7 +131,7 @@ pub(super) struct Survey<'a> {
     places: Vec<Option<Place>>,
     devices: Vec<Device>,
     pub(super) views: Views,
-    user_namespace: PathBuf,
+    pub(super) user_namespace: PathBuf,
     /// Processes that see and may do the same reach the same: most of a tree does.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
 }
@@ -191,10 +191,17 @@ impl<'a> Survey<'a> {
     }
 
     /// The innermost candidate at or above the place: a store of branches may lie within a volume's directory.
-    fn owner(&self, place: &Place) -> Option<usize> {
+    pub(super) fn owner(&self, place: &Place) -> Option<usize> {
         let holds = |at: &usize| self.places[*at].as_ref().is_some_and(|root| place.is_beneath(root));
         let depth = |at: &usize| self.places[*at].as_ref().map(|root| root.path.components().count());
         (0..self.candidates.len()).filter(holds).max_by_key(depth)
+    }
+
+    /// The owner, and the way from its root to the place.
+    pub(super) fn below(&self, place: &Place) -> Option<(usize, PathBuf)> {
+        let owner = self.owner(place)?;
+        let root = self.places[owner].as_ref()?;
+        Some((owner, place.path.strip_prefix(&root.path).ok()?.to_owned()))
     }
 
     /// The mount point through which the process can enter the candidate, if any.
@@ -259,7 +266,7 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
 ///
 /// One name at a time and without following links: the directories may belong to hostile processes. A mount that may never
 /// answer is not looked at, and is taken to permit.
-fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Credentials) -> bool {
+pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Credentials) -> bool {
     let may_hang = |path: &Path| view.table.resolve(path).is_none_or(|mount| mount.may_hang());
     let Ok(below) = path.strip_prefix(&view.root) else { return false };
     if may_hang(&view.root) {

@@ -315,13 +315,20 @@ fn wrong_usage_is_told_from_failure() {
     !  init  Begin to track a directory as a volume
     !  volumes  List the volumes: name, path, backend, what the backend can do
     !  checkpoint  Take a snapshot of every volume at one instant, and print the new checkpoint's id
+    !  audit  List what processes can write to that a checkpoint of them would not hold
     !  log  List the checkpoints, newest first
     !  show  Show one checkpoint: its volumes, their consistency, and what is not in it
     !  diff  List the files that differ between two checkpoints, or between a checkpoint and now
     !  branch  Make a writable branch from a checkpoint, and print where its files are
     !  branches  List the branches, the checkpoint each grew from, and where its files are
-    !  restore  Restore a checkpoint's processes onto a new branch with the files of the same instant
-    !  rm  Remove checkpoints, a branch, or a volume from fsnap's care
+    !  restore  Restore a checkpoint's processes onto a new branch with the files of the same
+    !  instant
+    !  run  Start a command so that it can be saved and copied live
+    !  ps  List the runs: the process, checkpoint and branch of each, and since when it runs
+    !  logs  Print what the processes of a run have written to standard output and standard
+    !  error
+    !  stop  End runs: ask each command to (SIGTERM), and kill what is left after a while
+    !  rm  Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
     !  tag  Give a checkpoint a name
     !  mount  Show every checkpoint and branch as files
     !  overlay  Write to a directory copy-on-write
@@ -329,8 +336,10 @@ fn wrong_usage_is_told_from_failure() {
     !  verify  Read checkpoints again and name what is damaged
     !  pool  Make, list and remove thin pools of device-mapper, for those who have none
     !  recover  Finish or undo what a killed fsnap or engine left half done
-    !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's own
-    !  state
+    !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's
+    !  own state
+    !  install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+    !  engine  Call a container runtime that cannot call fsnap
     !  hook  Be called by a checkpoint engine
     !  completions  Print the completion script for a shell
     !  man  Print the manual page, or write the pages of all commands into a directory
@@ -360,7 +369,7 @@ fn wrong_usage_is_told_from_failure() {
     $ fsnap checkpoint --pid 1 --cgroup /x
     ! error: the argument '--pid <PID>' cannot be used with '--cgroup <DIR>'
     !
-    ! Usage: fsnap checkpoint --pid <PID> [VOLUME]...
+    ! Usage: fsnap checkpoint --pid <PID> [VOLUME|RUN]... [-- <ENGINE ARGS>...]
     !
     ! For more information, try '--help'.
     [exit 2]
@@ -404,16 +413,16 @@ fn wrong_usage_is_told_from_failure() {
     [exit 2]
     $ fsnap rm
     ! error: the following required arguments were not provided:
-    !  <CKPT|--branch <NAME>|--volume <NAME>>
+    !  <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
-    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap rm x --branch y
     ! error: the argument '[CKPT]...' cannot be used with '--branch <NAME>'
     !
-    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>>
+    ! Usage: fsnap rm <CKPT|--branch <NAME>|--volume <NAME>|--run <NAME>>
     !
     ! For more information, try '--help'.
     [exit 2]

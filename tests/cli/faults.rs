@@ -281,7 +281,7 @@ fn the_file_system_of_the_catalog_is_full() {
                 _ => panic!("{line}: {}: {said}", output.status),
             }
         }
-        site.run("rm tiny/zero; fsnap tag -d @latest name 2>/dev/null || true");
+        site.run("rm tiny/zero; fsnap tag --delete name 2>/dev/null || true");
         allow_duplicates!(assert_snapshot!(site.session(
             "fsnap recover >/dev/null
              fsnap recover

@@ -5,7 +5,7 @@ use insta::assert_snapshot;
 use crate::site::Site;
 
 /// The command's help, long and short.
-fn help(command: &str) -> String {
+pub(crate) fn help(command: &str) -> String {
     let site = Site::empty();
     assert_eq!(site.run(&format!("fsnap help {command}")), site.run(&format!("fsnap {command} --help")));
     let text = site.run(&format!("fsnap {command} --help"));
@@ -31,34 +31,38 @@ fn all() {
     Usage: fsnap <COMMAND>
 
     Commands:
-      init         Begin to track a directory as a volume
-      volumes      List the volumes: name, path, backend, what the backend can do
-      checkpoint   Take a snapshot of every volume at one instant, and print the new checkpoint's id
-      log          List the checkpoints, newest first
-      show         Show one checkpoint: its volumes, their consistency, and what is not in it
-      diff         List the files that differ between two checkpoints, or between a checkpoint and now
-      branch       Make a writable branch from a checkpoint, and print where its files are
-      branches     List the branches, the checkpoint each grew from, and where its files are
-      restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
-      run          Start a command so that it can be saved and copied live
-      ps           List the runs: the process, the checkpoint and the branch of each, and since when it
-                   runs
-      logs         Print what the processes of a run have written to standard output and standard error
-      stop         End runs: ask each command to (SIGTERM), and kill what is left after a while
-      rm           Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
-      tag          Give a checkpoint a name
-      mount        Show every checkpoint and branch as files
-      overlay      Write to a directory copy-on-write
-      umount       Unmount what fsnap serves
-      verify       Read checkpoints again and name what is damaged
-      pool         Make, list and remove thin pools of device-mapper, for those who have none
-      recover      Finish or undo what a killed fsnap or engine left half done
-      doctor       Tell what this machine can do, and why not: every backend, every engine, fsnap's own
-                   state
-      hook         Be called by a checkpoint engine
-      completions  Print the completion script for a shell
-      man          Print the manual page, or write the pages of all commands into a directory
-      help         Print this message or the help of the given subcommand(s)
+      init           Begin to track a directory as a volume
+      volumes        List the volumes: name, path, backend, what the backend can do
+      checkpoint     Take a snapshot of every volume at one instant, and print the new checkpoint's id
+      audit          List what processes can write to that a checkpoint of them would not hold
+      log            List the checkpoints, newest first
+      show           Show one checkpoint: its volumes, their consistency, and what is not in it
+      diff           List the files that differ between two checkpoints, or between a checkpoint and now
+      branch         Make a writable branch from a checkpoint, and print where its files are
+      branches       List the branches, the checkpoint each grew from, and where its files are
+      restore        Restore a checkpoint's processes onto a new branch with the files of the same
+                     instant
+      run            Start a command so that it can be saved and copied live
+      ps             List the runs: the process, checkpoint and branch of each, and since when it runs
+      logs           Print what the processes of a run have written to standard output and standard
+                     error
+      stop           End runs: ask each command to (SIGTERM), and kill what is left after a while
+      rm             Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
+      tag            Give a checkpoint a name
+      mount          Show every checkpoint and branch as files
+      overlay        Write to a directory copy-on-write
+      umount         Unmount what fsnap serves
+      verify         Read checkpoints again and name what is damaged
+      pool           Make, list and remove thin pools of device-mapper, for those who have none
+      recover        Finish or undo what a killed fsnap or engine left half done
+      doctor         Tell what this machine can do, and why not: every backend, every engine, fsnap's
+                     own state
+      install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+      engine         Call a container runtime that cannot call fsnap
+      hook           Be called by a checkpoint engine
+      completions    Print the completion script for a shell
+      man            Print the manual page, or write the pages of all commands into a directory
+      help           Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help
@@ -168,6 +172,14 @@ fn checkpoint() {
           --branch <NAME>
               Take the volumes of this branch
 
+          --outside <POLICY>
+              What to do if the processes can write to anything else: refuse it, record it, or do not
+              look [default: record]
+
+          --ignore <PATTERN>
+              What does not matter: a path with all below it, or a type of file system; * and ** are
+              wildcards
+
           --json
               Print a JSON object
 
@@ -215,8 +227,10 @@ fn show() {
       <CKPT>  The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
 
     Options:
-          --json  Print a JSON object
-      -h, --help  Print help
+          --processes  Show its processes instead, as they stood: their descriptors, and the files that
+                       they had mapped
+          --json       Print a JSON object
+      -h, --help       Print help
     ");
 }
 
@@ -237,6 +251,12 @@ fn diff() {
               The newer checkpoint; the files as they are now, if not given
 
     Options:
+          --processes
+              List what differs between the processes instead
+
+              + was started, - has ended, o opened a file, c closed one, d has another working
+              directory.
+
           --json
               Print an array of JSON objects
 
@@ -600,7 +620,8 @@ fn hook_criu() {
     CRIU's action script, which is told everything by the environment (CRTOOLS_*)
 
     FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found
-    from the processes. An action that needs nothing done succeeds.
+    from the processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An
+    action that needs nothing done succeeds.
 
     Usage: fsnap hook criu
 
@@ -697,103 +718,6 @@ fn umount() {
               Where it is mounted
 
     Options:
-      -h, --help
-              Print help (see a summary with '-h')
-    ");
-}
-
-#[test]
-fn run() {
-    assert_snapshot!(help("run"), @"
-    Start a command so that it can be saved and copied live
-
-    It gets namespaces of its own (pids, mounts, IPC), in which everything is read-only but its volumes,
-    so that a checkpoint holds all that it can change. Each copy has its own /tmp, /var/tmp and /dev/shm
-    in memory. It goes on in the background, and what it says goes to a log (`fsnap logs`), unless it
-    has a terminal. Prints the run's name.
-
-    Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT
-    --run` starts a copy.
-
-    Usage: fsnap run [OPTIONS] -- <COMMAND>...
-
-    Arguments:
-      <COMMAND>...
-              The command and its arguments
-
-    Options:
-          --name <NAME>
-              The run's name; one is made up from the command, if not given
-
-          --volume <VOLUME>
-              A volume that it writes to, by name or path; may be given several times
-
-          --rw <DIR>
-              A directory that it writes to and that is in no checkpoint; all copies share it
-
-          --ro <DIR>
-              A directory that it sees read-only, also in a volume or below /tmp
-
-          --tmp <DIR>
-              A directory that it sees empty, in memory, each copy its own
-
-          --tty
-              Give it this terminal, and stay until it ends
-
-      -h, --help
-              Print help (see a summary with '-h')
-    ");
-}
-
-#[test]
-fn ps() {
-    assert_snapshot!(help("ps"), @"
-    List the runs: the process, the checkpoint and the branch of each, and since when it runs
-
-    Usage: fsnap ps [OPTIONS]
-
-    Options:
-      -a, --all   Those that have ended as well, as long as their logs are kept
-          --json  Print an array of JSON objects
-      -h, --help  Print help
-    ");
-}
-
-#[test]
-fn logs() {
-    assert_snapshot!(help("logs"), @"
-    Print what the processes of a run have written to standard output and standard error
-
-    Usage: fsnap logs [OPTIONS] <RUN>
-
-    Arguments:
-      <RUN>  The run
-
-    Options:
-      -f, --follow  Go on until it ends
-      -h, --help    Print help
-    ");
-}
-
-#[test]
-fn stop() {
-    assert_snapshot!(help("stop"), @"
-    End runs: ask each command to (SIGTERM), and kill what is left after a while
-
-    What they wrote stays: their branches, their logs.
-
-    Usage: fsnap stop [OPTIONS] <RUN>...
-
-    Arguments:
-      <RUN>...
-              The runs
-
-    Options:
-      -t, --time <SECONDS>
-              How long to wait before the rest is killed; 0 kills at once
-
-              [default: 10]
-
       -h, --help
               Print help (see a summary with '-h')
     ");

@@ -202,16 +202,22 @@ fn every_command_has_a_manual_page() {
     site.run("fsnap man pages");
     assert_snapshot!(site.session("ls pages"), @"
     $ ls pages
+    fsnap-audit.1
     fsnap-branch.1
     fsnap-branches.1
     fsnap-checkpoint.1
     fsnap-completions.1
     fsnap-diff.1
     fsnap-doctor.1
+    fsnap-engine-runc-checkpoint.1
+    fsnap-engine-runc.1
+    fsnap-engine.1
     fsnap-hook-criu.1
     fsnap-hook.1
     fsnap-init.1
+    fsnap-install-hooks.1
     fsnap-log.1
+    fsnap-logs.1
     fsnap-man.1
     fsnap-mount.1
     fsnap-overlay.1
@@ -223,10 +229,13 @@ fn every_command_has_a_manual_page() {
     fsnap-pool-start.1
     fsnap-pool-stop.1
     fsnap-pool.1
+    fsnap-ps.1
     fsnap-recover.1
     fsnap-restore.1
     fsnap-rm.1
+    fsnap-run.1
     fsnap-show.1
+    fsnap-stop.1
     fsnap-tag.1
     fsnap-umount.1
     fsnap-verify.1

@@ -24,6 +24,8 @@ pub(crate) const CASES: &[Case] = &[
     ("sigterm_in_the_middle_fails_the_dump", sigterm_in_the_middle_fails_the_dump),
     ("a_search_for_writers_that_is_cut_off_claims_less", a_search_for_writers_that_is_cut_off_claims_less),
     ("a_search_for_writers_that_takes_long_is_waited_for", a_search_for_writers_that_takes_long_is_waited_for),
+    ("what_the_processes_had_in_use_is_recorded", what_the_processes_had_in_use_is_recorded),
+    ("what_lies_outside_can_refuse_the_dump", what_lies_outside_can_refuse_the_dump),
     ("called_twice_it_is_one_checkpoint", called_twice_it_is_one_checkpoint),
     ("an_image_directory_used_again_is_a_new_checkpoint", an_image_directory_used_again_is_a_new_checkpoint),
     ("another_script_that_fails_fails_the_checkpoint", another_script_that_fails_fails_the_checkpoint),
@@ -434,4 +436,57 @@ fn thirty_two_at_once() {
         end(own.trim().parse().unwrap());
         tree.wait().unwrap();
     }
+}
+
+fn what_the_processes_had_in_use_is_recorded() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = site.small_oracle();
+    let (id, _) = site.checkpoint(oracle.pid);
+    let processes = site.json(["show", "--processes", "--json", &id]);
+    assert_eq!(processes[0]["pid"], oracle.pid);
+    let arguments = processes[0]["arguments"].to_string();
+    says(&arguments, &["oracle", "--kinds", "append,overwrite,rename,volumes"]);
+    let files = processes[0]["files"].as_array().unwrap();
+    for volume in ["v0", "v1"] {
+        let written = files.iter().filter(|file| file["volume"] == volume && file["access"] != "r").count();
+        assert!(written > 0, "no file of {volume}: {files:?}");
+    }
+    // The engine and the hook are none of its processes.
+    assert_eq!(processes.as_array().unwrap().len(), 1, "{processes}");
+    let shown = site.json(["show", "--json", &id]);
+    says(&shown["outside"].to_string(), &["\"via\":\"mount\""]);
+    oracle.goes_on();
+}
+
+fn what_lies_outside_can_refuse_the_dump() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    site.configure("[audit]\npolicy = 'refuse'\n");
+    let oracle = site.small_oracle();
+    let log = site.failing_dump(oracle.pid, &site.images(), &site.hook_after("pre-dump", ":"));
+    says(&log, &["the processes can write to what the checkpoint would not hold", "fsnap audit PID"]);
+    assert_eq!(site.calls(), ["pre-dump"], "before the freeze");
+    oracle.goes_on();
+    site.holds_nothing_but(0);
+
+    // A mount of another type than all that are there comes between the hooks.
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let types = mounts.lines().filter_map(|line| line.split_once(" - ")?.1.split(' ').next());
+    let types: std::collections::BTreeSet<_> = types.map(|name| format!("'{name}'")).collect();
+    assert!(!types.contains("'ramfs'"));
+    let types = types.into_iter().collect::<Vec<_>>().join(", ");
+    site.configure(&format!("[audit]\npolicy = 'refuse'\nignore = [{types}]\n"));
+    let late = site.path("late");
+    fs::create_dir(&late).unwrap();
+    let script = site.hook_after("post-dump", &format!("mount -t ramfs late '{}'", late.display()));
+    let log = site.failing_dump(oracle.pid, &site.images(), &script);
+    rustix::mount::unmount(&late, rustix::mount::UnmountFlags::empty()).unwrap();
+    says(&log, &["can write to the mount at", "late (ramfs)"]);
+    oracle.goes_on();
+    site.holds_nothing_but(0);
+
+    // Who cannot be asked does not agree.
+    let script = site.hook_after("post-dump", "export FSNAP_FAILPOINT=search:started=kill");
+    let log = site.failing_dump(oracle.pid, &site.images(), &script);
+    says(&log, &["the look at them was cut off"]);
+    untouched(&site, &oracle);
 }

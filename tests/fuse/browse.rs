@@ -26,6 +26,7 @@ use crate::tree;
 
 pub(crate) const CASES: &[Case] = &[
     ("the_layout", the_layout),
+    ("processes_are_shown_as_they_stood", processes_are_shown_as_they_stood),
     ("what_is_new_shows_up", what_is_new_shows_up),
     ("every_kind_of_file_is_as_it_was_in_btrfs", || every_kind_of_file_is_as_it_was("btrfs")),
     ("every_kind_of_file_is_as_it_was_in_rsync", || every_kind_of_file_is_as_it_was("rsync")),
@@ -114,6 +115,49 @@ fn the_layout() {
     let upper = past.at(&format!("ids/{}", first.to_uppercase()));
     assert!(upper == past.at(&format!("ids/{first}")) || !upper.exists(), "one directory has one name");
     past.unmount();
+}
+
+fn processes_are_shown_as_they_stood() {
+    let past = Past::new();
+    let db = past.volume("db", "btrfs");
+    fs::create_dir(db.join("sub")).unwrap();
+    fs::write(db.join("sub/file"), "one").unwrap();
+    let script = "cd sub; exec 5<>file 6>gone 7</etc/passwd; rm gone; echo ready; read line";
+    let mut command = Command::new("setsid");
+    command.args(["bash", "-c", script]).current_dir(&db).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut ready = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    let pid = child.id();
+    let id = past.fsnap(["checkpoint", "--pid", &pid.to_string()]);
+    fs::write(db.join("sub/file"), "two").unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    past.mount();
+
+    let at = |name: &str| past.at(&format!("ids/{id}/.fsnap/processes/{name}"));
+    assert_eq!(names(at("")), [pid.to_string()]);
+    assert_eq!(names(at(&pid.to_string())), ["cmdline", "cwd", "exe", "fd", "root"]);
+    let of = |name: &str| at(&format!("{pid}/{name}"));
+    let link = |name: &str| fs::read_link(of(name)).unwrap().into_os_string().into_string().unwrap();
+    let arguments = format!("bash\0-c\0{script}\0");
+    assert_eq!(read(of("cmdline")), arguments);
+    assert_eq!(fs::metadata(of("cmdline")).unwrap().len(), arguments.len() as u64);
+    // The links lead to the files as they were.
+    assert_eq!(link("cwd"), "../../../db/sub");
+    assert_eq!(read(of("cwd/file")), "one");
+    assert_eq!(link("fd/5"), "../../../../db/sub/file");
+    assert_eq!(read(of("fd/5")), "one");
+    assert_eq!(link("root"), "/");
+    assert_eq!(link("fd/7"), "/etc/passwd");
+    assert_eq!(link("fd/6"), format!("{}/sub/gone (deleted)", db.display()));
+    assert!(link("fd/1").starts_with("pipe:["));
+    // One without processes has none to show, and a pid that is none is nothing.
+    let other = past.checkpoint();
+    assert_eq!(names(past.at(&format!("ids/{other}/.fsnap"))), ["changed", "meta.json", "parent"]);
+    for bad in ["0", "x", "+1", &format!("0{pid}")] {
+        assert_eq!(fs::metadata(at(bad)).unwrap_err().kind(), ErrorKind::NotFound, "{bad}");
+    }
 }
 
 fn what_is_new_shows_up() {

@@ -1,5 +1,6 @@
 /* What processes do that fsnap must see through: one behaviour per name. Each says "ready" when it has begun. */
 #define _GNU_SOURCE
+#include <alloca.h>
 #include <err.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -8,7 +9,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -114,6 +120,68 @@ static void count(const char *path)
 	}
 }
 
+/* Whoever reads its command line waits for a page that never comes. */
+__attribute__((noinline)) static void no_command_line(char **argv)
+{
+	open_for(argv[2], O_WRONLY | O_CREAT);
+	/* The page at the top of the stack that the command line begins on; what runs lies far below it. */
+	char *page = (char *)((unsigned long)argv[0] & ~4095UL);
+	if (argv[0] - (char *)__builtin_frame_address(0) < 8192)
+		errx(1, "the frame is too near");
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register missing = {
+		.range = { .start = (unsigned long)page, .len = 4096 },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) ||
+	    mmap(page, 4096, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) != page ||
+	    ioctl(fd, UFFDIO_REGISTER, &missing))
+		_exit(1);
+	ready();
+	for (;;)
+		pause();
+}
+
+/* A process with one of each: `inside` is a volume, `outside` is none. Its child stays in `outside`. */
+static void everything(const char *inside, const char *outside)
+{
+	if (chdir(inside))
+		err(1, "chdir");
+	int data = open_for("data", O_RDWR | O_CREAT);
+	if (pwrite(data, "0123456789", 10, 0) != 10 || lseek(data, 7, SEEK_SET) != 7)
+		err(1, "data");
+	dup2(data, 50);
+	dup2(open_for("a name (deleted)", O_WRONLY | O_CREAT | O_APPEND), 51);
+	dup2(open_for("gone", O_RDWR | O_CREAT), 52);
+	unlink("gone");
+	dup2(open_for("/etc/passwd", O_RDONLY), 53);
+	dup2(open_for("/proc/self/comm", O_WRONLY), 54);
+	dup2(memfd_create("memory", 0), 55);
+	if (chdir(outside))
+		err(1, "chdir");
+	dup2(open_for("log", O_WRONLY | O_CREAT), 60);
+	int mapped = open_for("mapped", O_RDWR | O_CREAT);
+	if (ftruncate(mapped, 4096) || mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, mapped, 0) == MAP_FAILED)
+		err(1, "mapped");
+	close(mapped);
+	unlink("mapped");
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	snprintf(name.sun_path, sizeof name.sun_path, "%s/socket", outside);
+	int bound = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (bind(bound, (struct sockaddr *)&name, sizeof name) || listen(bound, 1))
+		err(1, "bind");
+	dup2(bound, 61);
+	for (int fd = 3; fd < 50; fd++)
+		close(fd);
+	if (fork() == 0)
+		for (;;)
+			pause();
+	if (chdir(inside))
+		err(1, "chdir");
+	ready();
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 2)
@@ -129,6 +197,13 @@ int main(int argc, char **argv)
 		pthread_exit(NULL);
 	} else if (!strcmp(what, "map")) {
 		map(path);
+	} else if (!strcmp(what, "no-command-line")) {
+		/* Far below the command line. */
+		char *room = alloca(65536);
+		memset(room, 0, 65536);
+		no_command_line(argv);
+	} else if (!strcmp(what, "everything")) {
+		everything(path, argv[3]);
 	} else if (!strcmp(what, "vforks")) {
 		vforks();
 	} else if (!strcmp(what, "vfork-held")) {

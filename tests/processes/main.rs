@@ -7,6 +7,7 @@ mod live;
 mod mounts;
 mod quiesce;
 mod reach;
+mod record;
 mod restore;
 
 use std::process::ExitCode;
@@ -19,9 +20,13 @@ fn main() -> ExitCode {
         return live::helper(&args[2..]);
     }
     let mut trials = Vec::new();
-    for (module, cases) in
-        [("mounts", mounts::CASES), ("quiesce", quiesce::CASES), ("reach", reach::CASES), ("restore", restore::CASES)]
-    {
+    for (module, cases) in [
+        ("mounts", mounts::CASES),
+        ("quiesce", quiesce::CASES),
+        ("reach", reach::CASES),
+        ("record", record::CASES),
+        ("restore", restore::CASES),
+    ] {
         for (name, case) in cases {
             trials.push(Trial::test(format!("{module}::{name}"), move || {
                 // A thread of its own: a case may enter a mount namespace, and must not leave the next one in it.

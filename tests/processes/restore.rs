@@ -88,7 +88,18 @@ impl Dumped {
         };
         let images = Images::open(&self.path(images)).unwrap();
         let log = branch.with_extension("log");
-        Restore { criu, images: &images, mounts: &[plan], args, pids, log: &log, stage: &stage() }.run()
+        Restore {
+            criu,
+            images: &images,
+            mounts: &[plan],
+            args,
+            pids,
+            log: &log,
+            stage: &stage(),
+            cell: None,
+            terminal: None,
+        }
+        .run()
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use fsnap::catalog::{Access, Catalog, Intent, PendingCheckpoint};
 use fsnap::checkpoint::{Checkpoint, CheckpointId, Member};
+use fsnap::processes::AuditRules;
 
 /// Records copies of the newest checkpoint, each the parent of the next; `change` may change the members of each.
 pub(crate) fn record_copies(
@@ -29,12 +30,13 @@ pub(crate) fn record_copies(
             freeze: None,
             members: Vec::new(),
             pinned: false,
+            audit: AuditRules::default(),
         };
         let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending)))?;
         let mut members = last.members.clone();
         members.iter_mut().try_for_each(|member| change(number, member))?;
         last = Checkpoint { id, parent: Some(last.id), members, ..last };
-        if !catalog.seal(intent, &last, &[])? {
+        if !catalog.seal(intent, &last, &[], None)? {
             return Err("somebody else finished the intent".into());
         }
         lock.finish();

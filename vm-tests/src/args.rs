@@ -42,6 +42,9 @@ enum Command {
         /// This program, on the host's root
         guest: PathBuf,
     },
+    /// Be the first process of a machine that is tried
+    #[command(hide = true)]
+    Probe,
     /// Measure the backends that most hosts' kernels lack against bare calls; build with --release
     Bench,
     /// Be the first process of a machine
@@ -86,6 +89,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
     if let Some(Command::Initramfs { exchange, guest }) = &cli.command {
         return Ok(guest::initramfs(exchange, guest));
     }
+    if let Some(Command::Probe) = &cli.command {
+        return Ok(guest::probe());
+    }
     run::catch_signals()?;
     if let Some(kind) = cli.shell {
         return run::shell(&Machine::new(kind));
@@ -94,7 +100,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
         Some(Command::Qemu(program)) => in_machine(Kind::Qemu, program),
         Some(Command::Bench) => bench::run(),
-        Some(Command::Guest { .. } | Command::Initramfs { .. }) | None => suites::run(&cli.only, cli.machine),
+        Some(Command::Guest { .. } | Command::Initramfs { .. } | Command::Probe) | None => {
+            suites::run(&cli.only, cli.machine)
+        }
     }
 }
 

@@ -69,11 +69,13 @@ impl Kind {
     }
 
     /// What runs it, for people.
-    pub(crate) fn shown(self) -> &'static str {
+    pub(crate) fn shown(self) -> String {
         match self {
-            Self::Uml => "user-mode Linux",
-            Self::Qemu if qemu::is_fast() => "QEMU",
-            Self::Qemu => "QEMU without KVM",
+            Self::Uml => "user-mode Linux".to_owned(),
+            Self::Qemu => match qemu::Accelerator::here() {
+                qemu::Accelerator::Kvm => "QEMU with KVM".to_owned(),
+                qemu::Accelerator::Played(why) => format!("QEMU without KVM, because {why},"),
+            },
         }
     }
 

@@ -13,37 +13,53 @@ use crate::machine::{Kind, Machine};
 use crate::{Error, Result, kernel_log, run};
 
 /// How long a program may take: several times what the slowest takes on a busy computer with two cores.
-const DEADLINE: Duration = Duration::from_secs(1800);
+const DEADLINE: Duration = Duration::from_secs(2700);
 
-/// What is run if nothing else is asked for: what the kernels of most hosts cannot run, and the contract on btrfs as a check
-/// of the machine itself. The longest come first.
+/// What is run if nothing else is asked for: what the kernels of most hosts cannot run, and of the rest what shows that
+/// another kernel makes no difference. The longest come first.
 const USUAL: &[&str] = &[
     "fsnap::engines",
     "fsnap::power_loss",
     "fsnap-dm-thin::conformance",
-    "fsnap-dm-thin::faults",
+    "fsnap::cli",
+    "fsnap::recovery",
     "fsnap-nilfs2::conformance",
+    "fsnap-rsync::conformance",
+    "fsnap::dm_thin",
+    "fsnap-dm-thin::faults",
     "fsnap-nilfs2::history",
     "fsnap-btrfs::conformance",
-    "fsnap::dm_thin",
     "fsnap::nilfs2",
 ];
 
 /// Programs that need what only QEMU's kernel has; all others run in user-mode Linux.
 const IN_QEMU: &[&str] = &["fsnap::engines"];
 
-/// Of some programs, only the tests with this in their names are the usual ones: the others run on every host.
-const USUAL_PART: &[(&str, &str)] = &[("fsnap::engines", "consistency::")];
+/// Of some programs, only the tests with one of these in their names are the usual ones: all of them run on every host, and take
+/// several times as long here.
+const USUAL_PART: &[(&str, &str)] =
+    &[("fsnap::engines", "consistency::"), ("fsnap::cli", "checkpoint::"), ("fsnap::recovery", "kill_at_failpoints")];
 
 /// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
 const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
 
+const NO_CRIU: &str = "user-mode Linux has no checkpoint and restore";
+
 /// A test that cannot pass on the machine's kernel, and why.
-const SKIPPED: &[(&str, &str, &str)] = &[(
-    "fsnap-rsync::snapshots",
-    "everything_is_kept_on_tmpfs",
-    "tmpfs has no extended attributes for users before Linux 6.6",
-)];
+const SKIPPED: &[(&str, &str, &str)] = &[
+    (
+        "fsnap-rsync::snapshots",
+        "everything_is_kept_on_tmpfs",
+        "tmpfs has no extended attributes for users before Linux 6.6",
+    ),
+    (
+        "fsnap::engines",
+        "both_in_one_checkpoint_at_any_moment",
+        "all_in_one_checkpoint_at_any_moment has both of them, and two more",
+    ),
+    ("fsnap::cli", "doctor::criu_is_what_is_installed", NO_CRIU),
+    ("fsnap::recovery", "::hook_", NO_CRIU),
+];
 
 /// One test program.
 #[derive(Debug, Clone)]
@@ -62,6 +78,8 @@ struct Suite {
 /// A part of a program's tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
+    /// Those with this in their names, as a sample.
+    Sample(&'static str),
     /// Those with this in their names.
     With(&'static str),
     /// The others.
@@ -91,7 +109,7 @@ pub(crate) fn run(only: &[String], kind: Option<Kind>) -> Result<ExitCode> {
     suites.sort_by_key(|suite| USUAL.iter().position(|name| *name == suite.name));
     let suites = suites.into_iter().map(|suite| Suite { kind: kind.unwrap_or(suite.kind), ..suite });
     let suites: Vec<_> = suites.flat_map(|suite| divide(suite, only.is_empty())).collect();
-    // User-mode Linux has one processor each; QEMU has two, which wait for each other more than they work.
+    // Each machine keeps about one processor busy.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
     let waiting = Mutex::new(VecDeque::from(suites));
     let verdicts = Mutex::new(Vec::new());
@@ -118,7 +136,7 @@ pub(crate) fn run(only: &[String], kind: Option<Kind>) -> Result<ExitCode> {
 /// The suite, its usual part, or its two parts.
 fn divide(suite: Suite, usual: bool) -> Vec<Suite> {
     if let Some((_, part)) = USUAL_PART.iter().find(|(name, _)| usual && *name == suite.name) {
-        return vec![Suite { part: Some(Part::With(part)), ..suite }];
+        return vec![Suite { part: Some(Part::Sample(part)), ..suite }];
     }
     match DIVIDED.iter().find(|(name, _)| *name == suite.name) {
         None => vec![suite],
@@ -133,7 +151,7 @@ fn in_machine(suite: Suite) -> Result<Done> {
     let machine = Machine { deadline: Some(DEADLINE), ..Machine::new(suite.kind) };
     let mut command = vec![suite.program.to_string_lossy().into_owned()];
     match suite.part {
-        Some(Part::With(part)) => command.push(part.into()),
+        Some(Part::Sample(part) | Part::With(part)) => command.push(part.into()),
         Some(Part::Without(part)) => command.extend(["--skip".into(), part.into()]),
         None => {}
     }
@@ -163,8 +181,14 @@ fn skipped(suite: &str) -> impl Iterator<Item = &'static (&'static str, &'static
 
 fn show(done: &Done) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let Suite { kind, name, program, .. } = &done.suite;
+    let Suite { kind, name, program, part, .. } = &done.suite;
     writeln!(out, "     Running {name} in {} ({})", kind.shown(), program.display())?;
+    if let Some(Part::Sample(part)) = part {
+        writeln!(
+            out,
+            "             no more than its tests with {part} in their names; `--only {name}` runs all of it here"
+        )?;
+    }
     out.write_all(&done.output)?;
     if !done.complaints.is_empty() {
         writeln!(out, "\n{}", kernel_log::tail(&done.kernel_log, 40))?;
@@ -272,7 +296,7 @@ mod tests {
         assert_eq!(parts, [Some(Part::With("ext4::")), Some(Part::Without("ext4::"))]);
         assert_eq!(divide(found("/top/backends/btrfs", "conformance", true).unwrap(), true).len(), 1);
         let engines = |usual| divide(found("/top", "engines", true).unwrap(), usual).remove(0).part;
-        assert_eq!((engines(true), engines(false)), (Some(Part::With("consistency::")), None));
+        assert_eq!((engines(true), engines(false)), (Some(Part::Sample("consistency::")), None));
     }
 
     #[test]

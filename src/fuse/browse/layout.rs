@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use fsnap_backend::{FileKind, FileMeta, Timestamp};
 
-use super::Keep;
 use super::tree::{Tree, Trees};
+use super::{Keep, processes};
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::coordinator::{Coordinator, Side};
 use crate::fuse::branches::Branches;
 use crate::name::Name;
+use crate::processes::ProcessRecord;
 use crate::{Error, Result, reference};
 
 const README: &str = "\
@@ -24,6 +25,7 @@ These are the checkpoints and branches of fsnap. Everything here but branches is
 ids/<id>/<volume>/...           the files of a checkpoint, as they were
 ids/<id>/.fsnap/                not listed: meta.json, changed (since the parent), and the
                                 links parent and images
+ids/<id>/.fsnap/processes/<pid> a process as it stood: cmdline, cwd, exe, root, fd/<n>
 snapshots/<time>                links into ids; snapshots/latest is the newest
 tags/<tag>                      links into ids
 latest                          a link to the newest checkpoint
@@ -42,6 +44,7 @@ const META: &str = "meta.json";
 const CHANGED: &str = "changed";
 const PARENT: &str = "parent";
 const IMAGES: &str = "images";
+const PROCESSES: &str = "processes";
 const LATEST: &str = "latest";
 
 /// So many lists of what has changed are remembered.
@@ -97,6 +100,10 @@ pub(super) enum Place {
     Meta(CheckpointId),
     /// What differs from the first to the second.
     Changed(CheckpointId, CheckpointId),
+    Processes(CheckpointId),
+    Process(CheckpointId, i32),
+    CommandLine(CheckpointId, i32),
+    Descriptors(CheckpointId, i32),
     Branch(Name),
     Link(PathBuf),
 }
@@ -104,7 +111,7 @@ pub(super) enum Place {
 impl Place {
     fn kind(&self) -> FileKind {
         match self {
-            Self::Readme | Self::Meta(_) | Self::Changed(..) => FileKind::File,
+            Self::Readme | Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) => FileKind::File,
             Self::Link(_) => FileKind::Symlink,
             _ => FileKind::Dir,
         }
@@ -114,7 +121,8 @@ impl Place {
         match self {
             Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
             Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
-            Self::Meta(_) | Self::Changed(..) | Self::Link(_) => Keep::Not,
+            Self::Processes(_) | Self::Process(..) | Self::Descriptors(..) => Keep::Briefly,
+            Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Link(_) => Keep::Not,
         }
     }
 }
@@ -213,11 +221,16 @@ impl Layout {
                 Err(_) => None,
             },
             Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
-            Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => {
+            Place::Checkpoint(_)
+            | Place::Extras(_)
+            | Place::Branch(_)
+            | Place::Processes(_)
+            | Place::Process(..)
+            | Place::Descriptors(..) => {
                 let listed = self.children(place, trees)?;
                 return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
             }
-            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::Link(_) => None,
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => None,
         };
         Ok(place.map(Found::Place))
     }
@@ -272,6 +285,9 @@ impl Layout {
             Place::Extras(id) => {
                 if let Some(checkpoint) = catalog.checkpoint(id)? {
                     add(META, Place::Meta(*id));
+                    if catalog.tree(id)?.is_some() {
+                        add(PROCESSES, Place::Processes(*id));
+                    }
                     if let Some(engine) = checkpoint.engine {
                         add(IMAGES, Place::Link(engine.images.0));
                     }
@@ -290,7 +306,18 @@ impl Layout {
                     found.push((member.volume.as_str().into(), place));
                 }
             }
-            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::Link(_) => {}
+            Place::Processes(id) => {
+                let listed = catalog.tree(id)?.map(|tree| processes::all(id, &tree));
+                listed.into_iter().flatten().for_each(|(name, place)| add(&name, place));
+            }
+            Place::Process(id, pid) | Place::Descriptors(id, pid) => {
+                let listed = process_in(catalog, id, *pid)?.map(|process| match place {
+                    Place::Process(..) => processes::one(id, &process),
+                    _ => processes::descriptors(&process),
+                });
+                listed.into_iter().flatten().for_each(|(name, place)| add(&name, place));
+            }
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => {}
         }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found)
@@ -305,9 +332,21 @@ impl Layout {
         let catalog = records.catalog();
         let (time, size) = match place {
             Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
-            Place::Checkpoint(id) | Place::Extras(id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
             // It has a length for whoever has opened it, and was computed for him.
             Place::Changed(_, id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
+            Place::Checkpoint(id)
+            | Place::Extras(id)
+            | Place::Processes(id)
+            | Place::Process(id, _)
+            | Place::Descriptors(id, _) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
+            Place::CommandLine(id, pid) => match catalog.checkpoint(id)? {
+                Some(checkpoint) => {
+                    let process = process_in(catalog, id, *pid)?;
+                    let size = process.map_or(0, |process| processes::command_line(&process).len());
+                    (Some(checkpoint.time), size as u64)
+                }
+                None => (None, 0),
+            },
             Place::Meta(id) => match catalog.checkpoint(id)? {
                 Some(checkpoint) => (Some(checkpoint.time), self.describe(catalog, &checkpoint)?.len() as u64),
                 None => (None, 0),
@@ -328,8 +367,11 @@ impl Layout {
             // Branches are made and removed in it.
             Place::Branches => (FileMeta { mode: 0o755, ..dir }, true),
             Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
+            Place::Processes(_) | Place::Process(..) | Place::Descriptors(..) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
-            Place::Meta(_) | Place::Changed(..) => (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false),
+            Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) => {
+                (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false)
+            }
             Place::Link(target) => {
                 let size = target.as_os_str().as_bytes().len() as u64;
                 (FileMeta { kind: FileKind::Symlink, mode: 0o777, size, ..dir }, true)
@@ -358,14 +400,19 @@ impl Layout {
     }
 
     /// The content of a file of the upper part.
-    pub(super) fn text(&self, place: &Place) -> Result<Option<String>> {
+    pub(super) fn text(&self, place: &Place) -> Result<Option<Vec<u8>>> {
         match place {
-            Place::Readme => Ok(Some(README.to_owned())),
-            Place::Changed(old, new) => self.changed(old, new),
+            Place::Changed(old, new) => Ok(self.changed(old, new)?.map(String::into_bytes)),
+            Place::Readme => Ok(Some(README.into())),
+            Place::CommandLine(id, pid) => {
+                let process = process_in(self.records.open()?.catalog(), id, *pid)?;
+                Ok(process.map(|process| processes::command_line(&process)))
+            }
             Place::Meta(id) => {
                 let records = self.records.open()?;
                 let checkpoint = records.catalog().checkpoint(id)?;
-                checkpoint.map(|checkpoint| self.describe(records.catalog(), &checkpoint)).transpose()
+                let describe = |checkpoint| Ok(self.describe(records.catalog(), &checkpoint)?.into_bytes());
+                checkpoint.map(describe).transpose()
             }
             _ => Ok(None),
         }
@@ -404,6 +451,10 @@ impl Layout {
     fn snapshots(&self) -> Result<Vec<(String, CheckpointId)>> {
         Ok(names(&self.records.open()?.catalog().times()?))
     }
+}
+
+fn process_in(catalog: &Catalog, id: &CheckpointId, pid: i32) -> Result<Option<ProcessRecord>> {
+    Ok(catalog.tree(id)?.and_then(|tree| tree.process(pid).cloned()))
 }
 
 fn link_up(id: &CheckpointId) -> Place {

@@ -19,12 +19,12 @@ pub struct Opened {
 
 #[derive(Debug)]
 enum Bytes {
-    Text(String),
+    Text(Vec<u8>),
     Content(Box<dyn Content>),
 }
 
 impl Opened {
-    pub(super) fn text(text: String) -> Self {
+    pub(super) fn text(text: Vec<u8>) -> Self {
         Self { content: Bytes::Text(text), _used: None }
     }
 
@@ -63,7 +63,7 @@ impl Opened {
         match &self.content {
             Bytes::Content(content) => content.read_at(buffer, offset),
             Bytes::Text(text) => {
-                let rest = usize::try_from(offset).ok().and_then(|offset| text.as_bytes().get(offset..)).unwrap_or(&[]);
+                let rest = usize::try_from(offset).ok().and_then(|offset| text.get(offset..)).unwrap_or(&[]);
                 let length = rest.len().min(buffer.len());
                 buffer[..length].copy_from_slice(&rest[..length]);
                 Ok(length)

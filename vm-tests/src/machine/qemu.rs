@@ -5,7 +5,10 @@
 
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::Plan;
 use super::initramfs::Archive;
@@ -81,47 +84,120 @@ fn criu() -> Result<PathBuf> {
     if criu.is_file() { Ok(criu) } else { Err(missing(&criu)) }
 }
 
-/// Whether the processor runs the machine itself, and QEMU need not play it.
-///
-/// A `/dev/kvm` alone says little: there are some that run only guests which know of them.
-pub(crate) fn is_fast() -> bool {
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = processor.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    let virtualizes = flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag));
-    virtualizes && OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok()
+/// What runs the machine's instructions.
+#[derive(Debug)]
+pub(crate) enum Accelerator {
+    /// The processor itself.
+    Kvm,
+    /// QEMU plays a processor, for this reason.
+    Played(&'static str),
+}
+
+impl Accelerator {
+    /// As QEMU calls it.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Played(_) => "tcg",
+        }
+    }
+
+    /// The one that works here; found out once, by starting a machine if there is any hope.
+    ///
+    /// A `/dev/kvm` alone says little: there are some that run only guests which know of them, and leave others hanging.
+    pub(crate) fn here() -> &'static Self {
+        static HERE: OnceLock<Accelerator> = OnceLock::new();
+        HERE.get_or_init(|| {
+            let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            let flags = processor.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+            if !flags.split_whitespace().any(|flag| ["vmx", "svm"].contains(&flag)) {
+                return Self::Played("this processor cannot virtualize");
+            }
+            if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+                return Self::Played("/dev/kvm cannot be opened");
+            }
+            match probe("kvm", PROBE_DEADLINE) {
+                Ok(true) => Self::Kvm,
+                Ok(false) | Err(_) => Self::Played("a machine that was tried with /dev/kvm did not start"),
+            }
+        })
+    }
+}
+
+/// Where the processor itself works, a kernel is up after a second or two.
+const PROBE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What the kernel says, by the first process, when it is up.
+const ALIVE: &str = "vm-tests: the machine works";
+
+/// Whether a machine starts so, within the time: its first process says so and ends.
+fn probe(accelerator: &str, within: Duration) -> Result<bool> {
+    let dir = tempfile::tempdir().during("make", "a directory")?;
+    let (initramfs, log) = (dir.path().join("initramfs"), dir.path().join("log"));
+    let mut archive = Archive::create(&initramfs)?;
+    archive.program(Path::new("/proc/self/exe"), "init")?;
+    archive.finish()?;
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]);
+    bare(&mut command, accelerator, 512)?;
+    command.arg("-initrd").arg(&initramfs).arg("-serial").arg(format!("file:{}", log.display()));
+    command.args(["-append", &format!("{KERNEL} -- probe")]);
+    let mut machine = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().during("run", PROGRAM)?;
+    let begun = Instant::now();
+    let alive = || fs::read(&log).is_ok_and(|log| String::from_utf8_lossy(&log).contains(ALIVE));
+    while !alive() && begun.elapsed() < within && !crate::run::interrupted() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    // It has nothing to lose, and may have ended by itself.
+    let _ = machine.kill();
+    machine.wait().during("wait for", PROGRAM)?;
+    Ok(alive())
+}
+
+/// Runs as the first process of a machine that is tried: says that it works.
+pub(crate) fn say_that_it_works() -> Result<()> {
+    fs::write("/dev/kmsg", format!("<3>{ALIVE}\n")).during("write to", "/dev/kmsg")
 }
 
 /// What programs inside find in their environment.
 pub(super) fn environment() -> Result<Vec<(&'static str, String)>> {
     // The CRIU that works on the host knows newer kernels only.
     let mut environment = vec![("FSNAP_CRIU", criu()?.to_string_lossy().into_owned())];
-    if is_fast() {
-        environment.push(("FSNAP_ORACLE_CHECKPOINTS", "10".into()));
-    } else {
-        environment.push(("FSNAP_ORACLE_CHECKPOINTS", "2".into()));
-        // Dozens of writers without a pause would leave nothing of the processor to those whose work is tested.
-        environment.push(("FSNAP_ORACLE_PACE", "100000".into()));
+    environment.push(("FSNAP_ORACLE_CHECKPOINTS", "10".into()));
+    if let Accelerator::Played(_) = Accelerator::here() {
+        // Dozens of writers, and those of three restored processes, would leave nothing of the processor to what is tested. They
+        // pause in the middle of their steps, so that there they are found all the same.
+        environment.push(("FSNAP_ORACLE_PACE", "1000000".into()));
     }
     Ok(environment)
 }
 
-/// The program's part of the command that starts the machine.
-pub(super) fn start(command: &mut Command, plan: &Plan<'_>, guest: &Path) -> Result<()> {
+/// What every kernel is told.
+const KERNEL: &str = "console=ttyS0 loglevel=7 panic=-1 rdinit=/init net.ifnames=0";
+
+/// A machine with a kernel, and nothing else.
+fn bare(command: &mut Command, accelerator: &str, memory_mib: u32) -> Result<()> {
     let installed = std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(PROGRAM).is_file()));
     if !installed {
         return Err(Error::Missing { what: PROGRAM.into(), package: "qemu-system-x86" });
     }
     let kernel = only(&debian()?.join("tree/boot"), "vmlinuz-")?;
-    let initramfs = plan.dir.join("initramfs");
-    make_initramfs(&initramfs)?;
     command.arg(PROGRAM);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-machine", "q35"]);
     // What the bits are that `max` would have, some hosts do not let anybody set; five levels of page tables cost and give nothing.
     let processor = "max,arch-capabilities=off,la57=off";
-    command.args(["-accel", if is_fast() { "kvm" } else { "tcg" }, "-cpu", processor, "-smp", "2"]);
-    command.args(["-m", &format!("{}M", plan.memory_mib)]);
-    command.arg("-kernel").arg(kernel).arg("-initrd").arg(&initramfs);
+    command.args(["-accel", accelerator, "-cpu", processor, "-smp", "2"]);
+    command.args(["-m", &format!("{memory_mib}M")]).arg("-kernel").arg(kernel);
+    Ok(())
+}
+
+/// The program's part of the command that starts the machine.
+pub(super) fn start(command: &mut Command, plan: &Plan<'_>, guest: &Path) -> Result<()> {
+    let initramfs = plan.dir.join("initramfs");
+    make_initramfs(&initramfs)?;
+    bare(command, Accelerator::here().name(), plan.memory_mib)?;
+    command.arg("-initrd").arg(&initramfs);
     // The kernel's messages go to the standard error, the program's output to the standard output.
     command.args(["-serial", "file:/dev/stderr", "-chardev", "stdio,id=program,signal=off"]);
     command.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=program"]);
@@ -134,8 +210,7 @@ pub(super) fn start(command: &mut Command, plan: &Plan<'_>, guest: &Path) -> Res
     // The disk is thrown away with the machine.
     let drive = format!("file={},format=raw,if=none,id=scratch,cache=unsafe", plan.scratch.display());
     command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=scratch"]);
-    let append = "console=ttyS0 loglevel=7 panic=-1 rdinit=/init net.ifnames=0 --";
-    command.args(["-append", &format!("{append} initramfs {} {}", plan.exchange.display(), guest.display())]);
+    command.args(["-append", &format!("{KERNEL} -- initramfs {} {}", plan.exchange.display(), guest.display())]);
     Ok(())
 }
 
@@ -172,4 +247,15 @@ pub(crate) fn initramfs(exchange: &Path, guest: &Path) -> Result<()> {
     nix::unistd::chroot(".").during("change the root to", root)?;
     let error = Command::new(guest).args(["guest", "qemu"]).arg(exchange).env_clear().exec();
     Err(error).during("run", guest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_tried_before_it_is_relied_upon() {
+        assert!(!probe("tcg", Duration::from_millis(100)).unwrap(), "no kernel starts in that time");
+        assert!(!probe("nonsense", Duration::from_secs(3)).unwrap(), "there is no such accelerator");
+    }
 }

@@ -1,0 +1,140 @@
+//! What is looked for beside the snapshots: who else writes, what the tree has in use, and what of that lies outside.
+
+use std::path::Path;
+
+use super::{Coordinator, Target};
+use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
+use crate::name::Name;
+use crate::processes::{self, AuditRules, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan};
+use crate::{Error, Result};
+
+/// A search for those outside a tree who have files of a checkpoint's volumes open for writing; and a look at the tree.
+#[derive(Debug)]
+pub struct WriterSearch {
+    volumes: Vec<(Name, Candidate)>,
+    tree: Tree,
+    ignore: Vec<i32>,
+    rules: AuditRules,
+    observed: Option<processes::Result<Observation>>,
+    seen: Option<TreeRecord>,
+}
+
+impl WriterSearch {
+    /// Opens what it needs: the volumes must be there now, and need not be while it runs.
+    ///
+    /// The processes in `ignore`, such as the engine, are left out.
+    pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
+        let rules = pending.audit.clone();
+        Ok(Self { volumes: planned(pending)?, tree, ignore, rules, observed: None, seen: None })
+    }
+
+    /// Looks at a tree while it stands: at what has to be read then.
+    #[must_use]
+    pub fn observing(mut self, tree: &Tree) -> Self {
+        self.observed = Some(processes::observe(tree, self.volumes.clone(), &self.rules));
+        self
+    }
+
+    /// Why there may be no checkpoint of the tree that was observed, if the rules say so.
+    pub fn objection(&self) -> Option<Error> {
+        let what = match self.observed.as_ref()? {
+            Ok(observation) => observation.objection()?,
+            Err(error) if self.rules.policy == Policy::Refuse => error.to_string(),
+            Err(_) => return None,
+        };
+        Some(Error::Outside { what })
+    }
+
+    /// Learns what need not be learnt while the tree stands. From here on it has no files open.
+    pub fn learn(&mut self) {
+        // What cannot be looked at makes a checkpoint that knows less.
+        if let Some(Ok(observation)) = self.observed.take() {
+            self.seen = Some(observation.finish());
+        }
+    }
+
+    /// Searches: one list per member, in words.
+    pub fn run(mut self) -> Result<SearchAnswer> {
+        self.learn();
+        Ok(SearchAnswer { writers: self.writers()?, tree: self.seen })
+    }
+
+    fn writers(&self) -> Result<WriterLists> {
+        let candidates: Vec<_> = self.volumes.iter().map(|(_, candidate)| candidate.clone()).collect();
+        let scan = processes::writers(&candidates, &self.tree, &self.ignore)?;
+        let mut lists = vec![Vec::new(); candidates.len()];
+        for writer in scan.writers {
+            let path = crate::printable(writer.path.as_os_str());
+            lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+        }
+        // What the kernel hides even from root is a process that no user could name or freeze either.
+        if !rustix::process::geteuid().is_root() {
+            let text = match scan.unseen.as_slice() {
+                [] => return Ok(lists),
+                [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
+                several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
+            };
+            lists.iter_mut().for_each(|list| list.push(text.clone()));
+        }
+        Ok(lists)
+    }
+}
+
+/// What an audit found.
+#[derive(Debug)]
+pub struct Audit {
+    /// The volumes, with those outside the tree who have files of them open for writing.
+    pub volumes: Vec<(Target, Vec<String>)>,
+    /// The tree, and what it can write to outside them.
+    pub tree: TreeRecord,
+    /// Why a checkpoint would be refused, if the rules say so.
+    pub objection: Option<Error>,
+}
+
+impl Coordinator {
+    /// Looks at what a checkpoint of the running tree would not hold.
+    pub fn audit(&self, tree: &Tree, targets: Vec<Target>, rules: &AuditRules) -> Result<Audit> {
+        let volumes = candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))?;
+        let observed = Some(Ok(processes::observe(tree, volumes.clone(), rules)?));
+        let (tree, rules) = (tree.clone(), rules.clone());
+        let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed, seen: None };
+        let objection = search.objection();
+        let SearchAnswer { writers, tree } = search.run()?;
+        let nothing = || Error::NothingToTake { why: "there is no process to look at".into() };
+        Ok(Audit { volumes: targets.into_iter().zip(writers).collect(), tree: tree.ok_or_else(nothing)?, objection })
+    }
+
+    /// Refuses a tree that can write to what the targets do not hold, if the rules say so, before anything is begun.
+    pub fn refuse_outside(&self, tree: &Tree, targets: &[Target], rules: &AuditRules) -> Result<()> {
+        if rules.policy != Policy::Refuse {
+            return Ok(());
+        }
+        let volumes = candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))?;
+        match processes::observe(tree, volumes, rules)?.objection() {
+            Some(what) => Err(Error::Outside { what }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Finds who outside `tree` has files of the members open for writing.
+pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    let candidates: Vec<_> = planned(pending)?.into_iter().map(|(_, candidate)| candidate).collect();
+    Ok(processes::writers(&candidates, tree, ignore)?)
+}
+
+fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
+    candidates(pending.members.iter().map(|member| (&member.volume, member.path.as_path())))
+}
+
+fn candidates<'a>(volumes: impl Iterator<Item = (&'a Name, &'a Path)>) -> Result<Vec<(Name, Candidate)>> {
+    let candidate = |(name, path): (&Name, &Path)| {
+        let found = Candidate::of(path, CandidateKind::Registered).map_err(|source| Error::Io {
+            action: "open the directory",
+            object: crate::printable(path.as_os_str()),
+            source,
+        })?;
+        Ok((name.clone(), found))
+    };
+    volumes.map(candidate).collect()
+}

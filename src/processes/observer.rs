@@ -1,0 +1,524 @@
+//! Reads a tree of processes into its record.
+//!
+//! Most of it has to be read while the tree stands, and every process of it waits meanwhile: so each descriptor costs a
+//! handful of system calls, a file is never opened, and nothing is asked of a server. What may keep the reader waiting,
+//! or need not be of that instant, is left for [`Observation::finish`].
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
+
+use rustix::fs::{FileType, Mode, OFlags};
+
+use super::credentials::Credentials;
+use super::files::{Mapping, Target, target_of};
+use super::mounts::Mount;
+use super::proc_dir::{ProcDir, link_in, numbers_in, unescape, unless_gone};
+use super::reach::{self, Candidate, Doubt, Survey};
+use super::sockets::Sockets;
+use super::view::{Located, View};
+use super::{
+    AuditRules, FilePlace, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside, Policy, ProcessRecord,
+    Result, Tree, TreeRecord, Via,
+};
+use crate::checkpoint::PathText;
+use crate::name::Name;
+
+/// More descriptors and mapped files than any tree has that is not out to make fsnap slow.
+const FILES: usize = 100_000;
+
+/// More than anybody reads of one audit.
+const OUTSIDE: usize = 10_000;
+
+/// How much of a command line is kept.
+const ARGUMENTS: usize = 16 << 10;
+
+/// How long command lines are waited for: they lie in the processes' own memory, behind which may be a server.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A tree that was read as far as it had to stand for it.
+#[derive(Debug)]
+pub struct Observation {
+    volumes: Vec<(Name, Candidate)>,
+    rules: AuditRules,
+    record: TreeRecord,
+    mounts: Vec<Outside>,
+    /// One for each process of the record, unless it could not be opened.
+    dirs: Vec<Option<ProcDir>>,
+    sockets: Sockets,
+}
+
+/// Reads the tree, which stands, and audits what it can write to outside the volumes.
+pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules) -> Result<Observation> {
+    let (names, candidates) = split(&volumes);
+    let observation = Observation {
+        volumes,
+        rules: rules.clone(),
+        record: TreeRecord::new(),
+        mounts: Vec::new(),
+        dirs: Vec::new(),
+        sockets: Sockets::default(),
+    };
+    let mut observer = Observer {
+        names: &names,
+        survey: Survey::new(&candidates, Doubt::Ignored)?,
+        seen: HashSet::new(),
+        named: HashSet::new(),
+        memory: memory_device(),
+        left: FILES,
+        observation,
+    };
+    tree.members().for_each(|member| observer.member(member));
+    let mut observation = observer.observation;
+    if rules.policy == Policy::Refuse {
+        // What decides has to be known at once.
+        observation.look_at_sockets()?;
+    }
+    Ok(observation)
+}
+
+fn split(volumes: &[(Name, Candidate)]) -> (Vec<Name>, Vec<Candidate>) {
+    volumes.iter().cloned().unzip()
+}
+
+impl Observation {
+    /// Why there may be no checkpoint, if the rules say so.
+    pub fn objection(&self) -> Option<String> {
+        if self.rules.policy != Policy::Refuse {
+            return None;
+        }
+        let mut reasons: Vec<String> = self.record.outside.iter().chain(&self.mounts).map(Outside::to_string).collect();
+        let unread = self.record.processes.iter().filter_map(|process| {
+            let reason = process.unread.as_ref()?;
+            Some(format!("{} ({}) cannot be looked at: {reason}", process.pid, process.command))
+        });
+        reasons.extend(unread);
+        if self.record.cut_off {
+            reasons.push(format!("they have more than {FILES} files in use"));
+        }
+        summary(&reasons)
+    }
+
+    /// The record, with what need not be read while the tree stands.
+    pub fn finish(mut self) -> TreeRecord {
+        // What cannot be told any more is left out: nothing depends on it.
+        let _ = self.look_at_sockets();
+        let Self { mut record, mut mounts, dirs, .. } = self;
+        record.outside.append(&mut mounts);
+        record.outside.truncate(OUTSIDE);
+        let (tell, told) = mpsc::channel();
+        // A reader that has to wait for a server waits alone.
+        let shared = Arc::new((ManuallyDrop::new(dirs), Mutex::new(Reading::GoesOn)));
+        let own = shared.clone();
+        let reader = std::thread::Builder::new().spawn(move || {
+            for (index, dir) in own.0.iter().enumerate() {
+                let arguments = dir.as_ref().and_then(|dir| arguments(dir, &own.1).ok()).unwrap_or_default();
+                if tell.send((index, arguments)).is_err() {
+                    return;
+                }
+            }
+        });
+        let Ok(reader) = reader else { return record };
+        for _ in 0..record.processes.len() {
+            let Ok((index, arguments)) = told.recv_timeout(PATIENCE) else {
+                *shared.1.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Abandoned;
+                return record;
+            };
+            record.processes[index].arguments = arguments;
+        }
+        if reader.join().is_ok() {
+            drop(Arc::into_inner(shared).map(|(dirs, _)| ManuallyDrop::into_inner(dirs)));
+        }
+        record
+    }
+
+    fn add(&mut self, outside: Outside) {
+        if self.rules.policy == Policy::Ignore {
+            return;
+        }
+        if self.rules.ignores(&outside) {
+            self.record.ignored += 1;
+        } else if outside.via == Via::Mount {
+            self.mounts.push(outside);
+        } else {
+            self.record.outside.push(outside);
+        }
+    }
+
+    /// Names the files of sockets, which lie where some process bound them.
+    fn look_at_sockets(&mut self) -> Result<()> {
+        if self.sockets.is_empty() || self.rules.policy == Policy::Ignore {
+            return Ok(());
+        }
+        let (names, candidates) = split(&self.volumes);
+        let mut survey = Survey::new(&candidates, Doubt::Ignored)?;
+        let mut known = HashSet::new();
+        for socket in std::mem::take(&mut self.sockets).bound() {
+            let Some(dir) = &self.dirs[socket.process] else { continue };
+            let Ok((place, mount)) = socket.locate(dir, &mut survey, &names) else { continue };
+            let Some((file_system, medium)) = mount.filter(|_| place.volume.is_none()) else { continue };
+            let process = &self.record.processes[socket.process];
+            let (pid, command, path) = (process.pid, process.command.clone(), place.path);
+            // A server has one for each of its clients, all bound to one file.
+            if known.insert((pid, path.clone())) {
+                let via = Via::Socket { fd: socket.fd };
+                self.add(Outside { pid, command, via, path, file_system, medium, unlinked: false });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first few of them, and how many more there are.
+fn summary(reasons: &[String]) -> Option<String> {
+    const SHOWN: usize = 8;
+    let mut text = reasons.iter().take(SHOWN).cloned().collect::<Vec<_>>().join("; ");
+    if reasons.len() > SHOWN {
+        text.push_str(&format!("; and {} more", reasons.len() - SHOWN));
+    }
+    (!reasons.is_empty()).then_some(text)
+}
+
+struct Observer<'a> {
+    names: &'a [Name],
+    survey: Survey<'a>,
+    /// Processes that see and may do the same can write to the same mounts.
+    seen: HashSet<(PathBuf, PathBuf, Credentials)>,
+    /// The mounts that were named.
+    named: HashSet<(PathBuf, i32)>,
+    /// The device of memory that has no name.
+    memory: Option<u64>,
+    /// How many more files may be recorded.
+    left: usize,
+    observation: Observation,
+}
+
+impl Observer<'_> {
+    fn member(&mut self, member: &Member) {
+        let mut record = ProcessRecord {
+            pid: member.id.pid,
+            start_time: member.id.start_time,
+            parent: member.parent,
+            command: member.command.clone(),
+            arguments: Vec::new(),
+            cwd: None,
+            root: None,
+            program: None,
+            files: Vec::new(),
+            mapped: Vec::new(),
+            unread: None,
+        };
+        let read = reach::open(member.id).and_then(|dir| self.process(&dir, &mut record).map(|()| dir));
+        let dir = match read {
+            Ok(dir) => Some(dir),
+            // It has ended and was not waited for: it has no files.
+            Err(_) if !member.id.is_alive() => None,
+            Err(error) => {
+                record.unread = Some(error.to_string());
+                None
+            }
+        };
+        self.observation.record.processes.push(record);
+        self.observation.dirs.push(dir);
+    }
+
+    fn process(&mut self, dir: &ProcDir, record: &mut ProcessRecord) -> io::Result<()> {
+        let view = self.survey.views.of(dir)?;
+        record.cwd = self.directory(dir, &view, "cwd")?;
+        record.root = self.directory(dir, &view, "root")?;
+        // The kernel's own helpers have none.
+        record.program = self.directory(dir, &view, "exe").unwrap_or_default();
+        self.descriptors(dir, &view, record)?;
+        self.mappings(dir, &view, record)?;
+        self.mounts(dir, &view, record)
+    }
+
+    fn directory(&self, dir: &ProcDir, view: &View, name: &str) -> io::Result<Option<FilePlace>> {
+        let Some(target) = unless_gone(target_of(dir, name))? else { return Ok(None) };
+        Ok(Some(self.place(view, dir.link(name)?, target.mount, target.unlinked)))
+    }
+
+    fn place(&self, view: &View, text: PathBuf, mount: Option<i32>, unlinked: bool) -> FilePlace {
+        let path = if unlinked { without_mark(text) } else { text };
+        let located = match path.is_absolute() {
+            true => self.survey.views.locate(view, &path, mount),
+            false => Located::Unknown,
+        };
+        let volume = in_volume(&self.survey, self.names, &located);
+        FilePlace { path: PathText(path), volume, unlinked }
+    }
+
+    fn take_one(&mut self) -> bool {
+        let more = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        self.observation.record.cut_off |= !more;
+        more
+    }
+
+    fn descriptors(&mut self, dir: &ProcDir, view: &View, record: &mut ProcessRecord) -> io::Result<()> {
+        let fds = dir.open_dir("fd")?;
+        let infos = dir.open_dir("fdinfo")?;
+        let mut sockets: Vec<(u64, i32)> = Vec::new();
+        for fd in numbers_in(&fds)? {
+            if !self.take_one() {
+                break;
+            }
+            let name = fd.to_string();
+            // `None`: it was closed meanwhile.
+            let Some(target) = unless_gone(target_of(&fds, &name))? else { continue };
+            let Some(text) = unless_gone(link_in(&fds, &name))? else { continue };
+            let kind = kind_of(&target, &text);
+            // Of the kernel's own objects it may be long, and tells nothing that is needed here.
+            let (flags, offset) = match kind {
+                OpenKind::Other | OpenKind::Socket => (0, 0),
+                _ => info_of(&infos, &name).unwrap_or_default(),
+            };
+            let place = self.place(view, text, target.mount, target.unlinked);
+            let Target { device, inode, .. } = target;
+            if kind == OpenKind::Socket {
+                sockets.push((inode, fd));
+            }
+            let file = OpenFile { fd, place, kind, flags, offset, device, inode };
+            if kind == OpenKind::File && file.is_writable() && Some(device) != self.memory {
+                self.audit(Via::Descriptor { fd }, &file.place, self.mount_of(view, &file.place, target.mount), record);
+            }
+            record.files.push(file);
+        }
+        record.files.sort_by_key(|file| file.fd);
+        if !sockets.is_empty() && self.observation.rules.policy != Policy::Ignore {
+            let process = self.observation.record.processes.len();
+            self.observation.sockets.add(dir, process, sockets)?;
+        }
+        Ok(())
+    }
+
+    fn mappings(&mut self, dir: &ProcDir, view: &View, record: &mut ProcessRecord) -> io::Result<()> {
+        let content = dir.read("maps")?;
+        let mut known: HashMap<(u64, u64), usize> = HashMap::new();
+        for mapping in content.split(|&byte| byte == b'\n').filter_map(Mapping::parse) {
+            let device = rustix::fs::makedev(mapping.device.0, mapping.device.1);
+            if let Some(&index) = known.get(&(device, mapping.inode)) {
+                let file: &mut MappedFile = &mut record.mapped[index];
+                file.shared |= mapping.shared;
+                file.writable |= mapping.writable && mapping.shared;
+                continue;
+            }
+            if Some(device) == self.memory {
+                continue;
+            }
+            if !self.take_one() {
+                break;
+            }
+            let text = unescape(mapping.name);
+            // A file may be *named* so; whether it is gone is asked of the file.
+            let marked = text.as_os_str().as_bytes().ends_with(MARK);
+            let unlinked =
+                marked && target_of(dir, &format!("map_files/{}", mapping.range)).is_ok_and(|target| target.unlinked);
+            let path = if unlinked { without_mark(text) } else { text };
+            let located = self.survey.views.locate_mapped(view, &path, mapping.device);
+            let volume = in_volume(&self.survey, self.names, &located);
+            known.insert((device, mapping.inode), record.mapped.len());
+            record.mapped.push(MappedFile {
+                place: FilePlace { path: PathText(path), volume, unlinked },
+                shared: mapping.shared,
+                writable: mapping.writable && mapping.shared,
+                device,
+                inode: mapping.inode,
+            });
+        }
+        for index in 0..record.mapped.len() {
+            let file = &record.mapped[index];
+            if file.writable {
+                let place = file.place.clone();
+                let mount = self.mount_of(view, &place, None);
+                self.audit(Via::Mapping, &place, mount, record);
+            }
+        }
+        Ok(())
+    }
+
+    /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
+    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<i32>) -> Option<(String, Medium)> {
+        let by_path = || view.resolve(place.path.as_path());
+        let found: Option<&Mount> = mount.map_or_else(by_path, |id| view.table.by_id(id));
+        match found {
+            None => Some(("unknown".into(), Medium::Unknown)),
+            Some(mount) => told(mount),
+        }
+    }
+
+    /// Names the file if it is outside the checkpoint.
+    fn audit(&mut self, via: Via, place: &FilePlace, on: Option<(String, Medium)>, record: &ProcessRecord) {
+        let Some((file_system, medium)) = on else { return };
+        if place.volume.is_some() && !place.unlinked {
+            return;
+        }
+        let FilePlace { path, unlinked, .. } = place.clone();
+        let (pid, command) = (record.pid, record.command.clone());
+        let outside = Outside { pid, command, via, path, file_system, medium, unlinked };
+        self.observation.add(outside);
+    }
+
+    /// Names the mounts that the process can write to and that no volume covers.
+    fn mounts(&mut self, dir: &ProcDir, view: &View, record: &ProcessRecord) -> io::Result<()> {
+        if self.observation.rules.policy == Policy::Ignore {
+            return Ok(());
+        }
+        let who = Credentials::of(dir, &self.survey.user_namespace)?;
+        if !self.seen.insert((view.namespace.clone(), view.root.clone(), who.clone())) {
+            return Ok(());
+        }
+        for mount in view.table.iter().filter(|mount| mount.writable) {
+            let Some((file_system, medium)) = told(mount) else { continue };
+            let visible = view.table.resolve(&mount.point).is_some_and(|top| top.id == mount.id);
+            let inside = mount.point.starts_with(&view.root) || view.root.starts_with(&mount.point);
+            if !visible || !inside || self.survey.owner(&mount.root).is_some() {
+                continue;
+            }
+            if mount.point.starts_with(&view.root) && !reach::may_enter(&mount.point, dir, view, &who) {
+                continue;
+            }
+            // What lies above the root is not seen, unless the root itself lies on it.
+            let below = !mount.point.starts_with(&view.root);
+            if below && view.table.resolve(&view.root).is_none_or(|top| top.id != mount.id) {
+                continue;
+            }
+            if self.named.insert((view.namespace.clone(), mount.id)) {
+                let path = PathText(mount.point.clone());
+                let (pid, command) = (record.pid, record.command.clone());
+                let outside = Outside { pid, command, via: Via::Mount, path, file_system, medium, unlinked: false };
+                self.observation.add(outside);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where in the volumes it is.
+pub(super) fn in_volume(survey: &Survey<'_>, names: &[Name], located: &Located) -> Option<InVolume> {
+    let Located::At(place) = located else { return None };
+    let (owner, below) = survey.below(place)?;
+    Some(InVolume { name: names.get(owner)?.clone(), path: PathText(below) })
+}
+
+/// Takes a file's name and the mark behind it apart.
+fn without_mark(text: PathBuf) -> PathBuf {
+    match text.as_os_str().as_bytes().strip_suffix(MARK) {
+        Some(path) => OsStr::from_bytes(path).into(),
+        None => text,
+    }
+}
+
+/// What the kernel writes behind the name of a file that is not found under it any more.
+const MARK: &[u8] = b" (deleted)";
+
+fn kind_of(target: &Target, text: &Path) -> OpenKind {
+    match target.kind {
+        FileType::RegularFile => OpenKind::File,
+        FileType::Directory => OpenKind::Directory,
+        FileType::Fifo => OpenKind::Fifo,
+        FileType::Socket => OpenKind::Socket,
+        FileType::CharacterDevice => OpenKind::CharDevice,
+        FileType::BlockDevice => OpenKind::BlockDevice,
+        // Of a file on another user's FUSE mount not even this is told.
+        _ if text.is_absolute() => OpenKind::File,
+        _ => OpenKind::Other,
+    }
+}
+
+/// The type of a mount's file system, and what that keeps its files on; `None` if it has no files of anybody's.
+pub(super) fn told(mount: &Mount) -> Option<(String, Medium)> {
+    let medium = Medium::of(&mount.fstype)?;
+    Some((String::from_utf8_lossy(&mount.fstype).into_owned(), medium))
+}
+
+/// The flags and the offset of a descriptor, of its file in `fdinfo`.
+fn info_of(infos: &OwnedFd, name: &str) -> Option<(u32, u64)> {
+    let file = rustix::fs::openat(infos, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    // The first lines tell it, whatever follows.
+    let mut start = [0; 256];
+    let length = rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut start)).ok()?;
+    let field = |name: &[u8]| {
+        let line = start[..length].split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name))?;
+        std::str::from_utf8(line.trim_ascii()).ok()
+    };
+    Some((u32::from_str_radix(field(b"flags:")?, 8).ok()?, field(b"pos:")?.parse().ok()?))
+}
+
+/// The device of files that are memory and have no name: what `memfd_create(2)` makes, and shared memory of System V.
+fn memory_device() -> Option<u64> {
+    let file = rustix::fs::memfd_create("fsnap", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+    Some(rustix::fs::fstat(file).ok()?.st_dev)
+}
+
+/// Whether anybody still waits for command lines.
+///
+/// When nobody does, the process may have closed all of its files, and have others under their numbers: from then on
+/// the reader opens nothing and closes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    GoesOn,
+    Abandoned,
+}
+
+/// The command line, or its beginning.
+fn arguments(dir: &ProcDir, reading: &Mutex<Reading>) -> io::Result<Vec<PathText>> {
+    let goes_on =
+        || Some(reading.lock().unwrap_or_else(PoisonError::into_inner)).filter(|state| **state == Reading::GoesOn);
+    let abandoned = || io::Error::from(io::ErrorKind::TimedOut);
+    let file = {
+        let _held = goes_on().ok_or_else(abandoned)?;
+        ManuallyDrop::new(dir.open("cmdline")?)
+    };
+    let mut content = vec![0; ARGUMENTS];
+    let read = read_up_to(&file, &mut content);
+    {
+        let _held = goes_on().ok_or_else(abandoned)?;
+        drop(ManuallyDrop::into_inner(file));
+    }
+    let length = read?;
+    content.truncate(length);
+    if content.is_empty() {
+        return Ok(Vec::new());
+    }
+    let text = content.strip_suffix(b"\0").unwrap_or(&content);
+    let of = |argument: &[u8]| PathText(OsStr::from_bytes(argument).into());
+    Ok(text.split(|&byte| byte == 0).map(of).collect())
+}
+
+fn read_up_to(file: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match rustix::io::retry_on_intr(|| rustix::io::read(file, &mut buffer[length..]))? {
+            0 => break,
+            more => length += more,
+        }
+    }
+    Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_summary_ends() {
+        let reasons: Vec<String> = (0..10).map(|number| number.to_string()).collect();
+        assert_eq!(summary(&reasons).unwrap(), "0; 1; 2; 3; 4; 5; 6; 7; and 2 more");
+        assert_eq!(summary(&reasons[..1]).unwrap(), "0");
+        assert_eq!(summary(&[]), None);
+    }
+
+    #[test]
+    fn only_the_mark_itself_is_taken_away() {
+        let shown = |text: &str| without_mark(text.into()).into_os_string().into_string().unwrap();
+        assert_eq!(shown("/a (deleted) (deleted)"), "/a (deleted)");
+        assert_eq!(shown("/a (deleted)x"), "/a (deleted)x");
+    }
+}

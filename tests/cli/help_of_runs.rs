@@ -1,0 +1,178 @@
+//! The help texts of the commands for runs and containers.
+
+use insta::assert_snapshot;
+
+use crate::help::help;
+
+#[test]
+fn run() {
+    assert_snapshot!(help("run"), @"
+    Start a command so that it can be saved and copied live
+
+    It gets namespaces of its own (pids, mounts, IPC), in which everything is read-only but its volumes,
+    so that a checkpoint holds all that it can change. Each copy has its own /tmp, /var/tmp and /dev/shm
+    in memory. It goes on in the background, and what it says goes to a log (`fsnap logs`), unless it
+    has a terminal. Prints the run's name.
+
+    Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT
+    --run` starts a copy.
+
+    Usage: fsnap run [OPTIONS] -- <COMMAND>...
+
+    Arguments:
+      <COMMAND>...
+              The command and its arguments
+
+    Options:
+          --name <NAME>
+              The run's name; one is made up from the command, if not given
+
+          --volume <VOLUME>
+              A volume that it writes to, by name or path; may be given several times
+
+          --rw <DIR>
+              A directory that it writes to and that is in no checkpoint; all copies share it
+
+          --ro <DIR>
+              A directory that it sees read-only, also in a volume or below /tmp
+
+          --tmp <DIR>
+              A directory that it sees empty, in memory, each copy its own
+
+          --tty
+              Give it this terminal, and stay until it ends
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn ps() {
+    assert_snapshot!(help("ps"), @"
+    List the runs: the process, checkpoint and branch of each, and since when it runs
+
+    Usage: fsnap ps [OPTIONS]
+
+    Options:
+      -a, --all   Those that have ended as well, as long as their logs are kept
+          --json  Print an array of JSON objects
+      -h, --help  Print help
+    ");
+}
+
+#[test]
+fn logs() {
+    assert_snapshot!(help("logs"), @"
+    Print what the processes of a run have written to standard output and standard error
+
+    Usage: fsnap logs [OPTIONS] <RUN>
+
+    Arguments:
+      <RUN>  The run
+
+    Options:
+      -f, --follow  Go on until it ends
+      -h, --help    Print help
+    ");
+}
+
+#[test]
+fn stop() {
+    assert_snapshot!(help("stop"), @"
+    End runs: ask each command to (SIGTERM), and kill what is left after a while
+
+    What they wrote stays: their branches, their logs.
+
+    Usage: fsnap stop [OPTIONS] <RUN>...
+
+    Arguments:
+      <RUN>...
+              The runs
+
+    Options:
+      -t, --time <SECONDS>
+              How long to wait before the rest is killed; 0 kills at once
+
+              [default: 10]
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn install_hooks() {
+    assert_snapshot!(help("install-hooks"), @"
+    Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+
+    Adds marked lines to a file of CRIU's configuration in /etc/criu, after making sure that the
+    installed versions can do it, and a link to this fsnap in /usr/libexec/fsnap. From then on each
+    checkpoint of a container holds its volumes: those that are registered (`fsnap init`) and that its
+    processes can write to, its root file system and its bind mounts among them. Prints what it changes.
+
+    Usage: fsnap install-hooks [OPTIONS] <CALLER>
+
+    Arguments:
+      <CALLER>
+              Who calls CRIU
+
+              Possible values:
+              - criu:   All that read CRIU's default.conf
+              - runc:   The container runtime runc
+              - crun:   The container runtime crun
+              - podman: Podman: the runtime that it uses
+
+    Options:
+      -n, --dry-run
+              Print what would be changed, and change nothing
+
+          --uninstall
+              Take the lines out again, and the link when nobody needs it any more
+
+          --root <DIR>
+              Change the files below this directory, as for a package
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn engine_runc_checkpoint() {
+    assert_snapshot!(help("engine runc checkpoint"), @"
+    Save a container, its processes and its volumes, at one instant, and let it run on
+
+    For a CRIU that runc may not give hooks (`fsnap install-hooks` tells). fsnap freezes the container's
+    control group, lets runc save the processes, takes the snapshots, and thaws it: it stands still for
+    all of that. Prints the new checkpoint's id.
+
+    Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNC ARGS>...]
+
+    Arguments:
+      <CONTAINER>
+              The container
+
+      [RUNC ARGS]...
+              Further arguments for runc's checkpoint, after --
+
+    Options:
+          --image-path <DIR>
+              Where the process image goes: a directory that is empty or missing, outside of every
+              volume
+
+          --root <DIR>
+              Where runc keeps the state of its containers
+
+          --deadline <SECONDS>
+              Give up, and let the container run, if it does not stand after so many seconds
+
+              [default: 10]
+
+          --json
+              Print a JSON object
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
