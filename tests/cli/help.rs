@@ -652,8 +652,8 @@ fn mount() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted or terminated, and say what cannot be read and
-              why
+              Serve in this process, until it is unmounted or terminated, and say what cannot be read
+              and why
 
           --allow-other
               Let other users see it; the permissions of the files hold
