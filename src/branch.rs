@@ -3,6 +3,7 @@
 use fsnap_backend::{Identity, Locator};
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::ImageRef;
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::name::Name;
 
@@ -39,15 +40,18 @@ pub struct BranchMember {
     /// How it is made where the store cannot clone; `at` is then the snapshot below it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
-    /// It is written through `fsnap mount`: the directory that keeps what differs from the snapshot `at` below it.
+    /// It is written through `fsnap mount`: where its layers are; `at` is then the snapshot below them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub layers: Option<PathText>,
+    pub layers: Option<Overlay>,
+    /// Images below that snapshot, without which it cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<ImageRef>,
     /// The directory that holds its mount point, where the store's clones have to be mounted to be seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<PathText>,
 }
 
-/// A writable volume over a snapshot that cannot be written: what differs is kept beside it.
+/// A writable volume over a snapshot that is not written: what differs is kept beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overlay {
     /// The directory that holds what differs.
@@ -69,7 +73,8 @@ pub struct Keeper {
 impl Branch {
     /// The directories of what is kept or mounted for it: of its overlays, and of the mount points of its clones.
     pub fn homes(&self) -> Vec<PathText> {
-        self.members.iter().filter_map(|member| member.home().or(member.layers.as_ref()).cloned()).collect()
+        let layers = |member: &BranchMember| member.layers.as_ref().map(|layers| layers.dir.clone());
+        self.members.iter().filter_map(|member| member.home().cloned().or_else(|| layers(member))).collect()
     }
 }
 

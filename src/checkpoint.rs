@@ -9,6 +9,7 @@ use std::str::FromStr;
 use fsnap_backend::{Consistency, Identity, Snapshot};
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::ImageRef;
 use crate::name::Name;
 
 /// Names one checkpoint for ever: 128 random bits, written as 32 hexadecimal digits.
@@ -116,6 +117,9 @@ pub struct Member {
     pub consistency: Consistency,
     /// The snapshot.
     pub snapshot: Snapshot,
+    /// Images below the snapshot, without which it cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<ImageRef>,
     /// Who had files of the volume open for writing and was not frozen.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub writers: Vec<String>,

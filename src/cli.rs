@@ -12,11 +12,13 @@ mod copy;
 mod deadline;
 mod diff;
 mod doctor;
+mod engine;
 mod environment;
 mod failure;
 mod generic;
 mod hook;
 mod init;
+mod install_hooks;
 mod internal;
 mod json;
 mod log;
@@ -107,6 +109,8 @@ enum Command {
     Pool(pool::Args),
     Recover(recover::Args),
     Doctor(doctor::Args),
+    InstallHooks(install_hooks::Args),
+    Engine(engine::Args),
     Hook(hook::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -184,6 +188,8 @@ fn run(command: Command) -> Outcome {
         Command::Pool(args) => pool::run(args),
         Command::Recover(args) => recover::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::InstallHooks(args) => install_hooks::run(args),
+        Command::Engine(args) => engine::run(args),
         Command::Hook(args) => hook::run(args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),

@@ -28,4 +28,7 @@ page!(restore, "restore.md");
 page!(packages, "packages.md");
 page!(overlay_format, "overlay-format.md");
 page!(browsing, "browsing.md");
+page!(fuse_costs, "fuse-costs.md");
+page!(layers, "layers.md");
+page!(semantics, "semantics.md");
 page!(runs, "runs.md");

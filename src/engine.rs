@@ -6,6 +6,7 @@
 
 mod confine;
 pub mod criu;
+pub mod drop_in;
 mod dump;
 mod images;
 pub(crate) mod os_text;
@@ -23,6 +24,7 @@ pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
 pub use images::{ANSWER_NAME, ImageRecord, Images, MemberRecord, RECORD_NAME};
 pub use program::{Program, TerminalId, run_program};
+pub use reasons::of as reasons_in;
 pub use relay::{is_relay, run_relay};
 pub use restore::{Ended, MountPlan, PidSpace, Restore, Restored, StageCommand, Start};
 pub use stage::run_stage;

@@ -245,6 +245,12 @@ pub enum Error {
         /// What it holds.
         found: String,
     },
+    /// A branch has no files at the moment: it is written through a mount, and nothing shows it.
+    #[error("branch {name} is not shown anywhere: `fsnap mount DIR` shows it")]
+    NotShown {
+        /// The branch.
+        name: Name,
+    },
     /// The branch could not be made: the backend has no writable clones, and no overlay can be kept here.
     #[error("an overlay cannot be kept in {dir}: {reason}")]
     NoOverlay {
@@ -292,6 +298,12 @@ pub enum Error {
     BadRun {
         /// The file.
         path: PathText,
+        /// Why not.
+        reason: String,
+    },
+    /// What is installed cannot call a hook.
+    #[error("no hook can be installed: {reason}")]
+    NoHooks {
         /// Why not.
         reason: String,
     },

@@ -40,6 +40,17 @@ pub mod layers {
     pub use fsnap_layers::*;
 }
 
+/// Whether images need what a branch that is given up has written; then it stays until the last of them is deleted.
+pub fn is_needed(dir: &Path) -> Result<bool> {
+    #[cfg(feature = "fuse")]
+    return Ok(fsnap_layers::abandon(dir)?);
+    #[cfg(not(feature = "fuse"))]
+    {
+        let _ = dir;
+        Ok(false)
+    }
+}
+
 /// One storage technology that was compiled in.
 #[derive(Debug, Clone, Copy)]
 pub struct Kind {

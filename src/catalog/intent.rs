@@ -148,6 +148,9 @@ pub struct PlannedMember {
     pub store: Identity,
     /// Where the snapshot will be.
     pub at: Locator,
+    /// Images below the snapshot, without which it could not be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub needs: Vec<ImageRef>,
 }
 
 impl PlannedMember {

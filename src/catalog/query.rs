@@ -406,6 +406,7 @@ impl Catalog {
                 }
                 let image = ImageRef { store: member.store.clone(), at: member.snapshot.at.clone() };
                 self.hold(tx, &[image], &Holder::Checkpoint(&checkpoint.id))?;
+                self.hold(tx, &member.needs, &Holder::Checkpoint(&checkpoint.id))?;
             }
             for tag in tags {
                 // A tag that was taken meanwhile stays where it is: losing the checkpoint for it would be worse.

@@ -70,7 +70,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     if args.json {
         return out.json(&json::branch(&coordinator, &branch));
     }
-    branch.members.iter().try_for_each(|member| out.line(&member.path))
+    branch.members.iter().try_for_each(|member| match coordinator.files_of(&branch, member) {
+        Some(files) => out.line(fsnap::printable(files.as_os_str())),
+        None => out.line("(not mounted: `fsnap mount DIR` shows it)"),
+    })
 }
 
 /// A name that tells where the branch came from and that no branch has.

@@ -3,8 +3,6 @@
 use super::{Context, Outcome, Output, json};
 
 /// List the branches, the checkpoint each grew from, and where its files are
-///
-/// Those of a branch that is written through `fsnap mount` are where something is mounted that shows it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print an array of JSON objects

@@ -113,7 +113,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     print(&coordinator, &checkpoint, args.json)
 }
 
-fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json: bool) -> Outcome {
+pub(super) fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json: bool) -> Outcome {
     let out = Output::new();
     if as_json {
         let tags = coordinator.catalog().tags_of(&checkpoint.id)?;
@@ -216,7 +216,12 @@ fn take_frozen(
 }
 
 /// Takes the snapshots, and searches meanwhile for writers among those who do not stand; looks at the tree, if there is one.
-fn take_searching(window: &mut Window, stopped: bool, standing: Tree, tree: Option<&Tree>) -> fsnap::Result<()> {
+pub(super) fn take_searching(
+    window: &mut Window,
+    stopped: bool,
+    standing: Tree,
+    tree: Option<&Tree>,
+) -> fsnap::Result<()> {
     let pending = window.pending().clone();
     std::thread::scope(|scope| {
         let search = scope.spawn(move || {
@@ -246,7 +251,7 @@ fn freeze_late_writers(window: &Window, frozen: &mut Frozen) -> fsnap::Result<()
 }
 
 /// All that stand: the tree, and the writers beside it.
-fn everyone_in(frozen: &Frozen) -> Tree {
+pub(super) fn everyone_in(frozen: &Frozen) -> Tree {
     let tree = frozen.tree().members().map(|member| member.id);
     Tree::of_processes(tree.chain(frozen.record().processes.iter().copied()))
 }

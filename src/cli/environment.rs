@@ -155,6 +155,12 @@ pub(crate) fn tell(recovered: &[Recovered]) {
 pub(crate) const LOST_END: &str = "the end of the catalog's log catalog.db-wal is gone; `fsnap recover` names what is left in the \
                                    stores";
 
+/// Where the service manager wants to be told that a server is ready.
+#[cfg(feature = "fuse")]
+pub(crate) fn notify_socket() -> Option<std::ffi::OsString> {
+    std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty())
+}
+
 fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }

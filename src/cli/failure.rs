@@ -98,6 +98,7 @@ fn hint(error: &Error) -> Option<String> {
             "choose another name, or remove the branch: `fsnap rm --branch NAME`"
         }
         Error::NoSuchRun { .. } => "`fsnap ps --all` lists the runs",
+        Error::NoHooks { .. } => "`fsnap engine runc checkpoint` does without hooks",
         Error::RunLives { .. } => "end it first: `fsnap stop NAME`",
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",

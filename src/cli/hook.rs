@@ -193,7 +193,7 @@ fn say_id(call: &HookCall, id: CheckpointId) {
 }
 
 /// What is left beside the engine's images.
-fn record(window: &Window) -> ImageRecord {
+pub(super) fn record(window: &Window) -> ImageRecord {
     let members = window.taken().into_iter().flat_map(|taken| &taken.members).map(|member| MemberRecord {
         volume: member.volume.to_string(),
         path: member.path.0.clone(),

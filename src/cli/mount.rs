@@ -22,7 +22,7 @@ use super::{Context, Outcome, json, server};
 pub(crate) struct Args {
     /// Where to mount
     dir: PathBuf,
-    /// Serve in this process, until it is unmounted, and say what cannot be read and why
+    /// Serve in this process, until it is unmounted or terminated, and say what cannot be read and why
     #[arg(long)]
     foreground: bool,
     /// Let other users see it; the permissions of the files hold
@@ -56,9 +56,7 @@ fn serve(args: &Args) -> Outcome {
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
     let options = Options { allow_other: args.allow_other, ..Options::default() };
     let ready = || {
-        if args.detach {
-            server::ready()
-        }
+        if args.detach { server::ready() } else { server::notify_ready() }
     };
     Ok(session::serve_all(records, report, source(&context), &args.dir, options, IDLE, ready)?)
 }

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     store: PathBuf,
     /// Where to mount
     dir: PathBuf,
-    /// Serve in this process, until it is unmounted
+    /// Serve in this process, until it is unmounted or terminated
     #[arg(long)]
     foreground: bool,
     /// Let other users see it, although it is not root who mounts
@@ -60,9 +60,7 @@ fn serve(args: &Args) -> Outcome {
         dev: args.dev,
     };
     let ready = || {
-        if args.detach {
-            server::ready()
-        }
+        if args.detach { server::ready() } else { server::notify_ready() }
     };
     Ok(session::serve(overlay, &source, &args.dir, options, ready)?)
 }

@@ -37,6 +37,21 @@ pub(crate) fn start(command: &str, options: &[&str], paths: &[PathBuf]) -> Outco
     Err(Failure::Reported)
 }
 
+/// Tells the service manager, if one waits for it, that this server has mounted
+/// ([sd_notify(3)](https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html)).
+pub(crate) fn notify_ready() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(name) = super::environment::notify_socket() else { return };
+    let address = match name.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&name),
+    };
+    // A manager that cannot be told gives up waiting by itself.
+    let _ = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+}
+
 /// Tells whoever started this server that it has mounted, and lets go of their terminal and directory.
 pub(crate) fn ready() {
     let _ = rustix::process::chdir("/");

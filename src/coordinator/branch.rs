@@ -34,7 +34,12 @@ impl Coordinator {
         let mut planned = Vec::with_capacity(checkpoint.members.len());
         for member in &checkpoint.members {
             let store = self.store(&member.store)?;
-            let (at, overlay) = match store.store().capabilities.clones {
+            let can = store.store().capabilities;
+            if !can.clones && !can.mountable {
+                // The kernel can lay nothing over it.
+                return self.branch_to_write(checkpoint, name);
+            }
+            let (at, overlay) = match can.clones {
                 true => (self.reserve(store.as_ref(), Source::Snapshot(&member.snapshot))?, None),
                 false => (member.snapshot.at.clone(), Some(self.plan_overlay(name, &member.volume)?)),
             };
@@ -120,6 +125,7 @@ impl Coordinator {
                 origin: plan.member.path.clone(),
                 overlay: plan.overlay.clone(),
                 layers: None,
+                needs: Vec::new(),
                 home,
             });
         }

@@ -86,6 +86,7 @@ impl Coordinator {
             // Whoever wrote at that moment was not stopped for it.
             consistency: store.store().capabilities.live,
             snapshot,
+            needs: planned.needs.clone(),
             writers: Vec::new(),
         })
     }

@@ -121,7 +121,7 @@ impl Coordinator {
 
     /// Mounts one again, if it has to be mounted and is not; tells whether it was.
     fn mount_member(&self, checkpoint: &crate::checkpoint::CheckpointId, member: &mut BranchMember) -> Result<bool> {
-        let Some(dir) = member.home().cloned() else { return Ok(false) };
+        let Some(dir) = member.home().cloned().filter(|_| member.layers.is_none()) else { return Ok(false) };
         let dir = dir.as_path();
         if is_mounted(dir).context("examine", dir)? {
             return Ok(false);
@@ -161,6 +161,10 @@ pub(super) fn remove(dir: &Path) -> Result<()> {
             Err(Errno::BUSY) => return Err(crate::mount::Error::Busy { dir: files }.into()),
             unmounted => unmounted.map_err(io::Error::from).context("unmount", &files)?,
         }
+    }
+    if crate::stores::is_needed(dir)? {
+        // Checkpoints were taken on it, and read what it had sealed.
+        return Ok(());
     }
     let (Some(branch), Some(volume)) = (dir.parent(), dir.file_name()) else { return Ok(()) };
     let parent = beneath::open_root(branch).context("open", branch)?;

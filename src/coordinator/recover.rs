@@ -74,7 +74,7 @@ impl Coordinator {
             }
         }
         for (id, intent) in intents {
-            if !self.needs_recovery(id, &intent) {
+            if !self.needs_recovery(id, &intent, &boot) {
                 continue;
             }
             let finished = intent.boot() == boot && self.catalog.was_finished(id)?;
@@ -84,7 +84,7 @@ impl Coordinator {
                 lock.finish();
                 continue;
             };
-            if !self.needs_recovery(id, &intent) {
+            if !self.needs_recovery(id, &intent, &boot) {
                 continue;
             }
             let what = describe(&intent);
@@ -123,10 +123,12 @@ impl Coordinator {
         Ok(strays)
     }
 
-    fn needs_recovery(&self, id: IntentId, intent: &Intent) -> bool {
+    fn needs_recovery(&self, id: IntentId, intent: &Intent, boot: &str) -> bool {
         match intent {
             Intent::Checkpoint(pending) => {
-                self.catalog.may_be_taken(id) || pending.owner.is_none_or(|owner| !owner.is_alive())
+                // In another boot, whoever has the engine's pid and start time is somebody else.
+                let is_owned = pending.boot == boot && pending.owner.is_some_and(|owner| owner.is_alive());
+                self.catalog.may_be_taken(id) || !is_owned
             }
             Intent::Branch { .. } | Intent::Remove { .. } => true,
         }
@@ -223,6 +225,7 @@ impl Coordinator {
                 // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
                 consistency: store.store().capabilities.live,
                 snapshot,
+                needs: plan.needs.clone(),
                 writers: Vec::new(),
             });
         }

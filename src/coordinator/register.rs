@@ -45,6 +45,12 @@ impl Coordinator {
     /// Begins to track a directory as a volume.
     pub fn register(&self, wanted: Registration) -> Result<Registered> {
         let dir = volume_dir(&wanted.dir, self.catalog.state(), &self.catalog.volumes()?)?;
+        let shown = crate::mount::served(self.catalog.state()).context("examine", &dir)?;
+        if shown.iter().any(|mount| dir.starts_with(mount)) {
+            let reason =
+                "it is in a mount of this catalog: a branch there is taken by `fsnap checkpoint --branch`".into();
+            return Err(Error::NotAVolume { dir: PathText(dir), reason });
+        }
         let name = match wanted.name {
             Some(name) => name,
             None => name_of(&dir)?,

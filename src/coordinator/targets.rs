@@ -7,7 +7,7 @@ use fsnap_backend::{Identity, Locator};
 
 use super::Coordinator;
 use crate::branch::{Branch, BranchMember};
-use crate::catalog::PlannedMember;
+use crate::catalog::{ImageRef, PlannedMember};
 use crate::checkpoint::PathText;
 use crate::name::Name;
 use crate::processes::{self, Candidate, CandidateKind, Tree};
@@ -29,13 +29,15 @@ pub struct Target {
     pub backend: String,
     /// The store for the snapshot.
     pub store: Identity,
+    /// Images below it, without which the snapshot could not be read.
+    pub needs: Vec<ImageRef>,
 }
 
 impl Target {
     /// Its part in a checkpoint, with a snapshot at that place.
     pub(super) fn planned(self, at: Locator) -> PlannedMember {
-        let Self { volume, path, identity, backend, store, .. } = self;
-        PlannedMember { volume, path, identity, backend, store, at }
+        let Self { volume, path, identity, backend, store, needs, .. } = self;
+        PlannedMember { volume, path, identity, backend, store, at, needs }
     }
 }
 
@@ -63,6 +65,9 @@ impl Coordinator {
     /// The volumes of a branch.
     pub fn targets_of_branch(&self, name: &Name) -> Result<Vec<Target>> {
         let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
+        if branch.members.iter().any(|member| self.files_of(&branch, member).is_none()) {
+            return Err(Error::NotShown { name: name.clone() });
+        }
         Ok(branch.members.iter().map(|member| self.on_branch(&branch, member)).collect())
     }
 
@@ -104,14 +109,17 @@ impl Coordinator {
             Error::Backend(fsnap_backend::Error::NotFound { what })
         })?;
         let RegisteredVolume { name, path, identity, store } = volume;
-        Ok(Target { volume: name, path, identity, branch: None, backend, store })
+        Ok(Target { volume: name, path, identity, branch: None, backend, store, needs: Vec::new() })
     }
 
     fn on_branch(&self, branch: &Branch, member: &BranchMember) -> Target {
         // An overlay is nothing that the backend of the snapshot below could capture.
-        let keeper = member.overlay.as_ref().and_then(|overlay| overlay.keeper.as_ref());
+        let kept = member.overlay.as_ref().or(member.layers.as_ref());
+        let keeper = kept.and_then(|overlay| overlay.keeper.as_ref());
         let (backend, store) =
             keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
+        let below = member.layers.as_ref().map(|_| ImageRef { store: member.store.clone(), at: member.at.clone() });
+        let needs = below.into_iter().chain(member.needs.iter().cloned()).collect();
         Target {
             volume: member.volume.clone(),
             path: self.files_of(branch, member).map_or_else(|| member.path.clone(), PathText),
@@ -119,6 +127,7 @@ impl Coordinator {
             branch: Some(branch.name.clone()),
             backend: backend.clone(),
             store: store.clone(),
+            needs,
         }
     }
 

@@ -106,6 +106,7 @@ impl Window {
                 store.store().capabilities.live
             },
             snapshot,
+            needs: plan.needs.clone(),
             writers,
         });
         self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching, tree });

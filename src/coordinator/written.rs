@@ -10,13 +10,19 @@ use std::path::PathBuf;
 use fsnap_backend::Identity;
 
 use super::Coordinator;
-use crate::branch::{Branch, BranchMember};
+use crate::branch::{Branch, BranchMember, Keeper, Overlay};
 use crate::checkpoint::{Checkpoint, PathText};
 use crate::name::Name;
+use crate::stores::Kind;
+use crate::volume::StoreRecord;
 use crate::{Error, Result};
 
 /// What the mount calls the directory of branches.
 const DIR: &str = "branches";
+
+/// The backend that seals what is written to such a branch.
+const LAYERS: &str = "layers";
+const LAYERS_STORE: &str = ".layers";
 
 impl Coordinator {
     /// Records the branch `name` of `checkpoint`, to be written through `fsnap mount`.
@@ -32,6 +38,7 @@ impl Coordinator {
             source,
         })?);
         let home = self.homes.join(name.as_str());
+        let keeper = self.keeper_of_layers()?;
         let member = |member: &crate::checkpoint::Member| {
             let dir = home.join(format!("{}.{suffix}", member.volume));
             BranchMember {
@@ -40,10 +47,11 @@ impl Coordinator {
                 store: member.store.clone(),
                 at: member.snapshot.at.clone(),
                 path: PathText(dir.join("files")),
-                identity: Identity::new(format!("layers:{suffix}:{}", member.volume)),
+                identity: Identity::new(format!("{LAYERS}:{suffix}-{}", member.volume)),
                 origin: member.path.clone(),
                 overlay: None,
-                layers: Some(PathText(dir)),
+                layers: Some(Overlay { dir: PathText(dir), keeper: keeper.clone() }),
+                needs: member.needs.clone(),
                 home: None,
             }
         };
@@ -54,6 +62,21 @@ impl Coordinator {
         } else {
             Err(taken(Some("or its checkpoint was removed meanwhile")))
         }
+    }
+
+    /// Makes the store for checkpoints of such branches, or opens it.
+    fn keeper_of_layers(&self) -> Result<Option<Keeper>> {
+        let Ok(kind) = Kind::named(LAYERS) else { return Ok(None) };
+        let place = self.homes.join(LAYERS_STORE);
+        let identity = match kind.open(&place) {
+            Ok(store) => store.store().identity.clone(),
+            Err(_) => kind.create(&place)?.store().identity.clone(),
+        };
+        let record = StoreRecord { identity, backend: LAYERS.to_owned(), place: PathText(place) };
+        if self.catalog.store(&record.identity)?.as_ref() != Some(&record) {
+            self.catalog.add_store(&record)?;
+        }
+        Ok(Some(Keeper { backend: record.backend, store: record.identity }))
     }
 
     /// Where the files of a branch's volume are: its own path, or below a mount that shows it now.

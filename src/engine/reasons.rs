@@ -42,7 +42,7 @@ const KNOWN: &[(&str, &str)] = &[
 ];
 
 /// The first lines of a log that say what failed, translated where that is known; none if nothing did.
-pub(super) fn of(log: &str) -> Vec<String> {
+pub fn of(log: &str) -> Vec<String> {
     let mut reasons: Vec<String> = Vec::new();
     let errors = log.lines().filter_map(error).filter(|line| !is_noise(line));
     for line in errors {

@@ -90,7 +90,7 @@ impl Branches {
 
     /// The number of the root of the branch's volume, if it is written through the mount. Opens nothing.
     pub(super) fn number_of(&self, branch: &Name, member: &BranchMember) -> Option<u64> {
-        let dir = member.layers.as_ref()?.as_path();
+        let dir = member.layers.as_ref()?.dir.as_path();
         let mut hasher = DefaultHasher::new();
         dir.hash(&mut hasher);
         let mut slots = self.slots();
@@ -138,7 +138,8 @@ impl Branches {
         let slot = slots.get_mut(&number).ok_or_else(gone)?;
         let coordinator = self.records.open()?;
         let branch = coordinator.catalog().branch(&slot.branch)?.ok_or_else(gone)?;
-        let is_it = |member: &&BranchMember| member.layers.as_ref().is_some_and(|dir| dir.as_path() == slot.dir);
+        let is_it =
+            |member: &&BranchMember| member.layers.as_ref().is_some_and(|layers| layers.dir.as_path() == slot.dir);
         let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
         let store = coordinator.store_at(&member.store)?;
         let below = lower::of_recipe(store.activate(&member.at)?)?;
@@ -146,6 +147,7 @@ impl Branches {
         if let Some(home) = slot.dir.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(home).context("make the directory", home)?;
         }
+        overlay::prepare(&slot.dir, &member.identity)?;
         let tree = Overlay::open_at_once(below, &slot.dir).map_err(session::Error::from)?;
         let (notifier, base) = (self.notifier.clone(), number << OWN_BITS);
         if let Some(record) = coordinator.catalog().store(&member.store)? {
@@ -166,8 +168,8 @@ impl Branches {
         let coordinator = self.records.open()?;
         let Some(branch) = coordinator.catalog().branch(branch)? else { return Ok(true) };
         for member in &branch.members {
-            let Some(dir) = &member.layers else { return Ok(false) };
-            if !overlay::is_unchanged(dir.as_path()).map_err(session::Error::from)? {
+            let Some(layers) = &member.layers else { return Ok(false) };
+            if !overlay::is_unchanged(layers.dir.as_path()).map_err(session::Error::from)? {
                 return Ok(false);
             }
         }

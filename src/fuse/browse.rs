@@ -4,7 +4,7 @@
 //! README                             what this is
 //! latest                             → ids/<the newest>
 //! ids/<id>/<volume>/…                the files of a checkpoint
-//! ids/<id>/.fsnap/                   not listed: meta.json, parent → the one before, images → the process image
+//! ids/<id>/.fsnap/                   not listed: meta.json, changed, parent → the one before, images → the process image
 //! snapshots/<RFC 3339>, …/latest     → ids/<id>
 //! tags/<tag>                         → ids/<id>
 //! branches/<name>/<volume>/…         the files of a branch; → where they are, if `fsnap branch` made it

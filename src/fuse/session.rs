@@ -155,8 +155,53 @@ fn serve_by(
     let session = session.map_err(failed("serve", dir))?;
     let _ = notifier.set(session.notifier());
     larger_readahead(&shown);
+    let noted = note_server(source, &shown);
+    let signals = end_on_signals(shown, noted.clone()).map_err(failed("wait for signals for", dir))?;
     ready();
-    session.run().map_err(failed("serve", dir))
+    let served = session.run().map_err(failed("serve", dir));
+    signals.close();
+    noted.iter().for_each(|noted| drop(std::fs::remove_file(noted)));
+    served
+}
+
+/// How long processes that use what is served keep a server that is to end.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// Takes the mount off when this process is told to end. Whoever still uses it gets no answer any more a moment later.
+fn end_on_signals(dir: PathBuf, noted: Option<PathBuf>) -> io::Result<signal_hook::iterator::Handle> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let handle = signals.handle();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        if signals.forever().next().is_none() {
+            return;
+        }
+        let _ = detach(&dir);
+        // The session ends with the last user of the mount, and this process with the session.
+        std::thread::sleep(LAST_ANSWERS);
+        noted.iter().for_each(|noted| drop(std::fs::remove_file(noted)));
+        std::process::exit(0);
+    })?;
+    Ok(handle)
+}
+
+/// The directory of files that servers hold, beside what they serve from.
+const SERVERS: &str = "servers";
+
+/// Holds a file until this process ends, so that who unmounts can wait for that. Where there is no place for it, nobody waits.
+fn note_server(source: &Path, dir: &Path) -> Option<PathBuf> {
+    let mount = mounted(dir).ok()??;
+    // The store of a copy-on-write tree has a lock of its own.
+    if source.join("lock").exists() && source.join("upper").exists() {
+        return None;
+    }
+    let servers = source.join(SERVERS);
+    let _ = std::fs::create_dir(&servers);
+    let note = servers.join(mount.device);
+    let file = File::create(&note).ok()?;
+    let _ = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    std::mem::forget(file);
+    Some(note)
 }
 
 /// Reads of what is not passed through come in larger pieces; where that cannot be set, they come in smaller ones.
@@ -228,10 +273,16 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     let stale = is_stale(dir);
     let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
     let path = path.map_err(failed("resolve", dir))?;
-    let store = mounted(&path)?.ok_or_else(refused)?.source;
+    let Mounted { source: store, device } = mounted(&path)?.ok_or_else(refused)?;
+    let note = store.join(SERVERS).join(device);
     if stale {
+        let _ = std::fs::remove_file(note);
         return detach(&path);
     }
+    // Opened before the server ends, which takes its note away then.
+    let lock = if note.exists() { note } else { store.join("lock") };
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let lock = rustix::fs::openat(CWD, lock, flags, Mode::empty());
     if rustix::process::geteuid().is_root() {
         match rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW) {
             Err(Errno::BUSY) => return Err(Error::Busy { dir: path }),
@@ -240,16 +291,15 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     } else {
         fusermount(&path, &["-u"])?;
     }
-    wait_for_server(&store);
+    // Without it, there is nobody to wait for.
+    lock.iter().for_each(wait_for_server);
     Ok(())
 }
 
-/// Waits until nobody has the store's lock, for a while.
-fn wait_for_server(store: &Path) {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let Ok(lock) = rustix::fs::openat(CWD, store.join("lock"), flags, Mode::empty()) else { return };
+/// Waits until nobody has the lock, for a while.
+fn wait_for_server(lock: &OwnedFd) {
     let until = std::time::Instant::now() + Duration::from_secs(10);
-    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
+    while rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
         if std::time::Instant::now() > until {
             return;
         }

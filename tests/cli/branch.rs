@@ -164,7 +164,10 @@ fn names_are_taken_once_and_are_plain() {
     ! For more information, try '--help'.
     [exit 2]
     $ fsnap branch base -- -dash
-    ! error: invalid value '-dash' for '[NAME]': "-dash" cannot be a name: use 1 to 64 of [A-Za-z0-9._-], not beginning with a dot or a dash
+    ! error: the following required arguments were not provided:
+    !  --run
+    !
+    ! Usage: fsnap branch --run <CKPT> [NAME] -- <ENGINE ARGS>...
     !
     ! For more information, try '--help'.
     [exit 2]

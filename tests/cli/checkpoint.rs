@@ -321,10 +321,12 @@ fn wrong_usage_is_told_from_failure() {
     !  diff  List the files that differ between two checkpoints, or between a checkpoint and now
     !  branch  Make a writable branch from a checkpoint, and print where its files are
     !  branches  List the branches, the checkpoint each grew from, and where its files are
-    !  restore  Restore a checkpoint's processes onto a new branch with the files of the same instant
+    !  restore  Restore a checkpoint's processes onto a new branch with the files of the same
+    !  instant
     !  run  Start a command so that it can be saved and copied live
     !  ps  List the runs: the process, checkpoint and branch of each, and since when it runs
-    !  logs  Print what the processes of a run have written to standard output and standard error
+    !  logs  Print what the processes of a run have written to standard output and standard
+    !  error
     !  stop  End runs: ask each command to (SIGTERM), and kill what is left after a while
     !  rm  Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
     !  tag  Give a checkpoint a name
@@ -334,8 +336,10 @@ fn wrong_usage_is_told_from_failure() {
     !  verify  Read checkpoints again and name what is damaged
     !  pool  Make, list and remove thin pools of device-mapper, for those who have none
     !  recover  Finish or undo what a killed fsnap or engine left half done
-    !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's own
-    !  state
+    !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's
+    !  own state
+    !  install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+    !  engine  Call a container runtime that cannot call fsnap
     !  hook  Be called by a checkpoint engine
     !  completions  Print the completion script for a shell
     !  man  Print the manual page, or write the pages of all commands into a directory

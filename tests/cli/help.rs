@@ -31,34 +31,38 @@ fn all() {
     Usage: fsnap <COMMAND>
 
     Commands:
-      init         Begin to track a directory as a volume
-      volumes      List the volumes: name, path, backend, what the backend can do
-      checkpoint   Take a snapshot of every volume at one instant, and print the new checkpoint's id
-      audit        List what processes can write to that a checkpoint of them would not hold
-      log          List the checkpoints, newest first
-      show         Show one checkpoint: its volumes, their consistency, and what is not in it
-      diff         List the files that differ between two checkpoints, or between a checkpoint and now
-      branch       Make a writable branch from a checkpoint, and print where its files are
-      branches     List the branches, the checkpoint each grew from, and where its files are
-      restore      Restore a checkpoint's processes onto a new branch with the files of the same instant
-      run          Start a command so that it can be saved and copied live
-      ps           List the runs: the process, checkpoint and branch of each, and since when it runs
-      logs         Print what the processes of a run have written to standard output and standard error
-      stop         End runs: ask each command to (SIGTERM), and kill what is left after a while
-      rm           Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
-      tag          Give a checkpoint a name
-      mount        Show every checkpoint and branch as files
-      overlay      Write to a directory copy-on-write
-      umount       Unmount what fsnap serves
-      verify       Read checkpoints again and name what is damaged
-      pool         Make, list and remove thin pools of device-mapper, for those who have none
-      recover      Finish or undo what a killed fsnap or engine left half done
-      doctor       Tell what this machine can do, and why not: every backend, every engine, fsnap's own
-                   state
-      hook         Be called by a checkpoint engine
-      completions  Print the completion script for a shell
-      man          Print the manual page, or write the pages of all commands into a directory
-      help         Print this message or the help of the given subcommand(s)
+      init           Begin to track a directory as a volume
+      volumes        List the volumes: name, path, backend, what the backend can do
+      checkpoint     Take a snapshot of every volume at one instant, and print the new checkpoint's id
+      audit          List what processes can write to that a checkpoint of them would not hold
+      log            List the checkpoints, newest first
+      show           Show one checkpoint: its volumes, their consistency, and what is not in it
+      diff           List the files that differ between two checkpoints, or between a checkpoint and now
+      branch         Make a writable branch from a checkpoint, and print where its files are
+      branches       List the branches, the checkpoint each grew from, and where its files are
+      restore        Restore a checkpoint's processes onto a new branch with the files of the same
+                     instant
+      run            Start a command so that it can be saved and copied live
+      ps             List the runs: the process, checkpoint and branch of each, and since when it runs
+      logs           Print what the processes of a run have written to standard output and standard
+                     error
+      stop           End runs: ask each command to (SIGTERM), and kill what is left after a while
+      rm             Remove checkpoints, a branch, an ended run, or a volume from fsnap's care
+      tag            Give a checkpoint a name
+      mount          Show every checkpoint and branch as files
+      overlay        Write to a directory copy-on-write
+      umount         Unmount what fsnap serves
+      verify         Read checkpoints again and name what is damaged
+      pool           Make, list and remove thin pools of device-mapper, for those who have none
+      recover        Finish or undo what a killed fsnap or engine left half done
+      doctor         Tell what this machine can do, and why not: every backend, every engine, fsnap's
+                     own state
+      install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+      engine         Call a container runtime that cannot call fsnap
+      hook           Be called by a checkpoint engine
+      completions    Print the completion script for a shell
+      man            Print the manual page, or write the pages of all commands into a directory
+      help           Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help
@@ -312,17 +316,11 @@ fn branches() {
     assert_snapshot!(help("branches"), @"
     List the branches, the checkpoint each grew from, and where its files are
 
-    Those of a branch that is written through `fsnap mount` are where something is mounted that shows
-    it.
-
     Usage: fsnap branches [OPTIONS]
 
     Options:
-          --json
-              Print an array of JSON objects
-
-      -h, --help
-              Print help (see a summary with '-h')
+          --json  Print an array of JSON objects
+      -h, --help  Print help
     ");
 }
 
@@ -656,7 +654,8 @@ fn mount() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted, and say what cannot be read and why
+              Serve in this process, until it is unmounted or terminated, and say what cannot be read
+              and why
 
           --allow-other
               Let other users see it; the permissions of the files hold
@@ -691,7 +690,7 @@ fn overlay() {
 
     Options:
           --foreground
-              Serve in this process, until it is unmounted
+              Serve in this process, until it is unmounted or terminated
 
           --allow-other
               Let other users see it, although it is not root who mounts

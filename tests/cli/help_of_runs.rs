@@ -1,4 +1,4 @@
-//! The help texts of the commands for runs.
+//! The help texts of the commands for runs and containers.
 
 use insta::assert_snapshot;
 
@@ -95,6 +95,82 @@ fn stop() {
               How long to wait before the rest is killed; 0 kills at once
 
               [default: 10]
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn install_hooks() {
+    assert_snapshot!(help("install-hooks"), @"
+    Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
+
+    Adds marked lines to a file of CRIU's configuration in /etc/criu, after making sure that the
+    installed versions can do it, and a link to this fsnap in /usr/libexec/fsnap. From then on each
+    checkpoint of a container holds its volumes: those that are registered (`fsnap init`) and that its
+    processes can write to, its root file system and its bind mounts among them. Prints what it changes.
+
+    Usage: fsnap install-hooks [OPTIONS] <CALLER>
+
+    Arguments:
+      <CALLER>
+              Who calls CRIU
+
+              Possible values:
+              - criu:   All that read CRIU's default.conf
+              - runc:   The container runtime runc
+              - crun:   The container runtime crun
+              - podman: Podman: the runtime that it uses
+
+    Options:
+      -n, --dry-run
+              Print what would be changed, and change nothing
+
+          --uninstall
+              Take the lines out again, and the link when nobody needs it any more
+
+          --root <DIR>
+              Change the files below this directory, as for a package
+
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn engine_runc_checkpoint() {
+    assert_snapshot!(help("engine runc checkpoint"), @"
+    Save a container, its processes and its volumes, at one instant, and let it run on
+
+    For a CRIU that runc may not give hooks (`fsnap install-hooks` tells). fsnap freezes the container's
+    control group, lets runc save the processes, takes the snapshots, and thaws it: it stands still for
+    all of that. Prints the new checkpoint's id.
+
+    Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNC ARGS>...]
+
+    Arguments:
+      <CONTAINER>
+              The container
+
+      [RUNC ARGS]...
+              Further arguments for runc's checkpoint, after --
+
+    Options:
+          --image-path <DIR>
+              Where the process image goes: a directory that is empty or missing, outside of every
+              volume
+
+          --root <DIR>
+              Where runc keeps the state of its containers
+
+          --deadline <SECONDS>
+              Give up, and let the container run, if it does not stand after so many seconds
+
+              [default: 10]
+
+          --json
+              Print a JSON object
 
       -h, --help
               Print help (see a summary with '-h')

@@ -15,6 +15,7 @@ mod help;
 mod help_of_runs;
 mod hostile;
 mod init;
+mod install_hooks;
 mod lost_log;
 mod output;
 mod processes;

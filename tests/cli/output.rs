@@ -209,10 +209,14 @@ fn every_command_has_a_manual_page() {
     fsnap-completions.1
     fsnap-diff.1
     fsnap-doctor.1
+    fsnap-engine-runc-checkpoint.1
+    fsnap-engine-runc.1
+    fsnap-engine.1
     fsnap-hook-criu.1
     fsnap-hook-generic.1
     fsnap-hook.1
     fsnap-init.1
+    fsnap-install-hooks.1
     fsnap-log.1
     fsnap-logs.1
     fsnap-man.1

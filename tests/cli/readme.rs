@@ -98,7 +98,7 @@ fn every_command_that_is_named_exists() {
     let (now, _) = text.split_once("## Where it stands").unwrap();
     let mut seen = 0;
     for (at, _) in now.match_indices("fsnap ") {
-        let word: String = now[at + 6..].chars().take_while(|c| c.is_ascii_lowercase()).collect();
+        let word: String = now[at + 6..].chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
         let is_command =
             now[..at].ends_with(['`', '\n', '$', ' ']) && (now[..at].ends_with('`') || now[..at].ends_with("$ "));
         if is_command && !word.is_empty() {

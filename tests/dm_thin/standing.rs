@@ -88,6 +88,10 @@ fn on_base() -> Result<(Base, Site), Failed> {
     let base = Base::new(&site.dir, &format!("{}-base", site.pool))?;
     let device = site.node(&base.name)?;
     site.fsnap(&["pool", "create", &device.to_string_lossy(), "--name", &site.pool])?;
+    let named = Path::new("/dev/mapper").join(&base.name);
+    let settings = fs::read_to_string(Path::new("/var/lib/fsnap/dm-thin").join(&site.pool).join("fsnap-store"))?;
+    // Without udev there may be no such name, and the number is all there is.
+    ensure(!named.exists() || settings.contains(&*named.to_string_lossy()), &settings)?;
     site.add_volume("db", "ext4")?;
     fs::write(site.db().join("file"), "first")?;
     site.fsnap(&["init", &site.path("db")])?;

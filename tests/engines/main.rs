@@ -8,6 +8,7 @@ mod alone;
 mod attended;
 mod by_hand;
 mod consistency;
+mod containers;
 mod demo;
 mod generic;
 mod hook;
@@ -17,6 +18,7 @@ mod oracle;
 mod runs;
 mod sandbox;
 mod site;
+mod tour;
 mod volumes;
 
 use std::process::ExitCode;
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         ("identity", identity::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
+        ("tour", tour::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
@@ -74,6 +77,9 @@ fn main() -> ExitCode {
                 }
             }
         }));
+    }
+    for &(name, case) in containers::CASES {
+        trials.push(Trial::ignorable_test(format!("containers::{name}"), move || Ok(case())));
     }
     libtest_mimic::run(&arguments, trials).exit_code()
 }

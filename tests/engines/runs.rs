@@ -27,7 +27,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// Runs of one site; they are ended when it is dropped.
-struct Running<'a>(&'a Site);
+pub(crate) struct Running<'a>(pub(crate) &'a Site);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
@@ -51,12 +51,12 @@ impl Running<'_> {
     }
 
     /// Everything that a run has said.
-    fn said(&self, name: &str) -> String {
+    pub(crate) fn said(&self, name: &str) -> String {
         self.0.ok(["logs", name])
     }
 
     /// Waits until a run has said that line.
-    fn says(&self, name: &str, line: &str) {
+    pub(crate) fn says(&self, name: &str, line: &str) {
         wait_until(&format!("{line:?} in the log of {name}"), || self.said(name).lines().any(|said| said == line));
     }
 
@@ -66,7 +66,7 @@ impl Running<'_> {
     }
 
     /// Waits until a run has counted on.
-    fn counts_on(&self, name: &str) {
+    pub(crate) fn counts_on(&self, name: &str) {
         let before = self.number(name);
         wait_until(&format!("the next number of {name}"), || self.number(name) > before);
     }
@@ -86,7 +86,7 @@ fn counter(site: &Site) -> String {
 }
 
 /// Where a branch has the files of volume `index`.
-fn branch_path(site: &Site, branch: &str, index: usize) -> PathBuf {
+pub(crate) fn branch_path(site: &Site, branch: &str, index: usize) -> PathBuf {
     let branches = site.json(["branches", "--json"]);
     let found = branches.as_array().unwrap().iter().find(|found| found["name"] == branch).unwrap().clone();
     found["members"][index]["path"].as_str().unwrap().into()

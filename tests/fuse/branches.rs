@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 
 use rustix::io::Errno;
@@ -18,6 +18,9 @@ pub(crate) const CASES: &[Case] = &[
     ("removed_while_nothing_was_written", removed_while_nothing_was_written),
     ("one_server_has_a_branch", one_server_has_a_branch),
     ("both_kinds_live_together", both_kinds_live_together),
+    ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
+    ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
+    ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
 ];
 
 fn read(path: impl AsRef<std::path::Path>) -> String {
@@ -50,7 +53,7 @@ fn made_and_written(backend: &str) {
     fs::write(past.at("branches/try/db/sub/new"), "new").unwrap();
     fs::rename(past.at("branches/try/db/sub"), past.at("branches/try/db/moved")).unwrap();
     let file = fs::File::options().write(true).open(past.at("branches/try/db/large")).unwrap();
-    std::os::unix::fs::FileExt::write_all_at(&file, b"changed", 300_000).unwrap();
+    file.write_all_at(b"changed", 300_000).unwrap();
     file.sync_all().unwrap();
     drop(file);
     let mut changed = large.clone();
@@ -128,6 +131,10 @@ fn named_by_prefix_tag_and_latest() {
     assert_eq!(number(&fs::create_dir(past.at("branches/a/new")).unwrap_err()), Errno::ROFS);
     let between = fs::rename(past.at("branches/a/db/file"), past.at("branches/b/db/other")).unwrap_err();
     assert_eq!(number(&between), Errno::XDEV);
+    // It is no volume besides: what lies below it would not be held.
+    let refused = past.command().arg("init").arg(past.at("branches/a/db")).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("checkpoint --branch"), "{refused:?}");
     // The checkpoint below is needed.
     let refused = past.command().args(["rm", "kept"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));
@@ -161,7 +168,7 @@ fn removed_while_nothing_was_written() {
     until("nobody uses it", || past.command().args(["rm", "--branch", "used"]).output().unwrap().status.success());
     until("it is gone", || fs::metadata(past.at("branches/used/db/new")).is_err());
     assert_eq!(names(past.at("branches")), [""; 0]);
-    assert_eq!(names(past.state().join("branches")), [""; 0], "nothing is left");
+    assert_eq!(names(past.state().join("branches")), [".layers"], "nothing is left");
     // A new one of that name has nothing of it.
     fs::create_dir(past.at("branches/used@latest")).unwrap();
     assert_eq!(names(past.at("branches/used/db")), ["file"]);
@@ -186,6 +193,140 @@ fn one_server_has_a_branch() {
     assert_eq!(read(second.join("branches/try/db/file")), "two", "it is free now");
     until("it is unmounted", || past.command().arg("umount").arg(&second).output().unwrap().status.success());
     assert!(!is_mounted(&second));
+}
+
+fn checkpoints_of_a_branch(backend: &str) {
+    let past = Past::new();
+    let db = past.volume("db", backend);
+    fs::write(db.join("below"), "of the volume").unwrap();
+    fs::write(db.join("open"), "0".repeat(10_000)).unwrap();
+    fs::hard_link(db.join("open"), db.join("linked")).unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    let at = |name: &str| past.at(&format!("branches/try/db/{name}"));
+    fs::write(at("new"), "first").unwrap();
+    // Writers hold files open, and have changed pages in memory that nobody has written yet.
+    let open = fs::File::options().read(true).write(true).open(at("open")).unwrap();
+    let fresh = fs::File::options().read(true).write(true).create_new(true).open(at("fresh")).unwrap();
+    fresh.set_len(10_000).unwrap();
+    let reader = fs::File::open(at("below")).unwrap();
+    let before: Vec<u64> = ["new", "open", "fresh", "below"].map(|name| fs::metadata(at(name)).unwrap().ino()).into();
+    let mut ids = Vec::new();
+    for round in 1..=3_u8 {
+        store_mapped(&open, 5_000, round);
+        store_mapped(&fresh, 5_000, round);
+        fs::write(at("new"), round.to_string()).unwrap();
+        fs::write(at(&format!("only{round}")), "").unwrap();
+        ids.push(past.fsnap(["checkpoint", "--branch", "try"]));
+        // What comes afterwards is in the next one.
+        open.write_all_at(&[round + 100], 20).unwrap();
+        fresh.write_all_at(&[round + 100], 20).unwrap();
+        store_mapped(&fresh, 6_000, round + 100);
+    }
+    let after: Vec<u64> = ["new", "open", "fresh", "below"].map(|name| fs::metadata(at(name)).unwrap().ino()).into();
+    assert_eq!(before, after, "the numbers are others");
+    fs::write(at("below"), "changed").unwrap();
+    assert_eq!(std::io::read_to_string(&reader).unwrap(), "changed", "an open file shows what is written now");
+    fs::rename(at("linked"), at("renamed")).unwrap();
+    let live = fs::read(at("open")).unwrap();
+    assert_eq!((live[20], live[5_000]), (103, 3));
+    assert!(fs::read(at("renamed")).unwrap() == live, "they are one file");
+    assert_eq!(fs::metadata(at("open")).unwrap().nlink(), 2);
+    assert_eq!(fs::metadata(at("fresh")).unwrap().nlink(), 1);
+
+    let holds = || {
+        for (id, round) in ids.iter().zip(1_u8..) {
+            let then = |name: &str| fs::read(past.at(&format!("ids/{id}/db/{name}"))).unwrap();
+            assert_eq!(then("new"), round.to_string().as_bytes(), "{round}");
+            assert_eq!(then("below"), b"of the volume");
+            for name in ["open", "linked", "fresh"] {
+                let content = then(name);
+                let expected = match (round, name) {
+                    (1, "fresh") => (0, 1, 0),
+                    (1, _) => (b'0', 1, b'0'),
+                    (_, "fresh") => (round + 99, round, round + 99),
+                    _ => (round + 99, round, b'0'),
+                };
+                assert_eq!((content[20], content[5_000], content[6_000]), expected, "{name} of {round}");
+            }
+            let dir = past.at(&format!("ids/{id}/db"));
+            let only = names(&dir).into_iter().filter(|name| name.starts_with("only")).count();
+            assert_eq!(only, usize::from(round));
+            assert_eq!(fs::metadata(dir.join("open")).unwrap().nlink(), 2);
+            assert_eq!(fs::metadata(dir.join("fresh")).unwrap().nlink(), 1);
+        }
+    };
+    holds();
+    // Such a checkpoint is branched again, and that branch is taken, too.
+    fs::create_dir(past.at(&format!("branches/again@{}", &ids[1][..10]))).unwrap();
+    let again = |name: &str| past.at(&format!("branches/again/db/{name}"));
+    assert_eq!(read(again("new")), "2");
+    fs::write(again("new"), "again").unwrap();
+    fs::write(again("fresh"), "again").unwrap();
+    let taken = past.fsnap(["checkpoint", "--branch", "again"]);
+    fs::write(again("new"), "later").unwrap();
+    assert_eq!(read(past.at(&format!("ids/{taken}/db/new"))), "again");
+    assert_eq!(fs::read(past.at(&format!("ids/{taken}/db/open"))).unwrap()[5_000], 2);
+    holds();
+    assert_eq!(past.fsnap(["verify", &taken]), past.fsnap(["verify", &ids[0]]));
+    drop((open, fresh, reader));
+    past.unmount();
+    past.mount();
+    holds();
+    assert_eq!(fs::read(at("open")).unwrap(), live);
+    assert_eq!(read(again("new")), "later");
+    let again: Vec<u64> = ["new", "open", "fresh", "below"].map(|name| fs::metadata(at(name)).unwrap().ino()).into();
+    assert_eq!(before, again, "the numbers are others after a remount");
+    past.unmount();
+}
+
+/// Changes a byte through a shared mapping that is given up at once; nothing is synced.
+fn store_mapped(file: &fs::File, offset: usize, byte: u8) {
+    crate::sys::store_through_mapping(file, offset, byte).unwrap();
+}
+
+fn what_was_sealed_outlives_everything_else() {
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("below"), "of the volume").unwrap();
+    let base = past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    fs::write(past.at("branches/try/db/new"), "one").unwrap();
+    let first = past.fsnap(["checkpoint", "--branch", "try"]);
+    fs::write(past.at("branches/try/db/new"), "two").unwrap();
+    let second = past.fsnap(["checkpoint", "--branch", "try"]);
+    let remove = |arguments: &[&str]| {
+        // A program that another case starts has our descriptors for a moment.
+        let gone = || past.command().args(arguments).output().unwrap().status.success();
+        until("it is removed", gone);
+    };
+    remove(&["rm", "--branch", "try"]);
+    remove(&["rm", &base]);
+    assert_eq!(read(past.at(&format!("ids/{first}/db/below"))), "of the volume");
+    past.unmount();
+    past.mount();
+    for (id, content) in [(&first, "one"), (&second, "two")] {
+        assert_eq!(read(past.at(&format!("ids/{id}/db/new"))), content);
+        assert_eq!(read(past.at(&format!("ids/{id}/db/below"))), "of the volume");
+    }
+    fs::create_dir(past.at(&format!("branches/next@{second}"))).unwrap();
+    assert_eq!(read(past.at("branches/next/db/below")), "of the volume");
+    fs::write(past.at("branches/next/db/below"), "on it").unwrap();
+    let third = past.fsnap(["checkpoint", "--branch", "next"]);
+    past.unmount();
+    remove(&["rm", &first]);
+    remove(&["rm", "--branch", "next"]);
+    remove(&["rm", &second]);
+    past.mount();
+    assert_eq!(read(past.at(&format!("ids/{third}/db/below"))), "on it");
+    assert_eq!(read(past.at(&format!("ids/{third}/db/new"))), "two");
+    past.unmount();
+    remove(&["rm", &third]);
+    assert_eq!(names(past.state().join("branches")), [".layers"], "nothing is left");
+    assert_eq!(names(past.state().join("branches/.layers/images")), [""; 0]);
+    assert_eq!(past.fsnap(["recover"]), "nothing is half done");
 }
 
 fn both_kinds_live_together() {

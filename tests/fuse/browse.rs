@@ -89,9 +89,12 @@ fn the_layout() {
 
     let extras = |id: &str, name: &str| past.at(&format!("ids/{id}/.fsnap/{name}"));
     assert_eq!(names(extras(&first, "")), ["meta.json"]);
-    assert_eq!(names(extras(&second, "")), ["meta.json", "parent"]);
+    assert_eq!(names(extras(&second, "")), ["changed", "meta.json", "parent"]);
     assert_eq!(fs::read_link(extras(&second, "parent")).unwrap(), Path::new("../..").join(&first));
     assert_eq!(read(extras(&second, "parent/db/file")), "one");
+    let differs = past.fsnap(["diff", &first, &second]);
+    assert_eq!(read(extras(&second, "changed")).trim_end(), differs);
+    assert!(differs.contains("db/file"), "{differs}");
     assert_eq!(read(extras(&first, "meta.json")).trim_end(), past.fsnap(["show", "--json", "kept"]));
     assert_eq!(
         fs::metadata(extras(&first, "meta.json")).unwrap().len(),

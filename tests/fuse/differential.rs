@@ -6,6 +6,8 @@ use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use fsnap::stores::layers;
+use fsnap_backend::beneath;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRng, TestRunner};
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, RenameFlags, XattrFlags};
@@ -44,6 +46,8 @@ enum Operation {
     RemoveXattr(usize),
     Copy(usize, usize),
     Remount,
+    /// Of the tree alone: whoever works on it sees nothing of it.
+    Seal,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -74,6 +78,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => path().prop_map(RemoveXattr),
         1 => (path(), path()).prop_map(|(p, q)| Copy(p, q)),
         1 => Just(Remount),
+        3 => Just(Seal),
     ]
 }
 
@@ -142,7 +147,7 @@ impl Operation {
                 }
                 Ok(())
             }
-            Remount => Ok(()),
+            Remount | Seal => Ok(()),
         }
     }
 }
@@ -169,16 +174,29 @@ fn history(operations: &[Operation]) {
     fs::set_permissions(plain.path(), fs::metadata(site.lower()).unwrap().permissions()).unwrap();
     fill(plain.path());
     let (plain, dir): (&Path, PathBuf) = (plain.path(), site.dir());
+    let mut sealed = Vec::new();
     for operation in operations {
         let (expected, found) = (operation.apply(plain), operation.apply(&dir));
         assert_eq!(expected, found, "{operation:?}");
-        if let Operation::Remount = operation {
-            remount(&site);
+        match operation {
+            Operation::Remount => remount(&site),
+            Operation::Seal => {
+                sealed.push(tree::of(&dir));
+                let image = format!("test.{}", sealed.len());
+                rustix::fs::setxattr(&dir, layers::SEAL, image.as_bytes(), XattrFlags::empty()).unwrap();
+            }
+            _ => {}
         }
         tree::assert_equal(&tree::of(plain), &tree::of(&dir), &format!("{operation:?}"));
     }
     remount(&site);
     tree::assert_equal(&tree::of(plain), &tree::of(&dir), "mounted again");
+    // Every state that was sealed is as it was then, for whoever reads it without the server.
+    for (number, then) in (0..).zip(&sealed) {
+        let lower = layers::Below::Dir(beneath::open_root(&site.lower()).unwrap());
+        let state = layers::Overlay::sealed(lower, &site.store(), number).unwrap();
+        tree::assert_equal(then, &tree::of_dir(state.as_ref()), &format!("sealed state {number}"));
+    }
     site.end();
 }
 

@@ -2,8 +2,16 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::process::Stdio;
 use std::sync::mpsc::channel;
 use std::time::Duration;
+
+use fsnap::stores::layers;
+use fsnap_backend::{Dir, beneath};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use rustix::fs::XattrFlags;
 
 use crate::Case;
 use crate::site::{Site, is_mounted};
@@ -12,17 +20,180 @@ use crate::tree;
 pub(crate) const CASES: &[Case] = &[
     ("killed_while_writing_keeps_what_was_synced", killed_while_writing_keeps_what_was_synced),
     ("killed_between_renames_shows_one_name", killed_between_renames_shows_one_name),
+    ("killed_while_sealing_is_before_or_after", killed_while_sealing_is_before_or_after),
+    ("eight_writers_while_layers_are_sealed", eight_writers_while_layers_are_sealed),
+    ("a_server_that_is_to_end_leaves_no_mount", a_server_that_is_to_end_leaves_no_mount),
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
 ];
+
+fn seal(site: &Site, image: &str) {
+    rustix::fs::setxattr(site.dir(), layers::SEAL, image.as_bytes(), XattrFlags::empty()).unwrap();
+}
+
+/// The sealed state of that number, read without the server.
+fn sealed_state(site: &Site, number: u64) -> std::sync::Arc<dyn Dir> {
+    let lower = layers::Below::Dir(beneath::open_root(&site.lower()).unwrap());
+    layers::Overlay::sealed(lower, &site.store(), number).unwrap()
+}
+
+fn content(dir: &dyn Dir, name: &str) -> Vec<u8> {
+    let content = dir.open_file(name.as_ref()).unwrap();
+    let mut bytes = vec![0; content.len() as usize];
+    let mut read = 0;
+    while read < bytes.len() {
+        match content.read_at(&mut bytes[read..], read as u64).unwrap() {
+            0 => panic!("{name} is not as long as it says"),
+            more => read += more,
+        }
+    }
+    bytes
+}
+
+fn killed_while_sealing_is_before_or_after() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), "below").unwrap());
+    let mut sealed = 0;
+    for round in 0..12_u64 {
+        let text = format!("round {round}");
+        fs::write(site.at("file"), &text).unwrap();
+        let mut open = fs::File::options().append(true).open(site.at("file")).unwrap();
+        open.write_all(b" and more").unwrap();
+        let (dir, image) = (site.dir(), format!("round.{round}"));
+        let sealer = std::thread::spawn(move || {
+            rustix::fs::setxattr(&dir, layers::SEAL, image.as_bytes(), XattrFlags::empty()).is_ok()
+        });
+        std::thread::sleep(Duration::from_micros(150 * round));
+        site.kill();
+        let told = sealer.join().unwrap();
+        drop(open);
+        site.mount();
+        let expected = format!("{text} and more");
+        assert_eq!(fs::read_to_string(site.at("file")).unwrap(), expected);
+        assert_eq!(fs::read_to_string(site.at("below")).unwrap(), "below");
+        let layers = fs::read_dir(site.store().join("layers")).map_or(0, |names| names.count() as u64);
+        assert!(layers == sealed || layers == sealed + 1, "{layers} layers after {sealed}");
+        assert!(!told || layers == sealed + 1, "what was answered is lost");
+        if layers > sealed {
+            assert_eq!(content(sealed_state(&site, sealed).as_ref(), "file"), expected.as_bytes());
+        }
+        sealed = layers;
+    }
+    site.end();
+}
+
+fn eight_writers_while_layers_are_sealed() {
+    const RECORDS: usize = 300;
+    let site = Site::new(|lower| {
+        for writer in 0..8 {
+            fs::write(lower.join(format!("w{writer}")), "").unwrap();
+        }
+    });
+    let record = |number: usize| format!("{number:0>99}\n");
+    let whole: String = (0..RECORDS).map(record).collect();
+    let writers: Vec<_> = (0..8)
+        .map(|writer| {
+            let (name, other) = (site.at(&format!("w{writer}")), site.at(&format!("moved{writer}")));
+            std::thread::spawn(move || {
+                let mut held = fs::File::options().append(true).open(&name).unwrap();
+                for number in 0..RECORDS {
+                    // Half of them keep the file open, half open it anew each time; names move to and fro.
+                    let mut fresh = None;
+                    if writer % 2 == 1 {
+                        fresh = Some(fs::File::options().append(true).open(&name).unwrap());
+                    }
+                    let file = fresh.as_mut().unwrap_or(&mut held);
+                    file.write_all(format!("{number:0>99}\n").as_bytes()).unwrap();
+                    if number % 50 == 49 {
+                        fs::rename(&name, &other).unwrap();
+                        fs::rename(&other, &name).unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut sealed = 0;
+    while !writers.iter().all(std::thread::JoinHandle::is_finished) && sealed < 20 {
+        seal(&site, &format!("state.{sealed}"));
+        sealed += 1;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    assert!(sealed > 1, "nothing was sealed meanwhile");
+    for writer in 0..8 {
+        assert_eq!(fs::read_to_string(site.at(&format!("w{writer}"))).unwrap(), whole, "writer {writer}");
+    }
+    let mut before = [0; 8];
+    for number in 0..sealed {
+        let state = sealed_state(&site, number);
+        for (writer, before) in before.iter_mut().enumerate() {
+            let names = [format!("w{writer}"), format!("moved{writer}")];
+            let there: Vec<&String> =
+                names.iter().filter(|name| state.entry(name.as_ref()).unwrap().is_some()).collect();
+            assert_eq!(there.len(), 1, "writer {writer} in state {number}");
+            let found = content(state.as_ref(), there[0]);
+            assert!(whole.as_bytes().starts_with(&found), "writer {writer} in state {number}");
+            assert!(found.len() >= *before, "writer {writer} went back in state {number}");
+            *before = found.len();
+        }
+    }
+    site.remount();
+    for writer in 0..8 {
+        assert_eq!(fs::read_to_string(site.at(&format!("w{writer}"))).unwrap(), whole, "writer {writer}");
+    }
+    site.end();
+}
+
+fn a_server_that_is_to_end_leaves_no_mount() {
+    let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = |name: &str| base.path().join(name);
+    for name in ["lower", "mnt", "volume"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    let fsnap = || {
+        let mut command = crate::site::fsnap();
+        command.env("FSNAP_STATE", path("state")).current_dir(base.path()).stdin(Stdio::null());
+        command
+    };
+    assert!(fsnap().args(["init", "volume", "--backend", "rsync"]).output().unwrap().status.success());
+    let manager = UnixDatagram::bind(path("notify")).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    for (arguments, signal) in [
+        (&["mount", "--foreground", "mnt"][..], Signal::SIGTERM),
+        (&["overlay", "--foreground", "lower", "store", "mnt"], Signal::SIGINT),
+    ] {
+        for held in [false, true] {
+            let mut server = fsnap().args(arguments).env("NOTIFY_SOCKET", path("notify")).spawn().unwrap();
+            let mut said = [0; 64];
+            let length = manager.recv(&mut said).unwrap();
+            assert_eq!(&said[..length], b"READY=1");
+            assert!(is_mounted(&path("mnt")));
+            // Whoever has a file open does not keep it.
+            let open = held.then(|| fs::File::open(path("mnt")).unwrap());
+            nix::sys::signal::kill(Pid::from_raw(server.id().cast_signed()), signal).unwrap();
+            assert!(server.wait().unwrap().success(), "{arguments:?}");
+            assert!(!is_mounted(&path("mnt")));
+            drop(open);
+        }
+    }
+    // Who unmounts knows that the server has ended.
+    for _ in 0..5 {
+        let mut server =
+            fsnap().args(["mount", "--foreground", "mnt"]).env("NOTIFY_SOCKET", path("notify")).spawn().unwrap();
+        manager.recv(&mut [0; 64]).unwrap();
+        assert!(fsnap().args(["umount", "mnt"]).output().unwrap().status.success());
+        // It has let go of its lock, and has nothing more to do than to be waited for.
+        assert!(server.wait().unwrap().success());
+        assert_eq!(fs::read_dir(path("state/servers")).unwrap().count(), 0);
+    }
+}
 
 /// How often each is killed, each time a little later.
 const KILLS: u64 = 6;
 
 fn killed_while_writing_keeps_what_was_synced() {
     let site = Site::new(|lower| fs::write(lower.join("log"), vec![b'.'; 100_000]).unwrap());
-    let mut synced_before = 0;
+    let (mut synced_before, mut sealed) = (0, 0);
     for kill in 0..KILLS {
         let path = site.at("log");
         let (tell, told) = channel();
@@ -38,7 +209,13 @@ fn killed_while_writing_keeps_what_was_synced() {
             }
         });
         let mut synced = told.recv_timeout(Duration::from_secs(20)).expect("a record is written");
-        std::thread::sleep(Duration::from_millis(7 * kill));
+        std::thread::sleep(Duration::from_millis(3 * kill));
+        // Every other time, what was written so far is in a layer that was sealed under the writer's hands.
+        if kill % 2 == 1 {
+            seal(&site, &format!("kill.{kill}"));
+            sealed += 1;
+        }
+        std::thread::sleep(Duration::from_millis(4 * kill));
         site.kill();
         writer.join().unwrap();
         synced = told.try_iter().last().unwrap_or(synced);
@@ -55,6 +232,7 @@ fn killed_while_writing_keeps_what_was_synced() {
         let end = 100_000 + 1000 * synced_before as u64;
         fs::File::options().write(true).open(site.at("log")).unwrap().set_len(end).unwrap();
     }
+    assert_eq!(sealed, KILLS / 2);
     site.end();
 }
 

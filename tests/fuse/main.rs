@@ -10,7 +10,9 @@ mod copies;
 mod differential;
 mod faults;
 mod past;
+mod semantics;
 mod site;
+mod sys;
 mod tree;
 mod union;
 
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),
+        ("semantics", semantics::CASES),
         ("union", union::CASES),
     ];
     for (module, cases) in modules {

@@ -6,6 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use fsnap_backend::{Dir, FileKind, FileMeta, Xattrs};
+
 /// The files by their paths; each in words.
 pub(crate) type Tree = BTreeMap<PathBuf, String>;
 
@@ -36,6 +38,68 @@ pub(crate) fn of(root: &Path) -> Tree {
         found.insert(relative.to_owned(), said);
     });
     found
+}
+
+/// As [`of`], of a tree that is read through the contract.
+pub(crate) fn of_dir(root: &dyn Dir) -> Tree {
+    let mut found = Tree::new();
+    let mut first_names = HashMap::new();
+    let said = words(&root.meta().unwrap(), Path::new(""), &mut first_names);
+    found.insert(PathBuf::new(), said + &format!(" xattrs {:?}", plain(root.own_xattrs().unwrap())));
+    of_below(root, Path::new(""), &mut found, &mut first_names);
+    found
+}
+
+fn of_below(dir: &dyn Dir, at: &Path, found: &mut Tree, first_names: &mut HashMap<u64, PathBuf>) {
+    for entry in dir.entries().unwrap() {
+        let path = at.join(&entry.name);
+        let mut said = words(&entry.meta, &path, first_names);
+        match entry.meta.kind {
+            FileKind::Symlink => said += &format!(" to {:?}", PathBuf::from(dir.read_link(&entry.name).unwrap())),
+            FileKind::File => {
+                let content = dir.open_file(&entry.name).unwrap();
+                let mut bytes = vec![0; content.len() as usize];
+                let mut read = 0;
+                while read < bytes.len() {
+                    let more = content.read_at(&mut bytes[read..], read as u64).unwrap();
+                    assert_ne!(more, 0, "{path:?} is not as long as it says");
+                    read += more;
+                }
+                said += &format!(" content {}", blake3::hash(&bytes));
+            }
+            FileKind::CharDevice | FileKind::BlockDevice => said += &format!(" device {:x}", entry.meta.rdev),
+            _ => {}
+        }
+        if entry.meta.kind != FileKind::Symlink {
+            said += &format!(" xattrs {:?}", plain(dir.xattrs(&entry.name).unwrap()));
+        }
+        found.insert(path.clone(), said);
+        if entry.meta.kind == FileKind::Dir {
+            of_below(dir.open_dir(&entry.name).unwrap().as_ref(), &path, found, first_names);
+        }
+    }
+}
+
+fn words(meta: &FileMeta, path: &Path, first_names: &mut HashMap<u64, PathBuf>) -> String {
+    let kind = match meta.kind {
+        FileKind::File => 0o100_000,
+        FileKind::Dir => 0o040_000,
+        FileKind::Symlink => 0o120_000,
+        FileKind::Fifo => 0o010_000,
+        FileKind::Socket => 0o140_000,
+        FileKind::CharDevice => 0o020_000,
+        FileKind::BlockDevice => 0o060_000,
+    };
+    let mut said = format!("{:o} {}:{}", kind | meta.mode, meta.uid, meta.gid);
+    if meta.kind != FileKind::Dir {
+        let first = first_names.entry(meta.ino).or_insert_with(|| path.to_owned());
+        said += &format!(" nlink {} with {first:?} size {}", meta.nlink, meta.size);
+    }
+    said
+}
+
+fn plain(xattrs: Xattrs) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    xattrs.into_iter().map(|(name, value)| (name.into_encoded_bytes(), value)).collect()
 }
 
 /// As [`of`], and the times of last change: for one tree at two moments.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use fsnap::catalog::{Access, Catalog};
+use fsnap::checkpoint::Checkpoint;
 use fsnap::stores;
 use fsnap_conformance::View;
 use serde_json::Value;
@@ -98,23 +99,33 @@ fn check(places: &Places, disk: &Path, log: &Log, promises: usize, record: &Reco
     assert!(!done.contains(&"postponed"), "{recovered}");
     let catalog = Catalog::open(&places.system.join("state"), Access::Read, Duration::from_secs(60)).unwrap();
     assert_eq!(catalog.intents().unwrap(), [], "half-done work");
+    let all = catalog.checkpoints().unwrap();
     let held = |text: String| log.mark(&text).is_some_and(|at| at < promises);
     for number in 0..STEPS {
+        let images = work::images(places, number);
+        let of_step =
+            |checkpoint: &Checkpoint| checkpoint.engine.as_ref().is_some_and(|by| by.images.as_path() == images);
         let found = catalog.tagged(&work::tag(number).parse().unwrap()).unwrap();
+        // The hook's has no tag yet.
+        let found = found.or_else(|| all.iter().find(|checkpoint| of_step(checkpoint)).map(|checkpoint| checkpoint.id));
         let promised = held(work::taken(number)) && !held(work::leaving(number));
         assert!(found.is_some() || !promised, "checkpoint {number} was promised and is not there");
         assert!(found.is_none() || !held(work::gone(number)), "checkpoint {number} was removed and is there");
         let Some(id) = found else { continue };
         reads_back(places, &catalog, &id, &record[&number], &format!("checkpoint {number}"));
     }
-    ok(&mut places.fsnap(&["verify"]));
+    // All that is there was read and compared; that fsnap finds nothing either is asked now and then.
+    if promises.is_multiple_of(4) {
+        ok(&mut places.fsnap(&["verify"]));
+    }
     // No branch lives longer than the step that made it, except over a cut.
     for branch in catalog.branches().unwrap() {
         ok(&mut places.fsnap(&["rm", "--branch", branch.name.as_str()]));
     }
     no_strays(&catalog);
-    fs::write(places.thin.join("after"), "the cut").unwrap();
-    fs::write(places.dir.join("after"), "the cut").unwrap();
+    for volume in work::volumes(places) {
+        fs::write(volume.join("after"), "the cut").unwrap();
+    }
     let expected = work::look(places);
     let id = ok(&mut places.fsnap(&["checkpoint"])).trim().parse().unwrap();
     reads_back(places, &catalog, &id, &expected, "the next checkpoint");

@@ -7,7 +7,7 @@ use std::process::Command;
 use fsnap_dm_thin::{FileSystem, Plan, Store};
 
 /// The size of a disk.
-pub(crate) const SIZE: u64 = 320 << 20;
+pub(crate) const SIZE: u64 = 640 << 20;
 /// What device-mapper calls the pool.
 const POOL: &str = "fsnap-power";
 /// The volume in the pool.
@@ -22,15 +22,41 @@ pub(crate) struct Places {
     pub(crate) thin: PathBuf,
     /// The volume of the rsync backend.
     pub(crate) dir: PathBuf,
+    /// A btrfs in a file of the file system, and the volume on it.
+    btrfs: PathBuf,
+    pub(crate) subvolume: PathBuf,
+    /// A NILFS2 in such a file, which is a volume.
+    pub(crate) nilfs2: PathBuf,
 }
 
 impl Places {
     pub(crate) fn in_dir(dir: &Path) -> Self {
-        let (system, thin) = (dir.join("system"), dir.join("thin"));
-        for at in [&system, &thin] {
-            fs::create_dir(at).unwrap();
-        }
-        Self { dir: system.join("dir"), system, thin }
+        let [system, thin, btrfs, nilfs2] = ["system", "thin", "btrfs", "nilfs2"].map(|name| {
+            let at = dir.join(name);
+            fs::create_dir(&at).unwrap();
+            at
+        });
+        Self { dir: system.join("dir"), system, thin, subvolume: btrfs.join("subvolume"), btrfs, nilfs2 }
+    }
+
+    /// The file that holds the file system of that name.
+    fn image(&self, name: &str) -> PathBuf {
+        self.system.join(name).with_extension("image")
+    }
+
+    /// Mounts the file systems that lie in files.
+    fn mount_images(&self) {
+        // The kernel takes a disk of an earlier moment for an old copy of the one that it has seen.
+        ok(Command::new("btrfs").args(["device", "scan", "--forget"]));
+        ok(Command::new("mount").args(["-o", "loop"]).args([&self.image("btrfs"), &self.btrfs]));
+        // Without the cleaner, whose moments nobody could repeat.
+        ok(Command::new("mount")
+            .args(["-i", "-t", "nilfs2", "-o", "loop"])
+            .args([&self.image("nilfs2"), &self.nilfs2]));
+    }
+
+    fn tops(&self) -> [&Path; 4] {
+        [&self.system, &self.thin, &self.btrfs, &self.nilfs2]
     }
 
     fn pool_store(&self) -> PathBuf {
@@ -70,8 +96,20 @@ impl Standing {
                 .unwrap();
         let node = store.make_volume(THIN, 64 << 20, FileSystem::Ext4).unwrap();
         ok(Command::new("mount").arg(node).arg(&places.thin));
+        for (name, bytes) in [("btrfs", 120 << 20), ("nilfs2", 64 << 20)] {
+            File::create(places.image(name)).unwrap().set_len(bytes).unwrap();
+        }
+        ok(Command::new("mkfs.btrfs").args(["--quiet", "--metadata", "single"]).arg(places.image("btrfs")));
+        ok(Command::new("mkfs.nilfs2").args(["-q", "-B", "128"]).arg(places.image("nilfs2")));
+        places.mount_images();
+        ok(Command::new("btrfs").args(["subvolume", "create"]).arg(&places.subvolume));
+        // What mkfs leaves there for old tools, the backend leaves out of its snapshots.
+        fs::remove_file(places.nilfs2.join(".nilfs")).unwrap();
         ok(places.fsnap(&["init", "--backend", "dm-thin", "--store"]).args([&places.pool_store(), &places.thin]));
         ok(places.fsnap(&["init", "--backend", "rsync"]).arg(&places.dir));
+        ok(places.fsnap(&["init", "--backend", "btrfs"]).arg(&places.subvolume));
+        let beside = places.system.join("nilfs2-store");
+        ok(places.fsnap(&["init", "--backend", "nilfs2", "--store"]).args([&beside, &places.nilfs2]));
         // Everything up to here is no matter of this test.
         rustix::fs::sync();
         standing
@@ -85,6 +123,7 @@ impl Standing {
         // Opened, the store sets its pool going and the volumes of it.
         let node = Store::open(&places.pool_store()).unwrap().volume_node(THIN).unwrap();
         ok(Command::new("mount").arg(node).arg(&places.thin));
+        places.mount_images();
         standing
     }
 }
@@ -93,9 +132,8 @@ impl Drop for Standing {
     fn drop(&mut self) {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        let ours: Vec<_> = points
-            .filter(|at| [&self.places.system, &self.places.thin].iter().any(|top| Path::new(at).starts_with(top)))
-            .collect();
+        let ours: Vec<_> =
+            points.filter(|at| self.places.tops().iter().any(|top| Path::new(at).starts_with(top))).collect();
         for at in ours.iter().rev().filter(|at| **at != self.places.system.to_string_lossy()) {
             let _ = Command::new("umount").arg(at).output();
         }

@@ -1,8 +1,9 @@
 //! The power goes while checkpoints are taken, again and again, and whatever was promised is still there.
 //!
-//! A file system holds everything: the catalog, an rsync volume with its store, and the files of a thin pool with a volume and
-//! its store. It lies on a disk of which every write is kept in order, with every flush (dm-log-writes). Checkpoints are
-//! taken, branched and removed in a loop, and each promise that fsnap makes by returning is marked in the same log.
+//! A file system holds everything: the catalog, an rsync volume with its store, the files of a thin pool with a volume and
+//! its store, and a btrfs and a NILFS2 in files. It lies on a disk of which every write is kept in order, with every flush
+//! (dm-log-writes). Checkpoints of all four are taken, by the command and by the hook, branched and removed in a loop, and each
+//! promise that fsnap makes by returning is marked in the same log.
 //!
 //! Then the power is cut at random places of that log. A disk that loses power keeps what was flushed, and of what was not yet
 //! flushed any part: such a disk is put together from the log, and the machine starts from it. Every checkpoint that was

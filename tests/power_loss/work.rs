@@ -1,29 +1,32 @@
-//! What is done while the log is kept: steps that change both volumes, checkpoints, branches, removals.
+//! What is done while the log is kept: steps that change all volumes, checkpoints, branches, removals.
+//!
+//! Every other checkpoint is taken by the hook, called as CRIU calls it. Such a one is promised when the next command has sealed it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use fsnap_conformance::Listing;
 
 use crate::disk::{Places, Standing, mark, ok};
 
 /// How many steps there are.
-pub(crate) const STEPS: u32 = 14;
+pub(crate) const STEPS: u32 = 12;
 /// So many checkpoints are kept: older ones are removed.
-const KEPT: u32 = 4;
+const KEPT: u32 = 2;
 
 /// What the volumes held at each step, by the path of the volume.
 pub(crate) type Record = BTreeMap<u32, Vec<Listing>>;
 
 /// The volumes, in the order of the record.
-pub(crate) fn volumes(places: &Places) -> [&Path; 2] {
-    [&places.thin, &places.dir]
+pub(crate) fn volumes(places: &Places) -> [&Path; 4] {
+    [&places.thin, &places.dir, &places.subvolume, &places.nilfs2]
 }
 
-/// Changes the files of both volumes, each time in other places.
+/// Changes the files of all volumes, each time in other places.
 pub(crate) fn step(places: &Places, number: u32) {
     for volume in volumes(places) {
         let at = |name: &str| volume.join(name);
@@ -59,7 +62,12 @@ pub(crate) fn all(standing: &Standing) -> Record {
         step(places, number);
         record.insert(number, look(places));
         let tag = tag(number);
-        ok(&mut places.fsnap(&["checkpoint", "--tag", &tag]));
+        if number % 2 == 0 {
+            ok(&mut places.fsnap(&["checkpoint", "--tag", &tag]));
+        } else {
+            let id = by_hook(places, number);
+            ok(&mut places.fsnap(&["tag", &id, &tag]));
+        }
         mark(&taken(number));
         if number % 4 == 1 {
             ok(&mut places.fsnap(&["branch", &tag, "try"]));
@@ -72,6 +80,36 @@ pub(crate) fn all(standing: &Standing) -> Record {
         }
     }
     record
+}
+
+/// Takes a checkpoint as CRIU has it taken, and returns its id; the next command seals it.
+fn by_hook(places: &Places, number: u32) -> String {
+    let images = images(places, number);
+    fs::create_dir(&images).unwrap();
+    let mut tree = Command::new("sleep").arg("1000").spawn().unwrap();
+    let hook = |action: &str| {
+        let mut command = places.fsnap(&["hook", "criu"]);
+        command.env("CRTOOLS_SCRIPT_ACTION", action).env("CRTOOLS_IMAGE_DIR", &images);
+        ok(command.env("CRTOOLS_INIT_PID", tree.id().to_string()).env("FSNAP_VOLUMES", VOLUMES))
+    };
+    let planned = hook("pre-dump");
+    // CRIU's last image, with one empty entry: the number that such a file begins with, and the entry's length. CRIU syncs
+    // nothing.
+    let inventory = [&0x5831_3116_u32.to_le_bytes()[..], &2_u32.to_le_bytes(), &[8, 1]].concat();
+    fs::write(images.join("inventory.img"), inventory).unwrap();
+    let taken = hook("post-dump");
+    assert_eq!(planned, taken);
+    tree.kill().unwrap();
+    tree.wait().unwrap();
+    taken.trim().to_owned()
+}
+
+/// The names of the volumes, for the hook.
+const VOLUMES: &str = "thin,dir,subvolume,nilfs2";
+
+/// The directory of the engine's images of that step.
+pub(crate) fn images(places: &Places, number: u32) -> PathBuf {
+    places.system.join(format!("images-{number}"))
 }
 
 /// The tag of a step's checkpoint.

@@ -12,7 +12,7 @@ use crate::{Capabilities, Damage, Error, Identity, Image, Locator, MountSpec, Re
 /// What never changes about an opened store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreInfo {
-    /// The backend's name as users write it: `btrfs`, `dm-thin`, `nilfs2`, `rsync`.
+    /// The backend's name as users write it: `btrfs`, `dm-thin`, `nilfs2`, `layers`, `rsync`.
     pub kind: &'static str,
     /// Names this store and no other, for as long as it exists.
     pub identity: Identity,

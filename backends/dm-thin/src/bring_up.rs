@@ -399,7 +399,7 @@ fn make_files(dir: &Path, size: Option<u64>) -> Result<Backing> {
 
 /// Divides a block device in two; refuses one that holds anything.
 fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
-    let device = device.canonicalize().context("find", device)?;
+    let device = lasting_name(device).context("find", device)?;
     let refused = |reason: String| Error::NotAStore { dir: device.clone(), kind: KIND, reason };
     let signature = Command::new("blkid").args(["-p", "-o", "value", "-s", "TYPE"]).arg(&device).output();
     let signature = signature.context("run", "blkid")?;
@@ -416,6 +416,27 @@ fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
     let file = OpenOptions::new().write(true).custom_flags(libc_excl()).open(&device).context("open", &device)?;
     file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_all()).context("write to", &device)?;
     Ok(Backing::Device { device, metadata })
+}
+
+/// A path that leads to the device after a restart as well, as far as there is one: numbers like that of `/dev/dm-3` are given anew.
+///
+/// It is the device-mapper name, or else a name by which udev knows the hardware or the content.
+fn lasting_name(device: &Path) -> io::Result<PathBuf> {
+    let real = device.canonicalize()?;
+    let number = |path: &Path| fs::metadata(path).map(|meta| meta.rdev());
+    let wanted = number(&real)?;
+    let mapped = fs::read_to_string(format!("/sys/dev/block/{}/dm/name", Number::of(wanted)));
+    if let Ok(name) = mapped {
+        return Ok(Number::of(wanted).named_node(name.trim_end()));
+    }
+    for dir in ["/dev/disk/by-id", "/dev/disk/by-partuuid", "/dev/disk/by-path"] {
+        let links = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        // Of several the same one, whatever order they are listed in.
+        if let Some(found) = links.filter(|link| number(link).is_ok_and(|found| found == wanted)).min() {
+            return Ok(found);
+        }
+    }
+    Ok(real)
 }
 
 /// Opening a block device with it fails as long as somebody uses the device.

@@ -300,20 +300,33 @@ impl Backend for Store {
     }
 }
 
-/// Gives up a tree: removes it with all its layers, or keeps these as long as images need them.
-///
-/// Requires that nobody serves it.
-pub fn abandon(tree: &Path) -> Result<()> {
-    if is_held(tree)? {
-        write_whole(tree, ABANDONED, b"")?;
-        // Nobody will read again what was not sealed; a crash in between leaves it, which costs room.
+/// Makes the directory for a tree that is to have this identity as a volume, unless it is there.
+pub fn prepare(tree: &Path, identity: &Identity) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(tree) {
+        Err(error) if error.kind() == IoKind::AlreadyExists => {}
+        made => made.context("make the directory", tree)?,
+    }
+    if tree.join(IDENTITY).exists() {
         return Ok(());
     }
-    remove_dir(tree)
+    let text =
+        identity.as_str().strip_prefix(KIND).and_then(|text| text.strip_prefix(':')).unwrap_or(identity.as_str());
+    let path = tree.join(IDENTITY);
+    let written = fs::File::create(&path).and_then(|mut file| file.write_all(format!("{text}\n").as_bytes()));
+    written.context("write", &path)
+}
+
+/// Gives up a tree. `false` if no image needs its layers: then the caller may remove it; else it goes with the last image.
+pub fn abandon(tree: &Path) -> Result<bool> {
+    let held = is_held(tree)?;
+    if held {
+        write_whole(tree, ABANDONED, b"")?;
+    }
+    Ok(held)
 }
 
 /// Whether images need the layers of a tree.
-pub fn is_held(tree: &Path) -> Result<bool> {
+fn is_held(tree: &Path) -> Result<bool> {
     match fs::read_dir(tree.join(HOLDS)) {
         Err(error) if error.kind() == IoKind::NotFound => Ok(false),
         entries => Ok(entries.context("list", tree)?.next().is_some()),

@@ -10,16 +10,28 @@ use std::collections::HashMap;
 pub(super) struct FdCache<T> {
     young: HashMap<u64, T>,
     old: HashMap<u64, T>,
+    generation: usize,
 }
 
 impl<T> Default for FdCache<T> {
     fn default() -> Self {
-        Self { young: HashMap::new(), old: HashMap::new() }
+        Self::of(GENERATION)
     }
 }
 
 /// How many descriptors one generation holds.
 const GENERATION: usize = 1024;
+
+impl<T> FdCache<T> {
+    /// For a tree of which there are many: a sealed state.
+    pub(super) fn small() -> Self {
+        Self::of(GENERATION / 32)
+    }
+
+    fn of(generation: usize) -> Self {
+        Self { young: HashMap::new(), old: HashMap::new(), generation }
+    }
+}
 
 impl<T: Clone> FdCache<T> {
     pub(super) fn get(&mut self, number: u64) -> Option<T> {
@@ -32,7 +44,7 @@ impl<T: Clone> FdCache<T> {
     }
 
     pub(super) fn put(&mut self, number: u64, open: T) {
-        if self.young.len() >= GENERATION {
+        if self.young.len() >= self.generation {
             self.old = std::mem::take(&mut self.young);
         }
         self.young.insert(number, open);

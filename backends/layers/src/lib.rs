@@ -39,7 +39,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use attr::{Attr, Change, SetTime};
-pub use backend::{KIND, SEAL, STORE, Store, abandon, is_held};
+pub use backend::{KIND, SEAL, STORE, Store, abandon, prepare};
 pub use data::OpenFile;
 pub use list::Listed;
 pub use lower::Below;

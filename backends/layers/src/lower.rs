@@ -13,6 +13,7 @@ use super::Result;
 use super::below::{self, errno};
 use super::fd_cache::FdCache;
 use super::object::{self, Object};
+use super::sealed::SealedDir;
 
 /// What a copy-on-write tree begins with.
 #[derive(Debug)]
@@ -70,6 +71,8 @@ impl LowerAt {
 enum Opened {
     Dir(Arc<OwnedFd>),
     Tree(Arc<dyn Dir>),
+    /// A layer that was sealed, of the same store.
+    Sealed(Arc<SealedDir>),
 }
 
 impl Opened {
@@ -77,6 +80,7 @@ impl Opened {
         match self {
             Self::Dir(dir) => Ok(Self::Dir(Arc::new(object::open_dir(dir, name)?))),
             Self::Tree(dir) => Ok(Self::Tree(Arc::from(dir.open_dir(name).map_err(errno)?))),
+            Self::Sealed(dir) => Ok(Self::Sealed(Arc::new(dir.enter(name)?))),
         }
     }
 }
@@ -106,8 +110,18 @@ impl Lower {
             }
             Below::Tree(root) => (Opened::Tree(root), template.st_dev),
         };
+        Ok(Self::of(opened, dev, template))
+    }
+
+    /// A sealed layer, with all below it.
+    pub(super) fn over(sealed: SealedDir, store: impl AsFd) -> Result<Self> {
+        let template = rustix::fs::fstat(store)?;
+        Ok(Self::of(Opened::Sealed(Arc::new(sealed)), template.st_dev, template))
+    }
+
+    fn of(opened: Opened, dev: u64, template: Stat) -> Self {
         let root = Arc::new(LowerDir { number: 0, parent: None, dev, realm: 0 });
-        Ok(Self { root, opened, open: FdCache::default(), made: 0, template })
+        Self { root, opened, open: FdCache::default(), made: 0, template }
     }
 
     pub(super) fn root(&self) -> Arc<LowerDir> {
@@ -142,6 +156,7 @@ impl Lower {
         Ok(match self.open(dir)? {
             Opened::Dir(dir) => Object::of(dir),
             Opened::Tree(dir) => Object::below(dir, None, self.template),
+            Opened::Sealed(dir) => Object::below(dir, None, self.template),
         })
     }
 
@@ -153,6 +168,8 @@ impl Lower {
                 let entries = dir.entries().map_err(errno)?;
                 Ok(entries.into_iter().map(|entry| entry.name).collect())
             }
+            // Nobody's attributes are looked at: that would be done again in each layer above.
+            Opened::Sealed(dir) => dir.names(),
         }
     }
 
@@ -163,6 +180,10 @@ impl Lower {
                 let found = dir.entry(name).map_err(errno)?;
                 Ok(found.map(|entry| below::stat(&entry.meta, self.template)))
             }
+            Opened::Sealed(dir) => {
+                let found = dir.entry(name).map_err(errno)?;
+                Ok(found.map(|entry| below::stat(&entry.meta, self.template)))
+            }
         }
     }
 
@@ -170,6 +191,7 @@ impl Lower {
         Ok(match self.open(&at.dir)? {
             Opened::Dir(dir) => Object::at(dir, at.name.clone()),
             Opened::Tree(dir) => Object::below(dir, Some(at.name.clone()), self.template),
+            Opened::Sealed(dir) => Object::below(dir, Some(at.name.clone()), self.template),
         })
     }
 
@@ -201,7 +223,7 @@ impl Lower {
 
     /// Whether it is read through [`Dir`], so that it may be layers itself.
     pub(super) fn is_tree(&self) -> bool {
-        matches!(self.opened, Opened::Tree(_))
+        !matches!(self.opened, Opened::Dir(_))
     }
 
     /// The number that users see for a file of the lower.
@@ -209,7 +231,7 @@ impl Lower {
         let number = match self.opened {
             Opened::Dir(_) => (stat.st_ino ^ dir.realm) & (UPPER_NUMBERS - 1),
             // Layers have numbers above that one, too.
-            Opened::Tree(_) => stat.st_ino & (2 * UPPER_NUMBERS - 1),
+            Opened::Tree(_) | Opened::Sealed(_) => stat.st_ino & (2 * UPPER_NUMBERS - 1),
         };
         match number {
             // 0 is no inode, and 1 is the root of the mount.

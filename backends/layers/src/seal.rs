@@ -24,6 +24,7 @@ use rustix::io::Errno;
 
 use super::below::io_errno;
 use super::data::copy_all;
+use super::fd_cache::FdCache;
 use super::look::index_name;
 use super::lower::{Below, Lower, LowerAt};
 use super::node::{Ino, Nodes, ROOT};
@@ -98,7 +99,8 @@ impl Overlay {
 impl Tree {
     pub(super) fn new(lower: Lower, store: Store) -> Self {
         let nodes = Nodes::new(lower.root());
-        Self { lower, store, nodes, dirs: Default::default(), epoch: 0 }
+        let dirs = if store.read_only { FdCache::small() } else { FdCache::default() };
+        Self { lower, store, nodes, dirs, epoch: 0 }
     }
 
     /// Goes up to the layer that is written. Finishes or undoes what a server that was killed had begun.
@@ -129,9 +131,8 @@ impl Tree {
         let nothing = Lower::new(Below::Tree(Arc::new(Empty)), &self.store.dir)?;
         let below = self.store.replace_layer(upper, index);
         let sealed = Self::new(std::mem::replace(&mut self.lower, nothing), below);
-        let root: Arc<dyn Dir> = Arc::new(SealedDir::root(Arc::new(Overlay::of(sealed))));
-        self.lower = Lower::new(Below::Tree(root), &self.store.dir)?;
-        self.dirs = Default::default();
+        self.lower = Lower::over(SealedDir::root(Arc::new(Overlay::of(sealed))), &self.store.dir)?;
+        self.dirs = if self.store.read_only { FdCache::small() } else { FdCache::default() };
         self.epoch += 1;
         let (epoch, lower) = (self.epoch, self.lower.root());
         if let Some(root) = self.nodes.get_mut(ROOT) {

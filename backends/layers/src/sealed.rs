@@ -23,6 +23,18 @@ impl SealedDir {
         Self { overlay, ino: ROOT }
     }
 
+    /// Opens the directory of that name.
+    pub(super) fn enter(&self, name: &OsStr) -> TreeResult<Self> {
+        let attr = self.overlay.look_up(self.ino, name)?;
+        let dir = Self { overlay: self.overlay.clone(), ino: attr.ino };
+        if attr.kind == FileType::Directory { Ok(dir) } else { Err(Errno::NOTDIR) }
+    }
+
+    /// All names, in no order.
+    pub(super) fn names(&self) -> TreeResult<Vec<OsString>> {
+        Ok(self.overlay.list(self.ino)?.into_iter().map(|listed| listed.name).collect())
+    }
+
     /// Does something with the file of that name.
     fn with<T>(&self, name: &OsStr, act: impl FnOnce(Ino) -> TreeResult<T>) -> TreeResult<T> {
         let attr = self.overlay.look_up(self.ino, name)?;
@@ -112,12 +124,7 @@ impl Dir for SealedDir {
     }
 
     fn open_dir(&self, name: &OsStr) -> Result<Box<dyn Dir>> {
-        let attr = self.overlay.look_up(self.ino, name).map_err(failed("open the directory", name))?;
-        let dir = Self { overlay: self.overlay.clone(), ino: attr.ino };
-        match attr.kind {
-            FileType::Directory => Ok(Box::new(dir)),
-            _ => Err(failed("open the directory", name)(Errno::NOTDIR)),
-        }
+        Ok(Box::new(self.enter(name).map_err(failed("open the directory", name))?))
     }
 
     fn open_file(&self, name: &OsStr) -> Result<Box<dyn Content>> {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use fsnap_backend::{FileKind, FileMeta, Timestamp};
@@ -13,7 +13,7 @@ use super::tree::{Tree, Trees};
 use super::{Keep, processes};
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, Side};
 use crate::fuse::branches::Branches;
 use crate::name::Name;
 use crate::processes::ProcessRecord;
@@ -23,7 +23,8 @@ const README: &str = "\
 These are the checkpoints and branches of fsnap. Everything here but branches is read-only.
 
 ids/<id>/<volume>/...           the files of a checkpoint, as they were
-ids/<id>/.fsnap/                not listed: meta.json, and the links parent and images
+ids/<id>/.fsnap/                not listed: meta.json, changed (since the parent), and the
+                                links parent and images
 ids/<id>/.fsnap/processes/<pid> a process as it stood: cmdline, cwd, exe, root, fd/<n>
 snapshots/<time>                links into ids; snapshots/latest is the newest
 tags/<tag>                      links into ids
@@ -40,10 +41,14 @@ New checkpoints show up by themselves. `fsnap umount` ends this.
 /// The directory of what belongs to a checkpoint besides its files. No volume has such a name.
 const EXTRAS: &str = ".fsnap";
 const META: &str = "meta.json";
+const CHANGED: &str = "changed";
 const PARENT: &str = "parent";
 const IMAGES: &str = "images";
 const PROCESSES: &str = "processes";
 const LATEST: &str = "latest";
+
+/// So many lists of what has changed are remembered.
+const MOST_CHANGED: usize = 64;
 
 /// Describes a checkpoint, with its tags, for `meta.json`.
 pub type Describe = fn(&Checkpoint, &[Name]) -> String;
@@ -93,6 +98,8 @@ pub(super) enum Place {
     Checkpoint(CheckpointId),
     Extras(CheckpointId),
     Meta(CheckpointId),
+    /// What differs from the first to the second.
+    Changed(CheckpointId, CheckpointId),
     Processes(CheckpointId),
     Process(CheckpointId, i32),
     CommandLine(CheckpointId, i32),
@@ -104,7 +111,7 @@ pub(super) enum Place {
 impl Place {
     fn kind(&self) -> FileKind {
         match self {
-            Self::Readme | Self::Meta(_) | Self::CommandLine(..) => FileKind::File,
+            Self::Readme | Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) => FileKind::File,
             Self::Link(_) => FileKind::Symlink,
             _ => FileKind::Dir,
         }
@@ -115,7 +122,7 @@ impl Place {
             Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
             Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
             Self::Processes(_) | Self::Process(..) | Self::Descriptors(..) => Keep::Briefly,
-            Self::Meta(_) | Self::CommandLine(..) | Self::Link(_) => Keep::Not,
+            Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Link(_) => Keep::Not,
         }
     }
 }
@@ -150,6 +157,7 @@ impl Found {
 pub(super) struct Layout {
     records: Records,
     branches: Arc<Branches>,
+    changed: Mutex<HashMap<(CheckpointId, CheckpointId), String>>,
     since: Timestamp,
     owner: (u32, u32),
 }
@@ -157,7 +165,7 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(records: Records, branches: Arc<Branches>) -> Self {
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self { records, branches, since: timestamp(jiff::Timestamp::now()), owner }
+        Self { records, branches, changed: Mutex::default(), since: timestamp(jiff::Timestamp::now()), owner }
     }
 
     /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
@@ -222,7 +230,7 @@ impl Layout {
                 let listed = self.children(place, trees)?;
                 return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
             }
-            Place::Readme | Place::Meta(_) | Place::CommandLine(..) | Place::Link(_) => None,
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => None,
         };
         Ok(place.map(Found::Place))
     }
@@ -284,6 +292,7 @@ impl Layout {
                         add(IMAGES, Place::Link(engine.images.0));
                     }
                     if let Some(parent) = checkpoint.parent {
+                        add(CHANGED, Place::Changed(parent, *id));
                         add(PARENT, Place::Link(PathBuf::from(format!("../../{parent}"))));
                     }
                 }
@@ -308,7 +317,7 @@ impl Layout {
                 });
                 listed.into_iter().flatten().for_each(|(name, place)| add(&name, place));
             }
-            Place::Readme | Place::Meta(_) | Place::CommandLine(..) | Place::Link(_) => {}
+            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => {}
         }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found)
@@ -323,6 +332,8 @@ impl Layout {
         let catalog = records.catalog();
         let (time, size) = match place {
             Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
+            // It has a length for whoever has opened it, and was computed for him.
+            Place::Changed(_, id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
             Place::Checkpoint(id)
             | Place::Extras(id)
             | Place::Processes(id)
@@ -358,7 +369,9 @@ impl Layout {
             Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
             Place::Processes(_) | Place::Process(..) | Place::Descriptors(..) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
-            Place::Meta(_) | Place::CommandLine(..) => (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false),
+            Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) => {
+                (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false)
+            }
             Place::Link(target) => {
                 let size = target.as_os_str().as_bytes().len() as u64;
                 (FileMeta { kind: FileKind::Symlink, mode: 0o777, size, ..dir }, true)
@@ -389,6 +402,7 @@ impl Layout {
     /// The content of a file of the upper part.
     pub(super) fn text(&self, place: &Place) -> Result<Option<Vec<u8>>> {
         match place {
+            Place::Changed(old, new) => Ok(self.changed(old, new)?.map(String::into_bytes)),
             Place::Readme => Ok(Some(README.into())),
             Place::CommandLine(id, pid) => {
                 let process = process_in(self.records.open()?.catalog(), id, *pid)?;
@@ -402,6 +416,27 @@ impl Layout {
             }
             _ => Ok(None),
         }
+    }
+
+    /// What `fsnap diff` prints, found out at the first look.
+    fn changed(&self, old: &CheckpointId, new: &CheckpointId) -> Result<Option<String>> {
+        let known = || self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(text) = known().get(&(*old, *new)) {
+            return Ok(Some(text.clone()));
+        }
+        let records = self.records.open()?;
+        let catalog = records.catalog();
+        let (Some(old), Some(new)) = (catalog.checkpoint(old)?, catalog.checkpoint(new)?) else { return Ok(None) };
+        let mut text = String::new();
+        records.diff(&old, Side::Checkpoint(&new), &mut |change| {
+            text.push_str(&format!("{} {}\n", change.kind.letter(), change.shown()));
+        })?;
+        let mut known = known();
+        if known.len() >= MOST_CHANGED {
+            known.clear();
+        }
+        known.insert((old.id, new.id), text.clone());
+        Ok(Some(text))
     }
 
     fn describe(&self, catalog: &Catalog, checkpoint: &Checkpoint) -> Result<String> {

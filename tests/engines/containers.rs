@@ -1,0 +1,221 @@
+//! Containers: what is installed by `fsnap install-hooks` is called by the real runc, and a second container stands beside the first.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use libtest_mimic::Completion;
+use serde_json::{Value, json};
+
+use crate::runs::branch_path;
+use crate::site::{Site, Volume, run, said, wait_until};
+
+/// A case that needs a runtime, and says if it is missing.
+type Needy = (&'static str, fn() -> Completion);
+
+pub(crate) const CASES: &[Needy] = &[
+    ("a_container_of_runc_gets_a_twin", a_container_of_runc_gets_a_twin),
+    ("a_container_whose_criu_has_no_hook", a_container_whose_criu_has_no_hook),
+    ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
+];
+
+fn is_installed(program: &str) -> bool {
+    Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// Makes changes to `dir` visible to this sandbox only.
+fn lay_over(site: &Site, dir: &str) {
+    let name = dir.replace('/', "-");
+    let (upper, work) = (site.path(&format!("upper{name}")), site.path(&format!("work{name}")));
+    fs::create_dir(&upper).unwrap();
+    fs::create_dir(&work).unwrap();
+    let options = format!("lowerdir={dir},upperdir={},workdir={}", upper.display(), work.display());
+    run(Command::new("mount").args(["-t", "overlay", "fsnap-test", "-o", &options, dir]));
+}
+
+/// Containers of one site; they are deleted when it is dropped.
+struct Runc<'a> {
+    site: &'a Site,
+    names: Vec<String>,
+}
+
+impl Drop for Runc<'_> {
+    fn drop(&mut self) {
+        for name in &self.names {
+            let _ = self.command().args(["delete", "--force", name]).output();
+        }
+        for dir in ["/etc", "/usr/libexec"] {
+            let _ = Command::new("umount").args(["--lazy", dir]).output();
+        }
+    }
+}
+
+impl Runc<'_> {
+    fn command(&self) -> Command {
+        let mut command = self.site.command_of(Path::new("runc"));
+        command.arg("--root").arg(self.site.path("runc"));
+        command.arg("--criu").arg(fsnap_oracle::criu::Criu::find().program());
+        command.stdout(Stdio::null());
+        command
+    }
+
+    fn ok(&self, args: &[&str]) {
+        // A container inherits these files, and may have none from outside.
+        let status = self.command().args(args).stderr(Stdio::null()).status().unwrap();
+        let logs = ["dump.log", "restore.log"].map(|log| fs::read_to_string(self.site.path("work").join(log)));
+        let errors: Vec<_> = logs.iter().flatten().flat_map(|log| log.lines()).filter(|l| l.contains("rror")).collect();
+        assert!(status.success(), "runc {args:?}: {status}\n{}", errors.join("\n"));
+    }
+
+    /// Makes the bundle of a container whose root file system and data are in these directories.
+    fn bundle(&self, name: &str, root: &Path, data: &Path) -> PathBuf {
+        let bundle = self.site.path(name);
+        fs::create_dir(&bundle).unwrap();
+        run(Command::new("runc").arg("spec").current_dir(&bundle));
+        let path = bundle.join("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let script = "i=0; while :; do i=$((i+1)); echo $i >/number; echo $i >/data/number; sleep 0.02; done";
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(["/bin/sh", "-c", script]);
+        config["root"] = json!({ "path": root, "readonly": false });
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({ "destination": "/data", "type": "bind", "source": data, "options": ["bind", "rw"] }));
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "network");
+        fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+        bundle
+    }
+}
+
+/// Makes a root file system that counts.
+fn populate(root: &Path) {
+    for dir in ["bin", "proc", "dev", "sys", "data"] {
+        fs::create_dir(root.join(dir)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for program in ["sh", "sleep"] {
+        symlink("busybox", root.join("bin").join(program)).unwrap();
+    }
+}
+
+fn number(file: &Path) -> u64 {
+    fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+fn counts_on(root: &Path, data: &Path) {
+    for dir in [root, data] {
+        let before = number(&dir.join("number"));
+        wait_until(&format!("the next number in {dir:?}"), || number(&dir.join("number")) > before);
+    }
+}
+
+fn a_container_of_runc_gets_a_twin() -> Completion {
+    if !is_installed("runc") {
+        return Completion::ignored_with("runc is not installed");
+    }
+    let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
+    for dir in ["/etc", "/usr/libexec"] {
+        lay_over(&site, dir);
+    }
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let told = site.ok(["install-hooks", "runc"]);
+    assert!(told.contains("write /etc/criu/runc.conf"), "{told}");
+    let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
+    populate(&root);
+    let first = format!("fsnap-test-{}-first", std::process::id());
+    let second = format!("fsnap-test-{}-second", std::process::id());
+    let bundle = runc.bundle("first", &root, &data);
+    runc.names.extend([first.clone(), second.clone()]);
+    runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
+    counts_on(&root, &data);
+    let (images, work) = (site.images(), site.path("work"));
+    let (images, work) = (images.to_str().unwrap(), work.to_str().unwrap());
+    let places = ["--image-path", images, "--work-path", work];
+    runc.ok(&[&["checkpoint", "--leave-running"], &places[..], &[&first]].concat());
+    counts_on(&root, &data);
+    // The root file system and the bind mount are of one instant.
+    let checkpoint = site.json(["show", "--json", "@latest"]);
+    let members = checkpoint["members"].as_array().unwrap();
+    assert_eq!(members.iter().map(|member| &member["volume"]).collect::<Vec<_>>(), ["v0", "v1"], "{checkpoint}");
+    assert!(members.iter().all(|member| member["consistency"] == "point-in-time"), "{checkpoint}");
+    site.ok(["branch", "@latest", "twin"]);
+    let (twin_root, twin_data) = (branch_path(&site, "twin", 0), branch_path(&site, "twin", 1));
+    let (in_root, in_data) = (number(&twin_root.join("number")), number(&twin_data.join("number")));
+    assert!(in_root == in_data || in_root == in_data + 1, "{in_root} and {in_data}");
+    let bundle = runc.bundle("second", &twin_root, &twin_data);
+    runc.ok(&[&["restore", "--detach", "--bundle", bundle.to_str().unwrap()], &places[..], &[&second]].concat());
+    counts_on(&twin_root, &twin_data);
+    counts_on(&root, &data);
+    // A hook that fails fails the checkpoint, and the container runs on.
+    let mut command = runc.command();
+    let again = site.images();
+    command
+        .args(["checkpoint", "--leave-running", "--image-path"])
+        .arg(&again)
+        .arg("--work-path")
+        .arg(work)
+        .arg(&first);
+    let failed = command.env("FSNAP_FAILPOINT", "hook:frozen=kill").output().unwrap();
+    assert!(!failed.status.success(), "{}", said(&failed));
+    counts_on(&root, &data);
+    site.ok(["install-hooks", "runc", "--uninstall"]);
+    assert!(!Path::new("/etc/criu/runc.conf").exists());
+    Completion::Completed
+}
+
+fn a_container_whose_criu_has_no_hook() -> Completion {
+    if !is_installed("runc") {
+        return Completion::ignored_with("runc is not installed");
+    }
+    let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
+    populate(&root);
+    let first = format!("fsnap-test-{}-outer", std::process::id());
+    let second = format!("fsnap-test-{}-twin", std::process::id());
+    let bundle = runc.bundle("first", &root, &data);
+    runc.names.extend([first.clone(), second.clone()]);
+    runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
+    counts_on(&root, &data);
+    let (images, state) = (site.new_path("outer").display().to_string(), site.path("runc").display().to_string());
+    let begin = ["engine", "runc", "checkpoint", "--root", &state, "--image-path", &images];
+    let id = site.ok([&begin[..], &[&first]].concat());
+    counts_on(&root, &data);
+    site.holds_nothing_but(1);
+    let checkpoint = site.json(["show", "--json", &id]);
+    let classes = checkpoint["members"].as_array().unwrap().iter().map(|member| member["consistency"].clone());
+    assert_eq!(classes.collect::<Vec<_>>(), ["point-in-time"; 2], "{checkpoint}");
+    site.ok(["branch", &id, "twin"]);
+    let (twin_root, twin_data) = (branch_path(&site, "twin", 0), branch_path(&site, "twin", 1));
+    let (in_root, in_data) = (number(&twin_root.join("number")), number(&twin_data.join("number")));
+    assert!(in_root == in_data || in_root == in_data + 1, "{in_root} and {in_data}");
+    let bundle = runc.bundle("second", &twin_root, &twin_data);
+    runc.ok(&["restore", "--detach", "--bundle", bundle.to_str().unwrap(), "--image-path", &images, &second]);
+    counts_on(&twin_root, &twin_data);
+    // What runc cannot do undoes everything, and nothing stays frozen.
+    let failed = site.command([&begin[..], &["no-such-container"]].concat()).output();
+    let failed = failed.unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    let failed = site.command([&begin[..], &[&first, "--", "--no-such-option"]].concat()).output().unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    counts_on(&root, &data);
+    site.holds_nothing_but(1);
+    Completion::Completed
+}
+
+fn a_crun_that_cannot_save_is_told() -> Completion {
+    let version = Command::new("crun").arg("--version").output();
+    match version {
+        Ok(version) if !String::from_utf8_lossy(&version.stdout).contains("+CRIU") => {}
+        Ok(_) => return Completion::ignored_with("this crun was built with CRIU"),
+        Err(_) => return Completion::ignored_with("crun is not installed"),
+    }
+    let site = Site::new(&[]);
+    let root = site.path("root");
+    let refused = site.command(["install-hooks", "crun", "--root"]).arg(&root).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    assert!(said(&refused).contains("this crun was built without CRIU"), "{}", said(&refused));
+    assert!(!root.exists());
+    Completion::Completed
+}
