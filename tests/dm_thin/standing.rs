@@ -40,6 +40,11 @@ impl Base {
         Ok(base)
     }
 
+    /// The name that the device has after a restart as well.
+    fn named(&self) -> PathBuf {
+        Path::new("/dev/mapper").join(&self.name)
+    }
+
     fn plain(&self) -> String {
         format!("0 {ALL} linear {} 0", self.lower)
     }
@@ -75,6 +80,8 @@ impl Base {
 impl Drop for Base {
     fn drop(&mut self) {
         let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", &self.name]).output();
+        // dmsetup or udev may have done so.
+        let _ = fs::remove_file(self.named());
         let _ = Command::new("losetup").args(["--detach", &self.lower]).output();
     }
 }
@@ -87,11 +94,13 @@ fn on_base() -> Result<(Base, Site), Failed> {
     let site = Site::without_pool()?;
     let base = Base::new(&site.dir, &format!("{}-base", site.pool))?;
     let device = site.node(&base.name)?;
+    // As udev has it, where there is one; a pool is to be found again by this name.
+    if !base.named().exists() {
+        std::os::unix::fs::symlink(&device, base.named())?;
+    }
     site.fsnap(&["pool", "create", &device.to_string_lossy(), "--name", &site.pool])?;
-    let named = Path::new("/dev/mapper").join(&base.name);
     let settings = fs::read_to_string(Path::new("/var/lib/fsnap/dm-thin").join(&site.pool).join("fsnap-store"))?;
-    // Without udev there may be no such name, and the number is all there is.
-    ensure(!named.exists() || settings.contains(&*named.to_string_lossy()), &settings)?;
+    ensure(settings.contains(&*base.named().to_string_lossy()), &settings)?;
     site.add_volume("db", "ext4")?;
     fs::write(site.db().join("file"), "first")?;
     site.fsnap(&["init", &site.path("db")])?;

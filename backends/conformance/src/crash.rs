@@ -162,9 +162,8 @@ impl Tracee {
             WaitStatus::Stopped(_, Signal::SIGSTOP) => {}
             status => return Err(Failure::new(format!("the child ended before the call: {status:?}"))),
         }
-        let threads = ptrace::Options::PTRACE_O_TRACECLONE
-            | ptrace::Options::PTRACE_O_TRACEFORK
-            | ptrace::Options::PTRACE_O_TRACEVFORK;
+        // Not those that are forked: a process that a backend leaves to stand by is no part of what is killed.
+        let threads = ptrace::Options::PTRACE_O_TRACECLONE | ptrace::Options::PTRACE_O_TRACEVFORK;
         let options = threads | ptrace::Options::PTRACE_O_TRACESYSGOOD | ptrace::Options::PTRACE_O_EXITKILL;
         ptrace::setoptions(self.leader, options)?;
         ptrace::syscall(self.leader, None)?;
