@@ -68,14 +68,20 @@ impl HookCall {
             None if matches!(phase, Phase::Starting | Phase::Frozen) => return Err(wrong(TREE, "is not set")),
             None => None,
         };
-        Ok(Some(Self { name: NAME, phase, images: open_images(&link)?, tree, engine }))
+        // That the engine lives is not looked up while processes stand; only what failed is looked into.
+        let images = open_images(&link).map_err(|error| process_of(engine).err().unwrap_or(error))?;
+        Ok(Some(Self { name: NAME, phase, images, tree, engine }))
     }
 
     /// CRIU itself, told apart from later processes with its pid.
     pub fn engine(&self) -> Result<ProcessId> {
-        let gone = |_| Error::Environment { variable: "CRTOOLS_IMAGE_DIR", problem: "names a process that has ended" };
-        ProcessId::of(self.engine).map_err(gone)
+        process_of(self.engine)
     }
+}
+
+fn process_of(engine: i32) -> Result<ProcessId> {
+    let gone = |_| Error::Environment { variable: "CRTOOLS_IMAGE_DIR", problem: "names a process that has ended" };
+    ProcessId::of(engine).map_err(gone)
 }
 
 fn phase_of(action: &str) -> Option<Phase> {
