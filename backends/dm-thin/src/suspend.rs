@@ -103,7 +103,9 @@ impl Notes {
             })?;
             let device = mapper.find(By::Name(&note.device))?;
             if let Some(device) = device.filter(|found| found.suspended && found.uuid == note.uuid) {
-                mapper.resume(&device.name).context("resume", By::Name(&device.name).to_string())?;
+                // The author's guard may do so in the same moment, and the kernel refuses to be second; a later call succeeds.
+                let resume = || mapper.resume(&device.name);
+                resume().or_else(|_| resume()).context("resume", By::Name(&device.name).to_string())?;
                 resumed = Some(device.name);
             }
         }
