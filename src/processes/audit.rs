@@ -9,6 +9,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::Pattern;
+use super::mounts::NETWORK;
 use crate::checkpoint::PathText;
 
 /// What is done about what lies outside.
@@ -127,21 +128,6 @@ impl Medium {
             b"tracefs",
         ];
         const MEMORY: &[&[u8]] = &[b"devtmpfs", b"hugetlbfs", b"ramfs", b"tmpfs"];
-        const NETWORK: &[&[u8]] = &[
-            b"9p",
-            b"afs",
-            b"ceph",
-            b"cifs",
-            b"coda",
-            b"gfs2",
-            b"lustre",
-            b"ncpfs",
-            b"nfs",
-            b"nfs4",
-            b"ocfs2",
-            b"orangefs",
-            b"smb3",
-        ];
         Some(match file_system {
             kernel if KERNEL.contains(&kernel) => return None,
             memory if MEMORY.contains(&memory) => Self::Memory,

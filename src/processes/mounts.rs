@@ -13,6 +13,23 @@ use super::proc_dir::{parse, unescape};
 /// The device of a file system, as the mount table gives it.
 pub(crate) type Device = (u32, u32);
 
+/// The file systems whose files are on another machine.
+pub(super) const NETWORK: &[&[u8]] = &[
+    b"9p",
+    b"afs",
+    b"ceph",
+    b"cifs",
+    b"coda",
+    b"gfs2",
+    b"lustre",
+    b"ncpfs",
+    b"nfs",
+    b"nfs4",
+    b"ocfs2",
+    b"orangefs",
+    b"smb3",
+];
+
 /// Where a file lies: in which file system, and at what path from that file system's own root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -64,23 +81,8 @@ impl Mount {
 
     /// Whether a look at its files may wait for a server, or for ever.
     pub(crate) fn may_hang(&self) -> bool {
-        let remote: [&[u8]; 14] = [
-            b"9p",
-            b"afs",
-            b"autofs",
-            b"ceph",
-            b"cifs",
-            b"coda",
-            b"gfs2",
-            b"lustre",
-            b"ncpfs",
-            b"nfs",
-            b"nfs4",
-            b"ocfs2",
-            b"orangefs",
-            b"smb3",
-        ];
-        self.fstype.starts_with(b"fuse") || remote.contains(&self.fstype.as_slice())
+        let kind = self.fstype.as_slice();
+        kind.starts_with(b"fuse") || kind == b"autofs" || NETWORK.contains(&kind)
     }
 
     /// The place of what this mount shows at `path`, which is at or below the mount point.

@@ -30,6 +30,13 @@ pub(crate) struct Operation {
     clean: &'static [&'static str],
 }
 
+/// What CRIU calls its action script with while the processes stand.
+const POST_DUMP: &[(&str, &str)] = &[
+    ("CRTOOLS_SCRIPT_ACTION", "post-dump"),
+    ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
+    ("CRTOOLS_INIT_PID", "%WRITER"),
+];
+
 /// Every operation starts with the volume registered and the checkpoints `one` and `two` taken, but `init`.
 pub(crate) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -100,20 +107,9 @@ pub(crate) const OPERATIONS: &[Operation] = &[
             "CRTOOLS_SCRIPT_ACTION=pre-dump CRTOOLS_IMAGE_DIR=/proc/%ENGINE/fd/8 CRTOOLS_INIT_PID=%WRITER fsnap hook criu",
         ],
         args: &["hook", "criu"],
-        variables: &[
-            ("CRTOOLS_SCRIPT_ACTION", "post-dump"),
-            ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
-            ("CRTOOLS_INIT_PID", "%WRITER"),
-        ],
+        variables: POST_DUMP,
         beside: Beside::WriterAndEngine,
-        done: |scene| {
-            let there = scene.checkpoints() == 3;
-            if there {
-                scene.expect_difference("@latest", "");
-                assert_eq!(scene.json("log")[0]["engine"]["name"], "criu");
-            }
-            there
-        },
+        done: dumped,
         clean: &["[ $(fsnap log | wc -l) -lt 4 ] || fsnap rm @latest"],
     },
     Operation {
@@ -123,20 +119,9 @@ pub(crate) const OPERATIONS: &[Operation] = &[
             "FSNAP_CONFIG=alone.toml CRTOOLS_SCRIPT_ACTION=pre-dump CRTOOLS_IMAGE_DIR=/proc/%ENGINE/fd/8 CRTOOLS_INIT_PID=%WRITER fsnap hook criu",
         ],
         args: &["hook", "criu"],
-        variables: &[
-            ("CRTOOLS_SCRIPT_ACTION", "post-dump"),
-            ("CRTOOLS_IMAGE_DIR", "/proc/%ENGINE/fd/8"),
-            ("CRTOOLS_INIT_PID", "%WRITER"),
-        ],
+        variables: POST_DUMP,
         beside: Beside::WriterAndEngine,
-        done: |scene| {
-            let there = scene.checkpoints() == 3;
-            if there {
-                scene.expect_difference("@latest", "");
-                assert_eq!(scene.json("log")[0]["engine"]["name"], "criu");
-            }
-            there
-        },
+        done: dumped,
         clean: &["[ $(fsnap log | wc -l) -lt 4 ] || fsnap rm @latest"],
     },
     Operation {
@@ -223,6 +208,16 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         clean: &[],
     },
 ];
+
+/// Whether there is a third checkpoint, which an engine's hook took.
+fn dumped(scene: &Scene) -> bool {
+    let there = scene.checkpoints() == 3;
+    if there {
+        scene.expect_difference("@latest", "");
+        assert_eq!(scene.json("log")[0]["engine"]["name"], "criu");
+    }
+    there
+}
 
 fn is_checkpointed(scene: &Scene) -> bool {
     let there = scene.checkpoints() == 3;
