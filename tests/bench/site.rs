@@ -146,7 +146,15 @@ impl Drop for Site {
     fn drop(&mut self) {
         let _ = self.writer.kill();
         let _ = self.writer.wait();
-        let _ = Command::new("umount").arg(self.path("mnt")).status();
+        // The last process that was killed may not have let go yet.
+        let unmount = || rustix::mount::unmount(self.path("mnt"), rustix::mount::UnmountFlags::empty());
+        for _ in 0..100 {
+            if unmount().is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        eprintln!("still mounted, because somebody uses it: {}", self.path("mnt").display());
     }
 }
 
