@@ -190,7 +190,16 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         for dir in self.mounts.iter().rev() {
-            let unmounted = Command::new("umount").arg(dir).output().expect("run umount");
+            let unmount = || Command::new("umount").arg(dir).output().expect("run umount");
+            let mut unmounted = unmount();
+            // A process that stands by for a hook lets go a little after its engine has ended.
+            for _ in 0..100 {
+                if unmounted.status.success() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                unmounted = unmount();
+            }
             if !unmounted.status.success() {
                 // Also when a test fails: nothing of it stays mounted.
                 let _ = Command::new("umount").arg("--lazy").arg(dir).status();
