@@ -81,16 +81,7 @@ fn of_below(dir: &dyn Dir, at: &Path, found: &mut Tree, first_names: &mut HashMa
 }
 
 fn words(meta: &FileMeta, path: &Path, first_names: &mut HashMap<u64, PathBuf>) -> String {
-    let kind = match meta.kind {
-        FileKind::File => 0o100_000,
-        FileKind::Dir => 0o040_000,
-        FileKind::Symlink => 0o120_000,
-        FileKind::Fifo => 0o010_000,
-        FileKind::Socket => 0o140_000,
-        FileKind::CharDevice => 0o020_000,
-        FileKind::BlockDevice => 0o060_000,
-    };
-    let mut said = format!("{:o} {}:{}", kind | meta.mode, meta.uid, meta.gid);
+    let mut said = format!("{:o} {}:{}", meta.kind.type_bits() | meta.mode, meta.uid, meta.gid);
     if meta.kind != FileKind::Dir {
         let first = first_names.entry(meta.ino).or_insert_with(|| path.to_owned());
         said += &format!(" nlink {} with {first:?} size {}", meta.nlink, meta.size);

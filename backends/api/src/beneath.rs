@@ -170,16 +170,7 @@ pub fn is_mount_root(dir: impl AsFd, name: &OsStr) -> io::Result<bool> {
 
 fn meta_of(found: &Statx) -> io::Result<FileMeta> {
     let mode = u32::from(found.stx_mode);
-    let kind = match mode & 0o170_000 {
-        0o100_000 => FileKind::File,
-        0o040_000 => FileKind::Dir,
-        0o120_000 => FileKind::Symlink,
-        0o010_000 => FileKind::Fifo,
-        0o140_000 => FileKind::Socket,
-        0o020_000 => FileKind::CharDevice,
-        0o060_000 => FileKind::BlockDevice,
-        _ => return Err(Errno::INVAL.into()),
-    };
+    let kind = FileKind::of_mode(mode).ok_or(Errno::INVAL)?;
     let device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
     let rdev = if device { rustix::fs::makedev(found.stx_rdev_major, found.stx_rdev_minor) } else { 0 };
     let time = |t: &rustix::fs::StatxTimestamp| Timestamp { seconds: t.tv_sec, nanoseconds: t.tv_nsec };

@@ -134,6 +134,29 @@ pub enum FileKind {
     BlockDevice,
 }
 
+impl FileKind {
+    const ALL: [Self; 7] =
+        [Self::File, Self::Dir, Self::Symlink, Self::Fifo, Self::Socket, Self::CharDevice, Self::BlockDevice];
+
+    /// The bits of a file's mode that tell its kind, as inode(7) has them (`S_IFMT`).
+    pub fn type_bits(self) -> u32 {
+        match self {
+            Self::File => 0o100_000,
+            Self::Dir => 0o040_000,
+            Self::Symlink => 0o120_000,
+            Self::Fifo => 0o010_000,
+            Self::Socket => 0o140_000,
+            Self::CharDevice => 0o020_000,
+            Self::BlockDevice => 0o060_000,
+        }
+    }
+
+    /// The kind that a file's mode tells.
+    pub(crate) fn of_mode(mode: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.type_bits() == mode & 0o170_000)
+    }
+}
+
 /// A moment: seconds since 1970, negative before it, and nanoseconds.
 ///
 /// Not a `SystemTime`, whose arithmetic panics on the dates that hostile trees hold.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use fsnap_backend::{Content, ErrorKind, FileKind, FileMeta};
+use fsnap_backend::{Content, ErrorKind, FileMeta};
 use rustix::fs::{SeekFrom, Stat};
 use rustix::io::Errno;
 
@@ -30,18 +30,6 @@ pub(super) fn io_errno(error: &io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
-fn type_bits(kind: FileKind) -> u32 {
-    match kind {
-        FileKind::File => 0o100_000,
-        FileKind::Dir => 0o040_000,
-        FileKind::Symlink => 0o120_000,
-        FileKind::Fifo => 0o010_000,
-        FileKind::Socket => 0o140_000,
-        FileKind::CharDevice => 0o020_000,
-        FileKind::BlockDevice => 0o060_000,
-    }
-}
-
 /// Attributes as `stat(2)` has them; `template` gives what they do not tell.
 ///
 /// What a file takes on the disk is not told. Programs ask for holes only where there seem to be some: a large file seems
@@ -50,7 +38,7 @@ pub(super) fn stat(meta: &FileMeta, template: Stat) -> Stat {
     const LARGE: u64 = 64 << 10;
     let mut stat = template;
     stat.st_ino = meta.ino;
-    stat.st_mode = type_bits(meta.kind) | meta.mode;
+    stat.st_mode = meta.kind.type_bits() | meta.mode;
     stat.st_nlink = meta.nlink.into();
     stat.st_uid = meta.uid;
     stat.st_gid = meta.gid;
