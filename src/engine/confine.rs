@@ -107,13 +107,10 @@ impl Cell {
     /// Takes hold of everything that the processes shall see, before it is covered.
     pub(super) fn open(&self) -> Result<Opened, Failure> {
         let bind = |dir: &Path, at: &Path, read_only| {
-            let failed = |error: crate::mount::Error| Failure::Step {
-                step: format!("prepare what {at:?} shall show"),
-                reason: error.to_string(),
-            };
-            let restrictions = Restrictions::of(dir).map_err(failed)?;
             let spec = MountSpec::Bind { dir: dir.into(), read_only };
-            Ok((at.to_owned(), Prepared::new(&spec, restrictions).map_err(failed)?))
+            let prepared = Restrictions::of(dir).and_then(|restrictions| Prepared::new(&spec, restrictions));
+            let prepared = prepared.map_err(Failure::in_step(format!("prepare what {at:?} shall show")))?;
+            Ok((at.to_owned(), prepared))
         };
         let Confinement { writable, read_only, output, .. } = &self.confinement;
         let mut mounts = Vec::new();
@@ -129,10 +126,8 @@ impl Cell {
         mounts.push(bind(&self.place.as_path().join(OUTPUT), output.as_path(), false)?);
         // The processes do not see it: it says who they are, and they are not asked.
         let (_, place) = bind(self.place.as_path(), self.place.as_path(), false)?;
-        let place = place.open().map_err(|error| Failure::Step {
-            step: format!("open the directory of the run {:?}", self.place.as_path()),
-            reason: error.to_string(),
-        })?;
+        let what = format!("open the directory of the run {:?}", self.place.as_path());
+        let place = place.open().map_err(Failure::in_step(what))?;
         Ok(Opened { mounts, place })
     }
 
@@ -159,11 +154,7 @@ impl Cell {
                 read_only: false,
             };
             let made = Prepared::new(&spec, Restrictions::default()).and_then(|mount| mount.attach(at));
-            let failed = |error: crate::mount::Error| Failure::Step {
-                step: format!("make a scratch place at {at:?}"),
-                reason: error.to_string(),
-            };
-            made.map_err(failed)?.keep();
+            made.map_err(Failure::in_step(format!("make a scratch place at {at:?}")))?.keep();
         }
         match saved {
             Some(saved) => load_scratch(saved).map_err(Failure::step("bring back what was in the scratch places")),
@@ -184,11 +175,7 @@ pub(super) fn protect_settings() -> Result<(), Failure> {
     let at = Path::new("/proc/sys");
     let spec = MountSpec::Bind { dir: at.into(), read_only: true };
     let mounted = Prepared::new(&spec, Restrictions::default()).and_then(|mount| mount.attach(at));
-    let failed = |error: crate::mount::Error| Failure::Step {
-        step: "protect the settings of the kernel".into(),
-        reason: error.to_string(),
-    };
-    mounted.map_err(failed)?.keep();
+    mounted.map_err(Failure::in_step("protect the settings of the kernel"))?.keep();
     Ok(())
 }
 

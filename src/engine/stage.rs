@@ -1,6 +1,7 @@
 //! The stages of a restore, or of a run's start: what runs in the new namespaces.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -85,11 +86,8 @@ impl PlannedMount {
     }
 
     fn prepare_at(&self) -> Result<(PathBuf, Prepared), Failure> {
-        let failed = |error: crate::mount::Error| Failure::Step {
-            step: format!("prepare what {:?} shall show", self.at),
-            reason: error.to_string(),
-        };
-        Ok((self.at.clone(), self.prepare().map_err(failed)?))
+        let prepared = self.prepare().map_err(Failure::in_step(format!("prepare what {:?} shall show", self.at)))?;
+        Ok((self.at.clone(), prepared))
     }
 
     fn prepare(&self) -> crate::mount::Result<Prepared> {
@@ -137,7 +135,13 @@ pub(super) enum Failure {
 }
 
 impl Failure {
+    /// A call of the kernel that failed in this step.
     pub(super) fn step(step: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        Self::in_step(step)
+    }
+
+    /// Whatever failed in this step.
+    pub(super) fn in_step<E: fmt::Display>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
         let step = step.into();
         move |error| Self::Step { step, reason: error.to_string() }
     }
@@ -298,10 +302,9 @@ fn keep_low_pids() -> Result<(), Failure> {
 
 /// What was saved of the scratch places, opened before anything covers it.
 fn saved_scratch(images: &OwnedFd) -> Result<Option<std::fs::File>, Failure> {
-    let failed =
-        |error: Error| Failure::Step { step: "open the saved scratch files".into(), reason: error.to_string() };
     let dir = images.try_clone().map_err(Failure::step("open the images"))?;
-    Images::new(dir, "of the checkpoint".into()).file(confine::SAVED_SCRATCH, u64::MAX).map_err(failed)
+    let images = Images::new(dir, "of the checkpoint".into());
+    images.file(confine::SAVED_SCRATCH, u64::MAX).map_err(Failure::in_step("open the saved scratch files"))
 }
 
 fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
@@ -381,9 +384,7 @@ fn attach_mounts(
         if plan.cell.is_some() {
             confine::make_mount_point(&at).map_err(Failure::step(format!("make the directory {at:?}")))?;
         }
-        let failed =
-            |error: crate::mount::Error| Failure::Step { step: format!("mount on {at:?}"), reason: error.to_string() };
-        mount.attach(&at).map_err(failed)?.keep();
+        mount.attach(&at).map_err(Failure::in_step(format!("mount on {at:?}")))?.keep();
         if is_hidden() {
             return Err(Failure::Hidden { hidden: plan.criu.clone(), by: at });
         }
