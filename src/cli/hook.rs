@@ -65,7 +65,8 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
         coordinator.prime(&begun)?;
         return leave(context, &coordinator, begun, call);
     }
-    let Some(targets) = targets(context, &coordinator, pid)? else {
+    let tree = Tree::of_pid(pid)?;
+    let Some(targets) = targets(context, &coordinator, &tree)? else {
         say("note", "the processes can write to no registered volume: nothing to take a snapshot of");
         return Ok(());
     };
@@ -74,7 +75,7 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
         return Err(Error::ImagesInVolume { images, volume, path }.into());
     }
     let audit = environment::audit(&context.config)?;
-    coordinator.refuse_outside(&Tree::of_pid(pid)?, &targets, &audit)?;
+    coordinator.refuse_outside(&tree, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
         engine: Some(images),
@@ -100,12 +101,12 @@ fn leave(context: &Context, coordinator: &Coordinator, begun: Begun, call: &Hook
 }
 
 /// The volumes that are named for hooks, or those that the processes can write to; `None` if there are none.
-fn targets(context: &Context, coordinator: &Coordinator, pid: i32) -> Result<Option<Vec<Target>>, Failure> {
+fn targets(context: &Context, coordinator: &Coordinator, tree: &Tree) -> Result<Option<Vec<Target>>, Failure> {
     let named = environment::volumes(&context.config);
     if !named.is_empty() {
         return Ok(Some(coordinator.targets_named(&named)?));
     }
-    match coordinator.targets_reached(&Tree::of_pid(pid)?) {
+    match coordinator.targets_reached(tree) {
         Err(Error::NothingToTake { .. }) => Ok(None),
         targets => Ok(Some(targets?)),
     }
@@ -130,7 +131,7 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     }
     let Some(mut window) = Window::reopen(&context.state, &images, &context.config.stores())? else {
         // Nothing was begun if there was nothing to take; anything else is a mistake that must not pass for a checkpoint.
-        return match targets(context, &context.look()?, pid)? {
+        return match targets(context, &context.look()?, &Tree::of_pid(pid)?)? {
             None => Ok(()),
             Some(_) => Err(Error::NotBegun { engine: call.engine.to_string(), images: images.images }.into()),
         };

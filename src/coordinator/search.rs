@@ -94,7 +94,7 @@ pub struct Audit {
 impl Coordinator {
     /// Looks at what a checkpoint of the running tree would not hold.
     pub fn audit(&self, tree: &Tree, targets: Vec<Target>, rules: &AuditRules) -> Result<Audit> {
-        let volumes = candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))?;
+        let volumes = aimed_at(&targets)?;
         let observed = Some(Ok(processes::observe(tree, volumes.clone(), rules)?));
         let (tree, rules) = (tree.clone(), rules.clone());
         let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed, seen: None };
@@ -109,7 +109,7 @@ impl Coordinator {
         if rules.policy != Policy::Refuse {
             return Ok(());
         }
-        let volumes = candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))?;
+        let volumes = aimed_at(targets)?;
         match processes::observe(tree, volumes, rules)?.objection() {
             Some(what) => Err(Error::Outside { what }),
             None => Ok(()),
@@ -121,6 +121,10 @@ impl Coordinator {
 pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) -> Result<WriterScan> {
     let candidates: Vec<_> = planned(pending)?.into_iter().map(|(_, candidate)| candidate).collect();
     Ok(processes::writers(&candidates, tree, ignore)?)
+}
+
+fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
+    candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))
 }
 
 fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
