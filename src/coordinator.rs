@@ -49,6 +49,7 @@ pub use search::{Audit, WriterSearch, find_writers};
 pub use targets::Target;
 pub use verify::Finding;
 pub use window::Window;
+pub use written::Shown;
 
 /// The coordinator, on an open catalog.
 #[derive(Debug)]

@@ -66,11 +66,11 @@ pub(crate) fn run(args: Args) -> Outcome {
         Err(error) if fresh => return Err(error.and_undo(coordinator.remove_checkpoint(&checkpoint.id)).into()),
         branch => branch?,
     };
-    let out = Output::new();
+    let (out, shown) = (Output::new(), coordinator.shown());
     if args.json {
-        return out.json(&json::branch(&coordinator, &branch));
+        return out.json(&json::branch(&shown, &branch));
     }
-    branch.members.iter().try_for_each(|member| match coordinator.files_of(&branch, member) {
+    branch.members.iter().try_for_each(|member| match shown.files_of(&branch, member) {
         Some(files) => out.line(fsnap::printable(files.as_os_str())),
         None => out.line("(not mounted: `fsnap mount DIR` shows it)"),
     })

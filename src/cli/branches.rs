@@ -13,9 +13,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.read()?;
     let branches = coordinator.catalog().branches()?;
-    let out = Output::new();
+    let (out, shown) = (Output::new(), coordinator.shown());
     if args.json {
-        return out.json(&branches.iter().map(|branch| json::branch(&coordinator, branch)).collect::<Vec<_>>());
+        return out.json(&branches.iter().map(|branch| json::branch(&shown, branch)).collect::<Vec<_>>());
     }
     let rows = branches.iter().flat_map(|branch| {
         branch.members.iter().map(|member| {
@@ -24,7 +24,7 @@ pub(crate) fn run(args: Args) -> Outcome {
                 branch.checkpoint.short(),
                 out.time(branch.time),
                 member.volume.to_string(),
-                match coordinator.files_of(branch, member) {
+                match shown.files_of(branch, member) {
                     Some(files) => fsnap::printable(files.as_os_str()),
                     None => "(not mounted)".to_owned(),
                 },

@@ -60,7 +60,7 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
             out.line(&branch.name)?;
             continue;
         }
-        let mut object = json::branch(coordinator, &branch);
+        let mut object = json::branch(&coordinator.shown(), &branch);
         object["init"] = json!(restored.init.pid);
         object["pid"] = json!(restored.root.map(|root| root.pid));
         made.push(object);

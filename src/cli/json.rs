@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fsnap::branch::Branch;
 use fsnap::checkpoint::Checkpoint;
-use fsnap::coordinator::{Audit, Coordinator};
+use fsnap::coordinator::{Audit, Shown};
 use fsnap::name::Name;
 use fsnap::processes::{FilePlace, OpenFile, Outside, ProcessChange, ProcessRecord, TreeRecord, Via};
 use serde_json::{Value, json};
@@ -151,14 +151,14 @@ fn with_place(object: Value, place: &FilePlace) -> Value {
 }
 
 /// A branch, as `branch --json` and each element of `branches --json` print it. What no mount shows has no path.
-pub(crate) fn branch(coordinator: &Coordinator, branch: &Branch) -> Value {
+pub(crate) fn branch(shown: &Shown<'_>, branch: &Branch) -> Value {
     json!({
         "name": branch.name,
         "checkpoint": branch.checkpoint,
         "time": rfc3339(branch.time),
         "members": branch.members.iter().map(|member| {
             let object = json!({ "volume": member.volume, "path": null });
-            match coordinator.files_of(branch, member) {
+            match shown.files_of(branch, member) {
                 Some(files) => with_path(object, "path", &files),
                 None => object,
             }

@@ -61,7 +61,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     })?;
     let out = Output::new();
     if args.json {
-        let mut object = json::branch(&coordinator, &branch);
+        let mut object = json::branch(&coordinator.shown(), &branch);
         object["init"] = json!(restored.init.pid);
         object["pid"] = json!(restored.root.map(|root| root.pid));
         out.json(&object)?;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fsnap_backend::{Identity, Locator};
 
-use super::Coordinator;
+use super::{Coordinator, Shown};
 use crate::branch::{Branch, BranchMember};
 use crate::catalog::{ImageRef, PlannedMember};
 use crate::checkpoint::PathText;
@@ -65,18 +65,19 @@ impl Coordinator {
     /// The volumes of a branch.
     pub fn targets_of_branch(&self, name: &Name) -> Result<Vec<Target>> {
         let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
-        if branch.members.iter().any(|member| self.files_of(&branch, member).is_none()) {
+        let shown = self.shown();
+        if branch.members.iter().any(|member| shown.files_of(&branch, member).is_none()) {
             return Err(Error::NotShown { name: name.clone() });
         }
-        Ok(branch.members.iter().map(|member| self.on_branch(&branch, member)).collect())
+        Ok(branch.members.iter().map(|member| on_branch(&shown, &branch, member)).collect())
     }
 
     /// The volumes that the processes of `tree` can write to: registered ones by use and by reach, a branch's by use
     /// and by being mounted where the processes see it.
     pub fn targets_reached(&self, tree: &Tree) -> Result<Vec<Target>> {
-        let mut targets = self.targets()?;
+        let (mut targets, shown) = (self.targets()?, self.shown());
         for branch in self.catalog.branches()? {
-            targets.extend(branch.members.iter().map(|member| self.on_branch(&branch, member)));
+            targets.extend(branch.members.iter().map(|member| on_branch(&shown, &branch, member)));
         }
         let (candidates, mut targets) = candidates(targets);
         let reached = processes::reach(tree, &candidates)?;
@@ -112,30 +113,31 @@ impl Coordinator {
         Ok(Target { volume: name, path, identity, branch: None, backend, store, needs: Vec::new() })
     }
 
-    fn on_branch(&self, branch: &Branch, member: &BranchMember) -> Target {
-        // An overlay is nothing that the backend of the snapshot below could capture.
-        let kept = member.overlay.as_ref().or(member.layers.as_ref());
-        let keeper = kept.and_then(|overlay| overlay.keeper.as_ref());
-        let (backend, store) =
-            keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
-        let below = member.layers.as_ref().map(|_| ImageRef { store: member.store.clone(), at: member.at.clone() });
-        let needs = below.into_iter().chain(member.needs.iter().cloned()).collect();
-        Target {
-            volume: member.volume.clone(),
-            path: self.files_of(branch, member).map_or_else(|| member.path.clone(), PathText),
-            identity: member.identity.clone(),
-            branch: Some(branch.name.clone()),
-            backend: backend.clone(),
-            store: store.clone(),
-            needs,
-        }
-    }
-
     /// Who works on a branch: has its files open, or sees it mounted, as restored processes do.
     pub(super) fn users(&self, branch: &Branch) -> Result<Vec<String>> {
-        let (candidates, _) = candidates(branch.members.iter().map(|member| self.on_branch(branch, member)).collect());
+        let shown = self.shown();
+        let (candidates, _) =
+            candidates(branch.members.iter().map(|member| on_branch(&shown, branch, member)).collect());
         let users = processes::users(&candidates)?;
         Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
+    }
+}
+
+fn on_branch(shown: &Shown<'_>, branch: &Branch, member: &BranchMember) -> Target {
+    // An overlay is nothing that the backend of the snapshot below could capture.
+    let kept = member.overlay.as_ref().or(member.layers.as_ref());
+    let keeper = kept.and_then(|overlay| overlay.keeper.as_ref());
+    let (backend, store) = keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
+    let below = member.layers.as_ref().map(|_| ImageRef { store: member.store.clone(), at: member.at.clone() });
+    let needs = below.into_iter().chain(member.needs.iter().cloned()).collect();
+    Target {
+        volume: member.volume.clone(),
+        path: shown.files_of(branch, member).map_or_else(|| member.path.clone(), PathText),
+        identity: member.identity.clone(),
+        branch: Some(branch.name.clone()),
+        backend: backend.clone(),
+        store: store.clone(),
+        needs,
     }
 }
 

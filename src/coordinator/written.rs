@@ -5,7 +5,8 @@
 //! outside of the catalog has changed. The directory's name is never used twice, so that the removal of an earlier branch of the
 //! same name, should it be finished late, cannot hit it.
 
-use std::path::PathBuf;
+use std::cell::OnceCell;
+use std::path::{Path, PathBuf};
 
 use fsnap_backend::Identity;
 
@@ -79,13 +80,26 @@ impl Coordinator {
         Ok(Some(Keeper { backend: record.backend, store: record.identity }))
     }
 
-    /// Where the files of a branch's volume are: its own path, or below a mount that shows it now.
+    /// What shows branches now.
+    pub fn shown(&self) -> Shown<'_> {
+        Shown { state: self.catalog.state(), mounts: OnceCell::new() }
+    }
+}
+
+/// The mounts that show branches; looked up once, when a branch is asked for that only a mount can show.
+#[derive(Debug)]
+pub struct Shown<'a> {
+    state: &'a Path,
+    mounts: OnceCell<Vec<PathBuf>>,
+}
+
+impl Shown<'_> {
+    /// Where the files of a branch's volume are: its own path, or below a mount.
     pub fn files_of(&self, branch: &Branch, member: &BranchMember) -> Option<PathBuf> {
         if member.layers.is_none() {
             return Some(member.path.0.clone());
         }
-        let mounts = crate::mount::served(self.catalog.state()).unwrap_or_default();
-        let below = |mount: PathBuf| mount.join(DIR).join(branch.name.as_str()).join(member.volume.as_str());
-        mounts.into_iter().map(below).next_back()
+        let mounts = self.mounts.get_or_init(|| crate::mount::served(self.state).unwrap_or_default());
+        mounts.last().map(|mount| mount.join(DIR).join(branch.name.as_str()).join(member.volume.as_str()))
     }
 }
