@@ -186,7 +186,6 @@ fn everything() -> Capabilities {
         acls: true,
         ownership: true,
         mountable: true,
-        coalesces: false,
         verifies_contents: true,
         live: Consistency::PointInTime,
     }
