@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fsnap::Error;
+use fsnap::catalog::SearchAnswer;
 use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, Request, Window, WriterSearch, find_writers};
 use fsnap::failpoint;
@@ -92,6 +93,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         message: args.message,
         tags: args.tags,
         tree: args.pid.map(ProcessId::of).transpose()?,
+        processes: tree.clone(),
         audit,
         ..Request::default()
     };
@@ -163,6 +165,12 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         }
     }
     sweep_images(coordinator.catalog())?;
+    let tree = Tree::of_pid(run.running()?.1.pid)?;
+    let external = match coordinator.targets_reached(&tree) {
+        // The hook says so, too.
+        Err(Error::NothingToTake { .. }) => Vec::new(),
+        targets => coordinator.external_files(&tree, &targets?)?,
+    };
     // The hook and this process would wait for each other.
     drop(coordinator);
     let taken = RunCheckpoint {
@@ -170,6 +178,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         state: &context.state,
         criu: &environment::find_criu(&context.config)?,
         args: &args.args,
+        external: &external,
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         stores: &context.config.stores(),
@@ -223,6 +232,7 @@ pub(super) fn take_searching(
     tree: Option<&Tree>,
 ) -> fsnap::Result<()> {
     let pending = window.pending().clone();
+    let mut seen = None;
     std::thread::scope(|scope| {
         let search = scope.spawn(move || {
             let search = WriterSearch::new(&pending, standing, Vec::new())?;
@@ -232,11 +242,20 @@ pub(super) fn take_searching(
             };
             match search.objection() {
                 Some(objection) => Err(objection),
-                None => search.run(),
+                None => Ok((search.find()?, search)),
             }
         });
-        window.take(stopped, || search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(Some))
-    })
+        window.take(stopped, || {
+            let (writers, search) = search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            seen = Some(search);
+            Ok(Some(SearchAnswer { writers, tree: None }))
+        })
+    })?;
+    if let Some(search) = seen {
+        window.keep(search.observation(), None)?;
+        window.saw(search.into_record());
+    }
+    Ok(())
 }
 
 /// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.

@@ -35,6 +35,11 @@ impl WriterSearch {
         self
     }
 
+    /// What was seen of the tree; `None` if nobody looked at it, or it could not be looked at.
+    pub fn observation(&self) -> Option<&Observation> {
+        self.observed.as_ref()?.as_ref().ok()
+    }
+
     /// Why there may be no checkpoint of the tree that was observed, if the rules say so.
     pub fn objection(&self) -> Option<Error> {
         let what = match self.observed.as_ref()? {
@@ -54,12 +59,19 @@ impl WriterSearch {
     }
 
     /// Searches: one list per member, in words.
-    pub fn run(mut self) -> Result<SearchAnswer> {
-        self.learn();
-        Ok(SearchAnswer { writers: self.writers()?, tree: self.seen })
+    pub fn run(self) -> Result<SearchAnswer> {
+        let writers = self.find()?;
+        Ok(SearchAnswer { writers, tree: self.into_record() })
     }
 
-    fn writers(&self) -> Result<WriterLists> {
+    /// What was learnt of the tree, if it was looked at.
+    pub fn into_record(mut self) -> Option<TreeRecord> {
+        self.learn();
+        self.seen
+    }
+
+    /// Searches for writers alone: one list per member, in words.
+    pub fn find(&self) -> Result<WriterLists> {
         let candidates: Vec<_> = self.volumes.iter().map(|(_, candidate)| candidate.clone()).collect();
         let scan = processes::writers(&candidates, &self.tree, &self.ignore)?;
         let mut lists = vec![Vec::new(); candidates.len()];
@@ -123,11 +135,11 @@ pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) ->
     Ok(processes::writers(&candidates, tree, ignore)?)
 }
 
-fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
     candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))
 }
 
-fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
     candidates(pending.members.iter().map(|member| (&member.volume, member.path.as_path())))
 }
 

@@ -9,6 +9,7 @@ use fsnap_backend::{Backend, Consistency};
 use super::{Begun, adopt, side_by_side};
 use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
 use crate::checkpoint::{EngineImages, Member};
+use crate::processes::TreeRecord;
 use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
 
@@ -20,7 +21,7 @@ const NOT_SEARCHED: &str = "perhaps others: the search for them was cut off";
 pub struct Window {
     pub(super) begun: Begun,
     /// One for each planned member.
-    stores: Vec<Arc<dyn Backend>>,
+    pub(super) stores: Vec<Arc<dyn Backend>>,
 }
 
 impl Window {
@@ -109,9 +110,17 @@ impl Window {
             needs: plan.needs.clone(),
             writers,
         });
-        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching, tree });
+        let (time, members) = (jiff::Timestamp::now(), taken.collect());
+        self.begun.taken = Some(Taken { time, members, searching, tree, kept: Vec::new() });
         failpoint::hit("take:all");
         Ok(())
+    }
+
+    /// Notes what was seen of the processes.
+    pub fn saw(&mut self, tree: Option<TreeRecord>) {
+        if let Some(taken) = &mut self.begun.taken {
+            taken.tree = tree;
+        }
     }
 
     /// The file for the answer to who else was writing, where that is not waited for while processes stand.
@@ -146,6 +155,7 @@ impl Window {
     pub fn give_up(self, error: Error) -> Error {
         let undone = self.begun.lock.remove_taken().map_err(Error::from).and_then(|()| {
             let members: Vec<_> = self.stores.iter().zip(&self.begun.pending.members).collect();
+            self.remove_rooms()?;
             side_by_side(&members, |(store, member)| {
                 store.deactivate(&member.at)?;
                 Ok(store.delete(&member.at)?)
