@@ -162,7 +162,7 @@ pub enum Error {
         what: String,
     },
     /// A file without a name is left to fsnap by the engine, and cannot be kept.
-    #[error("the file {path}, which has no name any more, cannot be kept, and the engine was told to leave it out: {reason}")]
+    #[error("the content of {path}, which has no name any more, is not kept: {reason}")]
     NotKept {
         /// Where it was.
         path: PathText,
@@ -170,7 +170,9 @@ pub enum Error {
         reason: String,
     },
     /// The engine has left out a file that has a name, or that fsnap does not find.
-    #[error("the engine has left {key} out of its images, as it was told to; but that is no file without a name any more")]
+    #[error(
+        "the engine has left {key} out of its images, as it was told to; but that is no file without a name any more"
+    )]
     LeftOut {
         /// What the engine calls it.
         key: String,

@@ -253,6 +253,24 @@ fn write_differences(
     Ok(())
 }
 
+/// Reads all the data of a file, and returns its length.
+pub(crate) fn read_through(file: &File) -> io::Result<u64> {
+    let content = WholeFile::new(file.try_clone()?)?;
+    let mut buffer = vec![0; BLOCK];
+    let mut at = 0;
+    while let Some(data) = content.data_after(at)? {
+        at = data.start;
+        while at < data.end {
+            let length = BLOCK.min(usize::try_from(data.end - at).unwrap_or(BLOCK));
+            match read_at(Some(file), &mut buffer[..length], at)? {
+                0 => return Ok(at),
+                read => at += read as u64,
+            }
+        }
+    }
+    Ok(content.len())
+}
+
 fn read_at(file: Option<&File>, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let Some(file) = file else { return Ok(0) };
     let mut filled = 0;

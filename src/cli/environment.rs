@@ -230,7 +230,8 @@ pub(crate) fn is_told_to_leave_files_out(engine: i32) -> bool {
         return true;
     }
     let line = std::fs::read(format!("/proc/{engine}/cmdline")).unwrap_or_default();
-    line.split(|&byte| byte == 0).any(|argument| argument.starts_with(b"file[") || argument.starts_with(b"--external=file["))
+    line.split(|&byte| byte == 0)
+        .any(|argument| argument.starts_with(b"file[") || argument.starts_with(b"--external=file["))
 }
 
 /// The volumes that hooks are told to take: `FSNAP_VOLUMES`, or the configuration's.

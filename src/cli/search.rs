@@ -128,11 +128,7 @@ pub(crate) fn objection(search: &fsnap::Result<WriterSearch>, rules: &AuditRules
 }
 
 /// Keeps what of the tree, which stands, has no name any more. Who cannot be asked may have what the engine relies on.
-pub(crate) fn keep(
-    search: &fsnap::Result<WriterSearch>,
-    window: &mut Window,
-    images: &Images,
-) -> fsnap::Result<()> {
+pub(crate) fn keep(search: &fsnap::Result<WriterSearch>, window: &mut Window, images: &Images) -> fsnap::Result<()> {
     window.keep(search.as_ref().ok().and_then(WriterSearch::observation), Some(images))
 }
 

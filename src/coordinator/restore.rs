@@ -102,10 +102,11 @@ impl Coordinator {
     /// The files that the engine left to fsnap: each comes back in the directory on the branch that it was in, if that is still there.
     fn returned(&self, checkpoint: &Checkpoint, branch: &Branch, mounts: &[MountPlan]) -> Result<Vec<GivenBack>> {
         let mut returned = Vec::new();
+        engine::allow_descriptors(checkpoint.kept.len());
         for kept in &checkpoint.kept {
             let Some(external) = &kept.external else { continue };
             let lost = |reason: &str| Error::NotKept { path: kept.place.path.clone(), reason: reason.into() };
-            let content = self.kept_content(checkpoint, kept)?.ok_or_else(|| lost("its content is not there"))?;
+            let content = self.open_kept(checkpoint, kept)?.ok_or_else(|| lost("its content is not there"))?;
             let volume = kept.place.volume.as_ref().filter(|volume| volume.is_sound());
             let volume = volume.ok_or_else(|| lost("it was in no volume"))?;
             let member = branch.members.iter().position(|member| member.volume == volume.name);

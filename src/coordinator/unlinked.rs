@@ -1,6 +1,7 @@
 //! Files without names: kept while their processes stand, with as much as possible done ahead; and found again for a restore.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::path::PathBuf;
 
 use fsnap_backend::{Backend, Identity};
@@ -79,13 +80,26 @@ impl Coordinator {
         Ok(())
     }
 
-    /// The content that is kept of a file; `None` if none is.
-    pub(crate) fn kept_content(&self, checkpoint: &Checkpoint, kept: &KeptFile) -> Result<Option<PathBuf>> {
+    /// Opens the content that is kept of a file; `None` if none is.
+    pub fn open_kept(&self, checkpoint: &Checkpoint, kept: &KeptFile) -> Result<Option<File>> {
         if kept.lost.is_some() {
             return Ok(None);
         }
-        let room = self.room(kept.store.as_ref(), &checkpoint.id)?;
-        Ok(room.map(|room| room.path().join(kept.name())))
+        let Some(room) = self.room(kept.store.as_ref(), &checkpoint.id)? else { return Ok(None) };
+        room.open(&kept.name()).context("open", room.path().join(kept.name())).map(Some)
+    }
+}
+
+impl Coordinator {
+    /// Reads what is kept of a file to its end, and makes sure that none of it is missing.
+    pub(super) fn read_kept(&self, checkpoint: &Checkpoint, kept: &KeptFile) -> Result<()> {
+        let Some(file) = self.open_kept(checkpoint, kept)? else { return Ok(()) };
+        let found = crate::unlinked::read_through(&file).context("read", kept.name())?;
+        if found == kept.attributes.size {
+            return Ok(());
+        }
+        let reason = format!("it has {found} bytes, and had {}", kept.attributes.size);
+        Err(Error::NotKept { path: kept.place.path.clone(), reason })
     }
 }
 
@@ -103,7 +117,9 @@ impl Window {
     pub(super) fn remove_rooms(&self) -> Result<()> {
         for RoomRef { store, checkpoint } in self.begun.pending.rooms() {
             let base = match &store {
-                Some(store) => self.stores.iter().find(|found| found.store().identity == *store).and_then(|s| s.beside()),
+                Some(store) => {
+                    self.stores.iter().find(|found| found.store().identity == *store).and_then(|s| s.beside())
+                }
                 None => Some(self.begun.lock.state().join(OF_STATE)),
             };
             if let Some(room) = base.map(|base| Room::of(&base, &checkpoint)) {
@@ -139,12 +155,17 @@ fn keep(
         if kept.external.is_some() {
             let path = || unlinked.place.path.clone();
             if seen.has_namesake(unlinked) {
-                let reason = "on its mount is another file with its number, and the engine would take one for the other";
+                let reason =
+                    "on its mount is another file with its number, and the engine would take one for the other";
                 return Err(Error::NotKept { path: path(), reason: reason.into() });
             }
             if let Some(reason) = kept.lost {
                 return Err(Error::NotKept { path: path(), reason });
             }
+        }
+        if let (Some(reason), Some(_), Policy::Refuse) = (&kept.lost, &kept.place.volume, pending.audit.policy) {
+            let what = format!("{}, which has no name any more and cannot be kept: {reason}", kept.place.path);
+            return Err(Error::Outside { what });
         }
         all.push(kept);
         failpoint::hit("take:unlinked");
@@ -168,7 +189,8 @@ impl Keeper<'_> {
     fn room_for(&self, unlinked: &Unlinked) -> (Option<Identity>, Room) {
         let volume = unlinked.place.volume.as_ref();
         let member = self.pending.members.iter().position(|member| Some(&member.volume) == volume.map(|v| &v.name));
-        let beside = member.and_then(|index| Some((self.stores[index].store().identity.clone(), self.stores[index].beside()?)));
+        let beside =
+            member.and_then(|index| Some((self.stores[index].store().identity.clone(), self.stores[index].beside()?)));
         match beside {
             Some((store, base)) => (Some(store), Room::of(&base, &self.pending.id)),
             None => (None, Room::of(&self.state, &self.pending.id)),

@@ -4,7 +4,8 @@
 //! last process closes them. They lie on the branch, where the next checkpoint finds them.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use fsnap_backend::beneath;
@@ -17,67 +18,68 @@ use super::stage::Failure;
 use crate::unlinked::{Attributes, copy, make_nameless};
 
 /// A file without a name that the images lack.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug)]
 pub struct GivenBack {
     /// What the engine calls it.
     pub external: String,
-    /// The file with its content.
-    #[serde(with = "os_text")]
-    pub content: PathBuf,
+    /// Its content.
+    pub content: File,
     /// The mount point of the volume that it was in.
-    #[serde(with = "os_text")]
     pub root: PathBuf,
     /// Where it was below that; the directory need not be there any more.
-    #[serde(with = "os_text")]
     pub below: PathBuf,
     /// What it was like.
     pub attributes: Attributes,
 }
 
-/// Besides the contents and the files that come back, a stage has some descriptors.
-const SPARE: u64 = 64;
+/// A [`GivenBack`] that can be sent to another process, as long as this one lives.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct PlannedFile {
+    pub(super) external: String,
+    /// A link to the descriptor of fsnap.
+    #[serde(with = "os_text")]
+    content: PathBuf,
+    #[serde(with = "os_text")]
+    root: PathBuf,
+    #[serde(with = "os_text")]
+    below: PathBuf,
+    attributes: Attributes,
+}
 
-/// Opens the contents.
-pub(super) fn open_all(returned: &[GivenBack]) -> Result<Vec<File>, Failure> {
+/// A process has so many descriptors besides.
+const BESIDES: u64 = 64;
+
+/// Makes room for so many descriptors, as far as that is allowed.
+pub(crate) fn allow_descriptors(count: usize) {
     let limit = getrlimit(Resource::Nofile);
-    let needed = 2 * returned.len() as u64 + SPARE;
-    if limit.current.is_some_and(|current| current < needed) {
-        let more = Rlimit { current: limit.maximum, ..limit };
-        setrlimit(Resource::Nofile, more)
-            .map_err(|error| Failure::step("open as many files as had no name")(error.into()))?;
+    if limit.current.is_some_and(|current| current < count as u64 + BESIDES) {
+        // If it is not enough, the call that meets the limit says so.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
-    returned.iter().map(GivenBack::open).collect()
 }
 
-/// Makes the files, in the mounts as they are now, for the engine to inherit.
-pub(super) fn make_all(returned: &[GivenBack], contents: Vec<File>) -> Result<Vec<File>, Failure> {
-    returned.iter().zip(contents).map(|(given, content)| given.make(&content)).collect()
-}
-
-impl GivenBack {
-    fn open(&self) -> Result<File, Failure> {
-        let open = || {
-            let (Some(dir), Some(name)) = (self.content.parent(), self.content.file_name()) else {
-                return Err(std::io::ErrorKind::InvalidInput.into());
-            };
-            beneath::open_file(beneath::open_root(dir)?, name)
-        };
-        open().map_err(Failure::step(format!("open what was kept of {:?}", self.below)))
+impl PlannedFile {
+    pub(super) fn new(given: &GivenBack) -> Self {
+        Self {
+            external: given.external.clone(),
+            content: format!("/proc/{}/fd/{}", std::process::id(), given.content.as_raw_fd()).into(),
+            root: given.root.clone(),
+            below: given.below.clone(),
+            attributes: given.attributes,
+        }
     }
 
-    fn make(&self, content: &File) -> Result<File, Failure> {
-        let make = || {
-            let file = make_nameless(self.directory()?)?;
-            copy(content, &file)?;
-            self.attributes.give_to(&file)?;
-            rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
-            Ok(file)
-        };
-        make().map_err(Failure::step(format!("bring back the file {:?}, which has no name", self.below)))
+    /// Makes the file, in the mounts as they are now, for the engine to inherit.
+    fn make(&self, content: &File) -> io::Result<File> {
+        let file = make_nameless(self.directory()?)?;
+        copy(content, &file)?;
+        self.attributes.give_to(&file)?;
+        rustix::io::fcntl_setfd(&file, FdFlags::empty())?;
+        Ok(file)
     }
 
     /// The directory that it was in, or the nearest above that is there. The files may be anybody's: no link is followed.
-    fn directory(&self) -> std::io::Result<OwnedFd> {
+    fn directory(&self) -> io::Result<OwnedFd> {
         let mut dir = beneath::open_root(&self.root)?;
         for component in self.below.parent().unwrap_or(Path::new("")).components() {
             let Component::Normal(name) = component else { break };
@@ -88,4 +90,22 @@ impl GivenBack {
         }
         Ok(dir)
     }
+}
+
+/// Opens the contents, before `/proc` is another.
+pub(super) fn open_all(files: &[PlannedFile]) -> Result<Vec<File>, Failure> {
+    allow_descriptors(2 * files.len());
+    let open = |file: &PlannedFile| {
+        File::open(&file.content).map_err(Failure::step(format!("open what was kept of {:?}", file.below)))
+    };
+    files.iter().map(open).collect()
+}
+
+/// Makes all files.
+pub(super) fn make_all(files: &[PlannedFile], contents: Vec<File>) -> Result<Vec<File>, Failure> {
+    let make = |(file, content): (&PlannedFile, File)| {
+        let step = || format!("bring back the file {:?}, which has no name", file.below);
+        file.make(&content).map_err(Failure::step(step()))
+    };
+    files.iter().zip(contents).map(make).collect()
 }

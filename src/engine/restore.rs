@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::confine::{Cell, Confinement, LOG};
 use super::criu::{self, Criu};
-use super::given_back::GivenBack;
+use super::given_back::{GivenBack, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::stage::{Failure, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};
@@ -156,7 +156,7 @@ impl Restore<'_> {
             images: images.into(),
             root: criu::root_pid(self.images)?,
             mounts,
-            returned: self.returned.to_vec(),
+            returned: self.returned.iter().map(PlannedFile::new).collect(),
             args: self.args.to_vec(),
             stage: self.stage.clone(),
             cell: self.cell.map(cell),

@@ -17,7 +17,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 use serde::{Deserialize, Serialize};
 
 use super::confine::{self, Cell, ENDED};
-use super::given_back::{self, GivenBack};
+use super::given_back::{self, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
@@ -37,7 +37,7 @@ pub(super) struct Plan {
     pub(super) root: Option<i32>,
     pub(super) mounts: Vec<PlannedMount>,
     /// Files that the images lack.
-    pub(super) returned: Vec<GivenBack>,
+    pub(super) returned: Vec<PlannedFile>,
     #[serde(with = "os_text::list")]
     pub(super) args: Vec<OsString>,
     pub(super) stage: StageCommand,

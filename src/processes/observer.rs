@@ -382,7 +382,8 @@ impl Observer<'_> {
     /// Names the file if it is outside the checkpoint.
     fn audit(&mut self, via: Via, place: &FilePlace, on: Option<(String, Medium)>, record: &ProcessRecord) {
         let Some((file_system, medium)) = on else { return };
-        if place.volume.is_some() && !place.unlinked {
+        // Of a volume's file that has no name, the content is kept.
+        if place.volume.is_some() {
             return;
         }
         let FilePlace { path, unlinked, .. } = place.clone();

@@ -106,8 +106,6 @@ fn what_lies_outside_is_named() {
     assert_eq!(
         named(&record, live.pid()),
         [
-            // It lies in no snapshot, for it has no name.
-            (Via::Descriptor { fd: 52 }, db.join("gone").as_path(), true),
             (Via::Descriptor { fd: 60 }, &other.join("log"), false),
             (Via::Mapping, &other.join("mapped"), true),
             (Via::Socket { fd: 61 }, &other.join("socket"), false),
