@@ -89,14 +89,14 @@ fn every_kind(volume: Volume, blocks: u32) {
     start(&site, "one", blocks);
     running.says("one", "3");
     let first = site.ok(["checkpoint", "one"]);
-    left_to_fsnap(&site, &first, 8);
+    left_to_fsnap(&site, &first, 7);
     running.counts_on("one");
     site.ok(["branch", &first, "copy", "--run", "--count", "2"]);
     for name in ["one", "copy-1", "copy-2"] {
         running.counts_on(name);
     }
     let second = site.ok(["checkpoint", "copy-1"]);
-    left_to_fsnap(&site, &second, 8);
+    left_to_fsnap(&site, &second, 7);
     site.ok(["branch", &second, "grandchild", "--run"]);
     let names = ["one", "copy-1", "copy-2", "grandchild"];
     for name in names {
