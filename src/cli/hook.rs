@@ -145,7 +145,7 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     }
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
     deadline.removes(&window.note()).map_err(cannot)?;
-    let search = Search::start(&window, pid, ignore.clone(), limit);
+    let search = Search::start(&window, pid, ignore, limit);
     let taken = take_all(&mut window, &call.images).and_then(|()| {
         let mut note = window.write_note()?;
         say_id(call, id);
@@ -161,7 +161,7 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
             }
         };
         if unlinked || window.pending().external {
-            search::keep(&search::among_standing(window.pending(), pid, ignore), &mut window, &call.images)?;
+            search::look_and_keep(&mut window, &call.images, pid)?;
             note = window.write_note()?;
         }
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.

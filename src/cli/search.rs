@@ -112,10 +112,20 @@ impl Searcher<'_> {
 /// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands, and what they have in use.
 pub(crate) fn among_standing(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
     failpoint::hit("search:started");
-    let tree = Tree::of_standing(tree)?;
-    let search = WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree));
+    let search = look(pending, tree, ignore);
     failpoint::hit("search:tree");
     search
+}
+
+fn look(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
+    let tree = Tree::of_standing(tree)?;
+    WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree))
+}
+
+/// Looks at the tree with the root `tree` once more, and [keeps](keep) what has no name: for who has no other look at hand.
+pub(crate) fn look_and_keep(window: &mut Window, images: &Images, tree: i32) -> fsnap::Result<()> {
+    let seen = look(window.pending(), tree, Vec::new());
+    keep(&seen, window, images)
 }
 
 /// Why there may be no checkpoint of what was learnt, if the rules say so. Who cannot be asked does not agree.

@@ -19,7 +19,7 @@ import fcntl, mmap, os, sys, time
 MIB, GIB = 1 << 20, 1 << 30
 blocks = int(sys.argv[1])
 def make(name, flags=os.O_RDWR, mode=0o640):
-    return os.open(name, flags | os.O_CREAT | os.O_EXCL, mode)
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
 def block(number): return bytes([number % 251]) * MIB
 one = make("one", mode=0o604); os.write(one, b"x")
 sparse = make("sparse"); os.ftruncate(sparse, 2 * GIB); os.pwrite(sparse, b"middle", GIB); os.pwrite(sparse, b"end", 2 * GIB - 3)
