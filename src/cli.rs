@@ -9,6 +9,7 @@ mod branches;
 mod checkpoint;
 mod completions;
 mod copy;
+mod criu_args;
 mod deadline;
 mod diff;
 mod doctor;
@@ -112,6 +113,7 @@ enum Command {
     InstallHooks(install_hooks::Args),
     Engine(engine::Args),
     Hook(hook::Args),
+    CriuArgs(criu_args::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -194,6 +196,7 @@ fn run(command: Command) -> Outcome {
         Command::InstallHooks(args) => install_hooks::run(args),
         Command::Engine(args) => engine::run(args),
         Command::Hook(args) => hook::run(args),
+        Command::CriuArgs(args) => criu_args::run(&args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),
     }

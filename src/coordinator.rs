@@ -20,6 +20,7 @@ mod restore;
 mod search;
 mod tags;
 mod targets;
+mod unlinked;
 mod verify;
 mod window;
 mod written;
@@ -142,6 +143,7 @@ impl Coordinator {
             removed.err()
         });
         let mut errors: Vec<_> = overlays.collect();
+        errors.extend(doomed.rooms.iter().filter_map(|room| self.remove_room(room).err()));
         errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)
     }

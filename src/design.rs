@@ -15,6 +15,7 @@ page!(frozen_window, "frozen-window.md");
 page!(which_volumes, "which-volumes.md");
 page!(consistency, "consistency.md");
 page!(processes, "processes.md");
+page!(unlinked_files, "unlinked-files.md");
 page!(generic_door, "generic-door.md");
 page!(freezing, "freezing.md");
 page!(catalog, "catalog.md");

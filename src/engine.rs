@@ -8,6 +8,8 @@ mod confine;
 pub mod criu;
 pub mod drop_in;
 mod dump;
+mod external;
+mod given_back;
 mod images;
 pub(crate) mod os_text;
 mod program;
@@ -22,6 +24,9 @@ use std::{fmt, io};
 
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
+pub use external::key as external_key;
+pub use given_back::GivenBack;
+pub(crate) use given_back::allow_descriptors;
 pub use images::{ANSWER_NAME, ImageRecord, Images, MemberRecord, RECORD_NAME};
 pub use program::{Program, TerminalId, run_program};
 pub use reasons::of as reasons_in;
@@ -202,6 +207,11 @@ pub fn complete(engine: &str, images: &Images) -> Result<()> {
         GENERIC => Ok(()),
         name => Err(Error::Unknown { name: name.to_owned() }),
     }
+}
+
+/// What the engine of that name calls the files that it left out of its images, because it was told to.
+pub fn external_files(engine: &str, images: &Images) -> Result<std::collections::BTreeSet<String>> {
+    if engine == criu::NAME { external::files(images) } else { Ok(Default::default()) }
 }
 
 /// Whether the engine of that name finished its part of the checkpoint in `dir`.

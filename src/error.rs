@@ -167,6 +167,22 @@ pub enum Error {
         /// What.
         what: String,
     },
+    /// A file without a name is left to fsnap by the engine, and cannot be kept.
+    #[error("the content of {path}, which has no name any more, is not kept: {reason}")]
+    NotKept {
+        /// Where it was.
+        path: PathText,
+        /// Why not.
+        reason: String,
+    },
+    /// The engine has left out a file that has a name, or that fsnap does not find.
+    #[error(
+        "the engine has left {key} out of its images, as it was told to; but that is no file without a name any more"
+    )]
+    LeftOut {
+        /// What the engine calls it.
+        key: String,
+    },
     /// The volume is not the tree that was registered.
     #[error("the volume {volume} at {path} is not the tree that was registered: expected {expected}, found {found}")]
     WrongVolume {

@@ -40,6 +40,7 @@
 //! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
 //! | [`engine`] | CRIU's hooks, images, dumps and restores; the namespaces of a run |
 //! | [`run`] | commands that can be saved and copied live: where they are recorded, and how they are saved |
+//! | [`unlinked`] | contents of files that have no name any more: where they are kept, and how they come back |
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
@@ -93,6 +94,7 @@ pub mod quiesce;
 pub mod reference;
 pub mod run;
 pub mod stores;
+pub mod unlinked;
 pub mod volume;
 
 use std::ffi::OsStr;

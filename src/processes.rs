@@ -31,6 +31,7 @@ mod record;
 mod sockets;
 mod sys;
 mod tree;
+mod unlinked;
 mod view;
 mod writers;
 
@@ -49,6 +50,7 @@ pub use process_id::{BootTicks, ProcessId};
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
 pub use tree::{Member, Tree};
+pub use unlinked::Unlinked;
 pub use writers::{Writer, WriterScan, writers, writers_at};
 
 /// The result of a look at processes.

@@ -134,6 +134,11 @@ impl IntentLock {
         self.files.search()
     }
 
+    /// The directory of the catalog.
+    pub fn state(&self) -> &Path {
+        self.files.dir.parent().unwrap_or(&self.files.dir)
+    }
+
     /// Where the note of what was taken will lie.
     pub fn note(&self) -> PathBuf {
         self.files.taken()

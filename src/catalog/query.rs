@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Params, Row, Transaction, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result};
+use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result, RoomRef};
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::name::Name;
@@ -474,7 +474,7 @@ impl Catalog {
             }
             .map_err(|e| self.failed(e))?;
             tx.execute("DELETE FROM checkpoint WHERE id = ?1", [&key]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Checkpoint(id), Vec::new())
+            self.begin_removal(tx, &Holder::Checkpoint(id), Vec::new(), checkpoint.rooms())
         })
     }
 
@@ -487,28 +487,36 @@ impl Catalog {
                 return Ok(Removal::Missing);
             }
             tx.execute("DELETE FROM tip WHERE line = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
-            self.begin_removal(tx, &Holder::Branch(name), overlays)
+            self.begin_removal(tx, &Holder::Branch(name), overlays, Vec::new())
         })
     }
 
-    fn begin_removal(&self, tx: &Transaction<'_>, holder: &Holder<'_>, overlays: Vec<PathText>) -> Result<Removal> {
-        let images = self.release_in(tx, holder)?;
-        let intent = Intent::removal(images.clone(), overlays.clone());
-        let (id, lock) = self.begin_in(tx, &intent)?;
-        Ok(Removal::Begun(id, lock, Doomed { images, overlays }))
+    fn begin_removal(
+        &self,
+        tx: &Transaction<'_>,
+        holder: &Holder<'_>,
+        overlays: Vec<PathText>,
+        rooms: Vec<RoomRef>,
+    ) -> Result<Removal> {
+        let doomed = Doomed { images: self.release_in(tx, holder)?, overlays, rooms };
+        let (id, lock) = self.begin_in(tx, &Intent::removal(&doomed))?;
+        Ok(Removal::Begun(id, lock, doomed))
     }
 
     /// Turns an intent that was given up into the removal of its images; `None` if it is gone.
     pub(crate) fn abandon(&self, id: IntentId) -> Result<Option<Doomed>> {
         self.transact(|tx| {
             let images = self.release_in(tx, &Holder::Intent(id))?;
-            let overlays = self.intent(id)?.map(|intent| intent.overlays()).unwrap_or_default();
-            let (body, digest) = encode(&Intent::removal(images.clone(), overlays.clone()));
+            let intent = self.intent(id)?;
+            let overlays = intent.as_ref().map(Intent::overlays).unwrap_or_default();
+            let rooms = intent.as_ref().map(Intent::rooms).unwrap_or_default();
+            let doomed = Doomed { images, overlays, rooms };
+            let (body, digest) = encode(&Intent::removal(&doomed));
             let changed = tx
                 .execute("UPDATE intent SET body = ?2, digest = ?3 WHERE seq = ?1", params![id.0, body, digest])
                 .map_err(|e| self.failed(e))?;
-            self.hold(tx, &images, &Holder::Intent(id))?;
-            Ok((changed == 1).then_some(Doomed { images, overlays }))
+            self.hold(tx, &doomed.images, &Holder::Intent(id))?;
+            Ok((changed == 1).then_some(doomed))
         })
     }
 

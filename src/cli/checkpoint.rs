@@ -93,6 +93,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         message: args.message,
         tags: args.tags,
         tree: args.pid.map(ProcessId::of).transpose()?,
+        processes: tree.clone(),
         audit,
         ..Request::default()
     };
@@ -159,6 +160,12 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     // Before anything is saved, not when it is too late.
     coordinator.refuse_taken(&args.tags)?;
     sweep_images(coordinator.catalog())?;
+    let tree = Tree::of_pid(run.running()?.1.pid)?;
+    let external = match coordinator.targets_reached(&tree) {
+        // The hook says so, too.
+        Err(Error::NothingReached { .. }) => Vec::new(),
+        targets => coordinator.external_files(&tree, &targets?)?,
+    };
     // The hook and this process would wait for each other.
     drop(coordinator);
     let taken = RunCheckpoint {
@@ -166,6 +173,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         state: &context.state,
         criu: &environment::find_criu(&context.config)?,
         args: &args.args,
+        external: &external,
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         stores: &context.config.stores(),
@@ -237,7 +245,9 @@ pub(super) fn take_standing(window: &mut Window, standing: Tree, tree: Option<&T
         });
         window.take(true, || Ok(None))?;
         let search: WriterSearch = joined::<fsnap::Result<_>>(search)?;
-        search.objection().map_or(Ok(search), Err)
+        search.objection().map_or(Ok(()), Err)?;
+        window.keep(search.observation(), None)?;
+        Ok(search)
     })
 }
 

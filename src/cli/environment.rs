@@ -224,6 +224,16 @@ pub(crate) fn parent() -> i32 {
     rustix::process::Pid::as_raw(rustix::process::getppid())
 }
 
+/// Whether the engine was told to leave files without names out of its images: on its command line, or by fsnap, which started it.
+pub(crate) fn is_told_to_leave_files_out(engine: i32) -> bool {
+    if std::env::var_os(fsnap::run::EXTERNAL).is_some() {
+        return true;
+    }
+    let line = std::fs::read(format!("/proc/{engine}/cmdline")).unwrap_or_default();
+    line.split(|&byte| byte == 0)
+        .any(|argument| argument.starts_with(b"file[") || argument.starts_with(b"--external=file["))
+}
+
 /// The volumes that hooks are told to take: `FSNAP_VOLUMES`, or the configuration's.
 pub(crate) fn volumes(config: &Config) -> Vec<String> {
     match std::env::var("FSNAP_VOLUMES") {

@@ -92,6 +92,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::Outside { .. } => {
             "`fsnap audit PID` lists all of it; confine the processes, or say what does not matter by --ignore or the settings"
         }
+        Error::NotKept { .. } | Error::LeftOut { .. } => {
+            "the processes run on: ask `fsnap criu-args PID` again, and dump again"
+        }
         Error::NoProcesses { .. } => {
             "they are recorded by `fsnap checkpoint --pid`, by --cgroup, and by an engine's hook"
         }

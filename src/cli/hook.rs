@@ -9,7 +9,7 @@ use fsnap::{Error, failpoint};
 
 use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
-use super::search::Search;
+use super::search::{self, Search};
 use super::{Context, Failure, Outcome, Output, attendant, environment, generic};
 
 /// The name under which fsnap is CRIU's action script.
@@ -62,7 +62,7 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     attendant::dismiss(&context.state, &images);
     if let Some(begun) = coordinator.begun_in(&images)? {
         // Called twice for one dump: once more ahead.
-        coordinator.prime(&begun)?;
+        coordinator.prime(&begun, Some(&Tree::of_pid(pid)?))?;
         return leave(context, &coordinator, begun, call);
     }
     let tree = Tree::of_pid(pid)?;
@@ -81,6 +81,8 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
         engine: Some(images),
         owner: Some(call.engine()?),
         tree: Some(ProcessId::of(pid)?),
+        processes: Some(tree),
+        external: environment::is_told_to_leave_files_out(call.engine),
         audit,
         ..Request::default()
     })?;
@@ -145,15 +147,22 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     deadline.removes(&window.note()).map_err(cannot)?;
     let search = Search::start(&window, pid, ignore, limit);
     let taken = take_all(&mut window, &call.images).and_then(|()| {
-        let note = window.write_note()?;
+        let mut note = window.write_note()?;
         say_id(call, id);
-        match &search {
+        let unlinked = match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,
             Err(error) if window.pending().audit.policy == Policy::Refuse => {
                 return Err(Error::Outside { what: error.to_string() });
             }
             // The checkpoint claims less, and is whole.
-            Err(error) => say("warning", &error.to_string()),
+            Err(error) => {
+                say("warning", &error.to_string());
+                true
+            }
+        };
+        if unlinked || window.pending().external {
+            search::look_and_keep(&mut window, &call.images, pid)?;
+            note = window.write_note()?;
         }
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
         hold_off_signals().map_err(cannot)?;

@@ -62,12 +62,16 @@ impl Coordinator {
             members: vec![planned],
             pinned: true,
             audit: AuditRules::default(),
+            external: false,
         };
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("pin:recorded");
         let mut begun = Begun { id, lock, pending, taken: None };
         match self.pin_member(&begun.pending.members[0], &opened, &moment) {
-            Ok(member) => begun.taken = Some(Taken { time, members: vec![member], searching: false, tree: None }),
+            Ok(member) => {
+                let members = vec![member];
+                begun.taken = Some(Taken { time, members, searching: false, tree: None, kept: Vec::new() });
+            }
             Err(error) => return Err(self.give_up(begun, error)),
         }
         Ok(Pinned { checkpoint: self.seal(begun)?, fresh: true })

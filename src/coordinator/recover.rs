@@ -136,8 +136,8 @@ impl Coordinator {
 
     fn recover_one(&self, id: IntentId, lock: IntentLock, intent: Intent) -> Result<Recovered> {
         match intent {
-            Intent::Remove { images, overlays, .. } => {
-                self.delete(&Doomed { images, overlays })?;
+            Intent::Remove { images, overlays, rooms, .. } => {
+                self.delete(&Doomed { images, overlays, rooms })?;
                 self.catalog.drop_intent(id)?;
                 lock.finish();
                 Ok(Recovered::Removed)
@@ -200,6 +200,10 @@ impl Coordinator {
     /// leaves an intent that looks unfinished.
     fn taken_before_the_power_cut(&self, pending: &PendingCheckpoint) -> Result<Option<Taken>> {
         let Some(images) = &pending.engine else { return Ok(None) };
+        // What it left out of its images was kept by fsnap, and which files those were stood in the note.
+        if pending.external {
+            return Ok(None);
+        }
         if !engine::is_complete(&images.name, images.images.as_path()) {
             return Ok(None);
         }
@@ -219,7 +223,7 @@ impl Coordinator {
             // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
             members.push(plan.taken(snapshot, store.store().capabilities.live, Vec::new()));
         }
-        Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None }))
+        Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None, kept: Vec::new() }))
     }
 }
 

@@ -42,6 +42,11 @@ impl WriterSearch {
         self
     }
 
+    /// What was seen of the tree; `None` if nobody looked at it, or it could not be looked at.
+    pub fn observation(&self) -> Option<&Observation> {
+        self.observed.as_ref()?.as_ref().ok()
+    }
+
     /// Why there may be no checkpoint of the tree that was observed, if the rules say so.
     pub fn objection(&self) -> Option<Error> {
         let what = match self.observed.as_ref()? {
@@ -130,11 +135,11 @@ pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) ->
     Ok(processes::writers(&candidates, tree, ignore)?)
 }
 
-fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
     candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))
 }
 
-fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
     candidates(pending.members.iter().map(|member| (&member.volume, member.path.as_path())))
 }
 

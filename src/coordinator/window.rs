@@ -20,7 +20,7 @@ const NOT_SEARCHED: &str = "perhaps others: the search for them was cut off";
 pub struct Window {
     pub(super) begun: Begun,
     /// One for each planned member.
-    stores: Vec<Arc<dyn Backend>>,
+    pub(super) stores: Vec<Arc<dyn Backend>>,
 }
 
 impl Window {
@@ -99,7 +99,8 @@ impl Window {
             let consistency = if all_stood { Consistency::PointInTime } else { store.store().capabilities.live };
             plan.taken(snapshot, consistency, writers)
         });
-        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching, tree });
+        let (time, members) = (jiff::Timestamp::now(), taken.collect());
+        self.begun.taken = Some(Taken { time, members, searching, tree, kept: Vec::new() });
         failpoint::hit("take:all");
         Ok(())
     }
@@ -143,6 +144,7 @@ impl Window {
     pub fn give_up(self, error: Error) -> Error {
         let undone = self.begun.lock.remove_taken().map_err(Error::from).and_then(|()| {
             let members: Vec<_> = self.stores.iter().zip(&self.begun.pending.members).collect();
+            self.remove_rooms()?;
             side_by_side(&members, |(store, member)| {
                 store.deactivate(&member.at)?;
                 Ok(store.delete(&member.at)?)

@@ -60,6 +60,7 @@ fn all() {
       install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
       engine         Call a container runtime that cannot call fsnap
       hook           Be called by a checkpoint engine
+      criu-args      Print what CRIU is to be told when it dumps a process: one argument a line
       completions    Print the completion script for a shell
       man            Print the manual page, or write the pages of all commands into a directory
       help           Print this message or the help of the given subcommand(s)

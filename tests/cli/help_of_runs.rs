@@ -176,3 +176,26 @@ fn engine_runc_checkpoint() {
               Print help (see a summary with '-h')
     ");
 }
+
+#[test]
+fn criu_args() {
+    assert_snapshot!(help("criu-args"), @"
+    Print what CRIU is to be told when it dumps a process: one argument a line
+
+    Files that are open or mapped and have no name any more are in no snapshot. Those of the volumes are
+    kept with the checkpoint, whatever their size, and `fsnap restore` gives them back: CRIU is told to
+    leave them out. Others it saves itself, and has to be told to whatever their size.
+
+    Ask right before the dump: criu dump -t PID --action-script HOOK $(fsnap criu-args PID)
+
+    Usage: fsnap criu-args <PID>
+
+    Arguments:
+      <PID>
+              The process, with all its descendants
+
+    Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}

@@ -19,6 +19,7 @@ mod runs;
 mod sandbox;
 mod site;
 mod tour;
+mod unlinked;
 mod volumes;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("alone", alone::CASES),
         ("runs", runs::CASES),
         ("tour", tour::CASES),
+        ("unlinked", unlinked::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
