@@ -15,6 +15,7 @@ mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod podman;
 mod runs;
 mod sandbox;
 mod site;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         ("alone", alone::CASES),
         ("runs", runs::CASES),
         ("tour", tour::CASES),
+        ("podman", podman::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
