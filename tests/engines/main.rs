@@ -16,6 +16,8 @@ mod identity;
 mod killed;
 mod oracle;
 mod podman;
+#[path = "../support/postgresql.rs"]
+mod postgresql;
 mod runs;
 mod sandbox;
 mod site;

@@ -46,7 +46,11 @@ impl<'a> Podman<'a> {
         fs::write(site.path("storage.conf"), storage).unwrap();
         // Podman hands none of its environment on to the runtime: hooks find the state directory in fsnap's settings.
         fs::create_dir_all("/etc/fsnap").unwrap();
-        fs::write("/etc/fsnap/config.toml", format!("state = '{}'\n", site.path("state").display())).unwrap();
+        fs::write(
+            "/etc/fsnap/config.toml",
+            format!("state = '{}'\n[hook]\ndeadline_seconds = 60\n", site.path("state").display()),
+        )
+        .unwrap();
         Self { site }
     }
 
