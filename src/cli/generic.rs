@@ -6,7 +6,7 @@ use fsnap::catalog::Access;
 use fsnap::checkpoint::CheckpointId;
 use fsnap::coordinator::Coordinator;
 use fsnap::engine::criu::HookCall;
-use fsnap::engine::{GENERIC, Images, Phase};
+use fsnap::engine::{ANSWER_NAME, GENERIC, Images, Phase};
 use serde_json::json;
 
 use super::failure::say;
@@ -117,7 +117,7 @@ pub(crate) fn answer(call: &HookCall, result: Result<Option<CheckpointId>, &str>
         "checkpoint": result.ok().flatten(),
         "error": result.err().map(str::trim_end),
     });
-    if let Err(error) = call.images.write_answer(format!("{text:#}\n").as_bytes()) {
+    if let Err(error) = call.images.write(ANSWER_NAME, format!("{text:#}\n").as_bytes()) {
         say("warning", &error.to_string());
     }
 }

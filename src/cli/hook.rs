@@ -30,8 +30,8 @@ enum Engine {
     /// CRIU's action script, which is told everything by the environment (CRTOOLS_*)
     ///
     /// FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found from the
-    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An action that needs
-    /// nothing done succeeds.
+    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. FSNAP_MESSAGE is what to say
+    /// of the checkpoint. An action that needs nothing done succeeds.
     Criu,
     Generic(generic::Args),
 }
@@ -46,6 +46,9 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    if environment::is_outer(call.images.path()) {
+        return Ok(());
+    }
     match call.phase {
         Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => take(&Context::for_hook()?, &call),
@@ -78,6 +81,7 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     coordinator.refuse_outside(&tree, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
+        message: environment::message(),
         engine: Some(images),
         owner: Some(call.engine()?),
         tree: Some(ProcessId::of(pid)?),

@@ -47,6 +47,8 @@ pub struct RunCheckpoint<'a> {
     pub stage: &'a StageCommand,
     /// How to call the hook.
     pub hook: &'a HookCommand,
+    /// What to say of it.
+    pub message: &'a str,
     /// How stores are opened.
     pub stores: &'a stores::Options,
 }
@@ -136,6 +138,7 @@ impl RunCheckpoint<'_> {
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
             .env("CRTOOLS_INIT_PID", root.to_string())
             .envs((!self.external.is_empty()).then_some((EXTERNAL, "1")))
+            .env("FSNAP_MESSAGE", self.message)
             .stdin(Stdio::null())
             .output()
             .context("run", &self.hook.program)?;

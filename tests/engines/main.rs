@@ -15,6 +15,9 @@ mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod podman;
+#[path = "../support/postgresql.rs"]
+mod postgresql;
 mod runs;
 mod sandbox;
 mod site;
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         ("runs", runs::CASES),
         ("tour", tour::CASES),
         ("unlinked", unlinked::CASES),
+        ("podman", podman::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {
