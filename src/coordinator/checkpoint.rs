@@ -13,7 +13,7 @@ use crate::catalog::{
 use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
-use crate::processes::{AuditRules, ProcessId};
+use crate::processes::{AuditRules, ProcessId, Tree};
 use crate::progress::Work;
 use crate::quiesce::FreezeRecord;
 use crate::volume::StoreRecord;
@@ -34,6 +34,10 @@ pub struct Request {
     pub owner: Option<ProcessId>,
     /// The root of the process tree.
     pub tree: Option<ProcessId>,
+    /// The processes whose files without names are kept ahead, while they run.
+    pub processes: Option<Tree>,
+    /// The engine was told to leave files without names out of its images.
+    pub external: bool,
     /// What is done about what the processes can write to besides.
     pub audit: AuditRules,
 }
@@ -78,20 +82,12 @@ impl Coordinator {
     ///
     /// All syncing of fsnap's own happens here.
     pub fn begin(&self, request: Request) -> Result<Begun> {
-        let Request { targets, message, tags, engine, owner, tree, audit } = request;
+        let Request { targets, message, tags, engine, owner, tree, processes, external, audit } = request;
         if targets.is_empty() {
             let why = "there is no volume to take a snapshot of: register one with `fsnap init DIR`";
             return Err(Error::NothingToTake { why: why.into() });
         }
-        for tag in &tags {
-            if let Some(id) = self.catalog.tagged(tag)? {
-                let by = Some(format!(
-                    "it names checkpoint {}; choose another, or free it: `fsnap tag --delete`",
-                    id.short()
-                ));
-                return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
-            }
-        }
+        self.refuse_taken(&tags)?;
         let branch = one_line_of_work(&targets)?;
         let mut members = Vec::with_capacity(targets.len());
         for target in targets {
@@ -114,12 +110,13 @@ impl Coordinator {
             members,
             pinned: false,
             audit,
+            external,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("begin:recorded");
         let begun = Begun { id, lock, pending, taken: None };
-        match self.write_plan(&begun).and_then(|()| self.prime(&begun)) {
+        match self.write_plan(&begun).and_then(|()| self.prime(&begun, processes.as_ref())) {
             Ok(()) => Ok(begun),
             Err(error) => Err(self.give_up(begun, error)),
         }
@@ -144,7 +141,7 @@ impl Coordinator {
     }
 
     /// Flushes and copies ahead once more; the processes still run.
-    pub fn prime(&self, begun: &Begun) -> Result<()> {
+    pub fn prime(&self, begun: &Begun, processes: Option<&Tree>) -> Result<()> {
         let members = self.open_members(&begun.pending)?;
         let work = self.begin_work(Work::Priming, members.len());
         side_by_side(&members, |(store, member)| {
@@ -154,6 +151,9 @@ impl Coordinator {
             work.step();
             Ok(())
         })?;
+        if let Some(tree) = processes {
+            self.prime_unlinked(&begun.pending, tree)?;
+        }
         Ok(())
     }
 
@@ -209,6 +209,9 @@ impl Coordinator {
             // The store may be away for the moment: the intent stays, and the next recovery tries again.
             Err(error) => return Err(error),
         };
+        if let Err(error) = self.settle_kept(&begun.pending, &taken.kept) {
+            return Err(if is_lost(&error) { self.give_up(begun, error) } else { error });
+        }
         let mut members = taken.members.clone();
         for (member, snapshot) in members.iter_mut().zip(settled) {
             member.snapshot = snapshot;
@@ -222,6 +225,7 @@ impl Coordinator {
             engine: begun.pending.engine.clone(),
             members,
             pinned: begun.pending.pinned,
+            kept: taken.kept.clone(),
         };
         failpoint::hit("seal:before");
         self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags, taken.tree.as_ref())?;

@@ -41,16 +41,25 @@ pub struct RunCheckpoint<'a> {
     pub criu: &'a Criu,
     /// Further arguments for `criu dump`.
     pub args: &'a [OsString],
+    /// Files without names that CRIU leaves to fsnap, as it calls them.
+    pub external: &'a [String],
     /// How to start the stage of the dump.
     pub stage: &'a StageCommand,
     /// How to call the hook.
     pub hook: &'a HookCommand,
+    /// What to say of it.
+    pub message: &'a str,
     /// How stores are opened.
     pub stores: &'a stores::Options,
 }
 
-/// What a run needs of CRIU: locks that it holds, and files whose names are gone, come back in its copies.
-const DUMP: [&str; 4] = ["--file-locks", "--link-remap", "--ghost-limit", "1073741824"];
+/// What a run needs of CRIU: locks that it holds come back in its copies.
+const DUMP: [&str; 1] = ["--file-locks"];
+/// What files without names need of CRIU: those that have other names get one of these for the time being, and those that fsnap does not keep for it are copied
+/// whatever their length.
+pub const UNLINKED: [&str; 3] = ["--link-remap", "--ghost-limit", "1024G"];
+/// A variable that tells the hook that CRIU leaves files to fsnap.
+pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
 /// What a restore of such a dump needs.
 pub const RESTORE_ARGS: [&str; 1] = ["--file-locks"];
 
@@ -74,7 +83,8 @@ impl RunCheckpoint<'_> {
         bytes.and_then(|bytes| fs::write(&record, bytes)).context("write", &record)?;
         let images = Images::open(dir)?;
         let scratch: Vec<PathBuf> = self.run.record.confinement.scratch.iter().map(|dir| dir.0.clone()).collect();
-        let mut args: Vec<OsString> = DUMP.map(OsString::from).to_vec();
+        let mut args: Vec<OsString> = DUMP.iter().chain(&UNLINKED).map(OsString::from).collect();
+        args.extend(self.external.iter().flat_map(|key| ["--external".into(), key.into()]));
         if let Some(terminal) = self.run.record.terminal {
             args.extend(["--external".into(), terminal.key().into()]);
         }
@@ -127,6 +137,8 @@ impl RunCheckpoint<'_> {
             .env("CRTOOLS_SCRIPT_ACTION", action)
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
             .env("CRTOOLS_INIT_PID", root.to_string())
+            .envs((!self.external.is_empty()).then_some((EXTERNAL, "1")))
+            .env("FSNAP_MESSAGE", self.message)
             .stdin(Stdio::null())
             .output()
             .context("run", &self.hook.program)?;
