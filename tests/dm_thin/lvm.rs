@@ -11,7 +11,7 @@ use crate::{Case, Done};
 
 pub(crate) const CASES: &[Case] = &[("lvm_keeps_its_pools", lvm_keeps_its_pools)];
 
-/// A volume group on a sparse file, with a thin pool `pool` and a mounted volume `db` in it; gone when dropped.
+/// A group of LVM on a sparse file, with a thin pool `pool` and a mounted volume `db` in it; gone when dropped.
 struct Group<'a> {
     name: String,
     device: String,
