@@ -6,8 +6,8 @@
 //! * A change of the world outside is preceded by an [`Intent`], committed durably, and followed by a transaction that
 //!   replaces the intent by its result. No backend is called inside a transaction.
 //! * An image may be deleted only if nothing holds it and a removal intent names it.
-//! * While processes stand frozen, the database is not touched: what is needed is read from a file beside the intent's
-//!   lock ([`find_plan`]), and what was taken is written to another, without an fsync. It survives fsnap's death, and
+//! * While processes stand frozen, the database is not touched: what is needed is read from the file that is the intent's
+//!   lock ([`find_plan`]), and what was taken is written to one beside it, without an fsync. It survives fsnap's death, and
 //!   a power cut falls back to the intent, which was durable before the processes froze.
 //! * Each record carries a digest, so that a flipped byte is an error and never another record.
 
@@ -27,7 +27,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 pub use attendant::{Attending, attendants};
-pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, Taken};
+pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, RoomRef, Taken};
 pub use lock::{HiddenNote, IntentLock, Note, find_plan};
 pub use query::Removal;
 pub use search::{SearchAnswer, SearchFile, WriterLists};
@@ -85,6 +85,12 @@ pub enum Error {
     #[error("a process of fsnap still searches for writers, with {} locked", path.display())]
     Searching {
         /// The file for its answer.
+        path: PathBuf,
+    },
+    /// Somebody else works on what was begun, for longer than was waited for.
+    #[error("another fsnap works on what was begun, with {} locked", path.display())]
+    InHand {
+        /// The intent's lock.
         path: PathBuf,
     },
     /// A system call on one of the catalog's files failed.

@@ -1,5 +1,6 @@
 //! A checkpoint: snapshots of several volumes, taken at one instant, with the process image they belong to.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -9,8 +10,9 @@ use std::str::FromStr;
 use fsnap_backend::{Consistency, Identity, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::ImageRef;
+use crate::catalog::{ImageRef, RoomRef};
 use crate::name::Name;
+use crate::unlinked::KeptFile;
 
 /// Names one checkpoint for ever: 128 random bits, written as 32 hexadecimal digits.
 ///
@@ -89,6 +91,22 @@ pub struct Checkpoint {
     /// latest.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pinned: bool,
+    /// The files in use that had no name any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<KeptFile>,
+}
+
+impl Checkpoint {
+    /// Where the contents of files without names are kept.
+    pub(crate) fn rooms(&self) -> Vec<RoomRef> {
+        let stores: BTreeSet<_> = self.kept.iter().map(|kept| kept.store.clone()).collect();
+        stores.into_iter().map(|store| RoomRef { store, checkpoint: self.id }).collect()
+    }
+
+    /// What is kept of a file that a process had in use, whose device and inode those are.
+    pub fn kept(&self, device: u64, inode: u64) -> Option<&KeptFile> {
+        self.kept.iter().find(|kept| (kept.device, kept.inode) == (device, inode))
+    }
 }
 
 /// Where an engine keeps the process image of a checkpoint.

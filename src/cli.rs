@@ -9,6 +9,7 @@ mod branches;
 mod checkpoint;
 mod completions;
 mod copy;
+mod criu_args;
 mod deadline;
 mod diff;
 mod doctor;
@@ -112,9 +113,13 @@ enum Command {
     InstallHooks(install_hooks::Args),
     Engine(engine::Args),
     Hook(hook::Args),
+    CriuArgs(criu_args::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
+
+/// The exit code of a command that was called in a way in which it cannot be.
+const WRONG_USAGE: u8 = 2;
 
 /// Runs the command that the arguments name.
 pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
@@ -137,7 +142,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Ok(outcome) => finish(outcome),
         Err(mut error) => {
             quote(&mut error);
-            let code = if error.use_stderr() { 2 } else { 0 };
+            let code = if error.use_stderr() { WRONG_USAGE } else { 0 };
             // What cannot be written there cannot be said at all.
             let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
                 false => error.print(),
@@ -191,6 +196,7 @@ fn run(command: Command) -> Outcome {
         Command::InstallHooks(args) => install_hooks::run(args),
         Command::Engine(args) => engine::run(args),
         Command::Hook(args) => hook::run(args),
+        Command::CriuArgs(args) => criu_args::run(&args),
         Command::Completions(args) => completions::run(args, &mut Cli::command()),
         Command::Man(args) => man::run(args, Cli::command()),
     }
@@ -203,7 +209,7 @@ fn finish(outcome: Outcome) -> ExitCode {
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report();
-            ExitCode::FAILURE
+            if matches!(failure, Failure::Usage(_)) { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }

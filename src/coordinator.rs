@@ -18,7 +18,9 @@ mod register;
 mod remove;
 mod restore;
 mod search;
+mod tags;
 mod targets;
+mod unlinked;
 mod verify;
 mod window;
 mod written;
@@ -104,7 +106,7 @@ impl Coordinator {
         let mut known = BTreeSet::new();
         loop {
             let at = store.reserve(source, &known)?;
-            if store.store().capabilities.coalesces || !self.catalog.is_held(&store.store().identity, &at)? {
+            if !self.catalog.is_held(&store.store().identity, &at)? {
                 return Ok(at);
             }
             known.insert(at);
@@ -141,6 +143,7 @@ impl Coordinator {
             removed.err()
         });
         let mut errors: Vec<_> = overlays.collect();
+        errors.extend(doomed.rooms.iter().filter_map(|room| self.remove_room(room).err()));
         errors.extend(doomed.images.iter().filter_map(|image| delete(image).err()));
         Error::of_all(errors).map_or(Ok(()), Err)
     }

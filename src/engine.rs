@@ -4,10 +4,13 @@
 //! turns its environment into a phase, and its images into what fsnap must know of them. An image directory may have been made by
 //! anybody: nothing in it is followed, trusted or read without a limit.
 
+pub mod bundle;
 mod confine;
 pub mod criu;
 pub mod drop_in;
 mod dump;
+mod external;
+mod given_back;
 mod images;
 pub(crate) mod os_text;
 mod program;
@@ -17,11 +20,14 @@ mod restore;
 mod stage;
 pub(crate) mod sys;
 
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fmt, io};
 
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
+pub use external::key as external_key;
+pub use given_back::GivenBack;
+pub(crate) use given_back::allow_descriptors;
 pub use images::{ANSWER_NAME, ImageRecord, Images, MemberRecord, RECORD_NAME};
 pub use program::{Program, TerminalId, run_program};
 pub use reasons::of as reasons_in;
@@ -43,8 +49,23 @@ pub enum Phase {
     Restoring,
     /// The processes are restored and do not run yet.
     Restored,
-    /// The restored processes run.
+    /// The processes run again, dumped or restored.
     Resumed,
+    /// The engine's own part failed after it had begun a dump; the processes run on.
+    Failed,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Frozen => "frozen",
+            Self::Restoring => "restoring",
+            Self::Restored => "restored",
+            Self::Resumed => "resumed",
+            Self::Failed => "failed",
+        })
+    }
 }
 
 /// Why an engine could not be understood, or failed.
@@ -118,6 +139,14 @@ pub enum Error {
         /// What went wrong.
         source: io::Error,
     },
+    /// The bundle of a container cannot be used.
+    #[error("cannot use the bundle in {dir:?}: {reason}")]
+    Bundle {
+        /// The directory.
+        dir: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// A directory that the restore needs would be covered by a mount of it.
     #[error("{hidden:?} would be hidden by what is mounted on {by:?}: move it out of the volume")]
     Hidden {
@@ -187,6 +216,11 @@ pub fn complete(engine: &str, images: &Images) -> Result<()> {
         GENERIC => Ok(()),
         name => Err(Error::Unknown { name: name.to_owned() }),
     }
+}
+
+/// What the engine of that name calls the files that it left out of its images, because it was told to.
+pub fn external_files(engine: &str, images: &Images) -> Result<std::collections::BTreeSet<String>> {
+    if engine == criu::NAME { external::files(images) } else { Ok(Default::default()) }
 }
 
 /// Whether the engine of that name finished its part of the checkpoint in `dir`.

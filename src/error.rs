@@ -149,6 +149,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The processes can write to no registered volume.
+    #[error("{why}")]
+    NothingReached {
+        /// Why not.
+        why: String,
+    },
     /// There is nothing to take a snapshot of.
     #[error("{why}")]
     NothingToTake {
@@ -160,6 +166,22 @@ pub enum Error {
     Outside {
         /// What.
         what: String,
+    },
+    /// A file without a name is left to fsnap by the engine, and cannot be kept.
+    #[error("the content of {path}, which has no name any more, is not kept: {reason}")]
+    NotKept {
+        /// Where it was.
+        path: PathText,
+        /// Why not.
+        reason: String,
+    },
+    /// The engine has left out a file that has a name, or that fsnap does not find.
+    #[error(
+        "the engine has left {key} out of its images, as it was told to; but that is no file without a name any more"
+    )]
+    LeftOut {
+        /// What the engine calls it.
+        key: String,
     },
     /// The volume is not the tree that was registered.
     #[error("the volume {volume} at {path} is not the tree that was registered: expected {expected}, found {found}")]
@@ -223,6 +245,12 @@ pub enum Error {
         /// The image directory.
         images: PathText,
     },
+    /// An earlier checkpoint was taken for these images, and could not be sealed.
+    #[error("an earlier checkpoint with the images in {images} is not sealed yet")]
+    Unsealed {
+        /// The image directory.
+        images: PathText,
+    },
     /// The checkpoint was taken without an engine.
     #[error("checkpoint {} has no process image", .id.short())]
     NoProcessImage {
@@ -270,6 +298,12 @@ pub enum Error {
     /// The run was to be removed, and still lives.
     #[error("the run {name} still runs")]
     RunLives {
+        /// The run.
+        name: Name,
+    },
+    /// The run has no processes yet.
+    #[error("the run {name} is still being started: try again in a moment")]
+    RunStarting {
         /// The run.
         name: Name,
     },

@@ -40,6 +40,7 @@
 //! | [`quiesce`] | stopping and thawing; the guard that thaws when fsnap is killed |
 //! | [`engine`] | CRIU's hooks, images, dumps and restores; the namespaces of a run |
 //! | [`run`] | commands that can be saved and copied live: where they are recorded, and how they are saved |
+//! | [`unlinked`] | contents of files that have no name any more: where they are kept, and how they come back |
 //! | [`mount`](mod@mount) | carrying out a backend's mount recipe |
 //! | [`stores`] | from a backend's name to an opened store: the only file that names them all |
 //! | [`config`] | settings |
@@ -68,7 +69,9 @@
 //! Architecture Invariant: a volume's files are touched beneath a descriptor only ([`fsnap_backend::beneath`]). Volumes,
 //! image directories and records are untrusted input.
 //!
-//! Architecture Invariant: a backend sees the contract and nothing else; `unsafe` lives in one `sys.rs` per backend.
+//! Architecture Invariant: a backend sees the contract and nothing else.
+//!
+//! Architecture Invariant: `unsafe` lives in files named `sys.rs`, at most one per directory of `src` and per other package.
 //!
 //! Architecture Invariant: the library never prints and never reads the environment; the command line does.
 
@@ -91,6 +94,7 @@ pub mod quiesce;
 pub mod reference;
 pub mod run;
 pub mod stores;
+pub mod unlinked;
 pub mod volume;
 
 use std::ffi::OsStr;

@@ -1,6 +1,6 @@
 //! Changes of the outside world, recorded before they are made.
 
-use fsnap_backend::{Consistency, Identity, Locator};
+use fsnap_backend::{Consistency, Identity, Locator, Snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::SearchAnswer;
@@ -8,6 +8,7 @@ use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
 use crate::name::Name;
 use crate::processes::{AuditRules, ProcessId, TreeRecord};
 use crate::quiesce::FreezeRecord;
+use crate::unlinked::KeptFile;
 use crate::volume::StoreRecord;
 
 /// The number of an intent; never used again.
@@ -49,6 +50,9 @@ pub enum Intent {
         /// The directories of what may still be mounted, or lie there.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
+        /// Where files without names may still be kept.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        rooms: Vec<RoomRef>,
     },
 }
 
@@ -70,8 +74,18 @@ impl Intent {
     }
 
     /// A removal that begins now.
-    pub(super) fn removal(images: Vec<ImageRef>, overlays: Vec<PathText>) -> Self {
-        Self::Remove { boot: crate::boot_id().unwrap_or_default(), images, overlays }
+    pub(super) fn removal(doomed: &Doomed) -> Self {
+        let Doomed { images, overlays, rooms } = doomed.clone();
+        Self::Remove { boot: crate::boot_id().unwrap_or_default(), images, overlays, rooms }
+    }
+
+    /// Where the change may keep files without names, or removes them.
+    pub fn rooms(&self) -> Vec<RoomRef> {
+        match self {
+            Self::Checkpoint(pending) => pending.rooms(),
+            Self::Branch { .. } => Vec::new(),
+            Self::Remove { rooms, .. } => rooms.clone(),
+        }
     }
 
     /// The directories of what the change mounts or unmounts.
@@ -90,6 +104,17 @@ pub struct Doomed {
     pub images: Vec<ImageRef>,
     /// Directories of overlays and of mount points.
     pub overlays: Vec<PathText>,
+    /// Where files without names are kept.
+    pub rooms: Vec<RoomRef>,
+}
+
+/// Where files without names are kept for a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RoomRef {
+    /// The store; `None`: the state directory.
+    pub store: Option<Identity>,
+    /// The checkpoint.
+    pub checkpoint: CheckpointId,
 }
 
 /// An image of some store.
@@ -131,6 +156,21 @@ pub struct PendingCheckpoint {
     /// What is done about what the processes can write to besides.
     #[serde(default)]
     pub audit: AuditRules,
+    /// The engine was told to leave files out of its images: what they hold has to be kept, or there is no checkpoint.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub external: bool,
+}
+
+impl PendingCheckpoint {
+    /// Where files without names may be kept for it.
+    pub fn rooms(&self) -> Vec<RoomRef> {
+        if self.tree.is_none() && self.freeze.is_none() {
+            return Vec::new();
+        }
+        let stores: std::collections::BTreeSet<_> = self.members.iter().map(|member| &member.store).collect();
+        let room = |store| RoomRef { store, checkpoint: self.id };
+        stores.into_iter().cloned().map(Some).chain([None]).map(room).collect()
+    }
 }
 
 /// One volume's part in a checkpoint that was begun.
@@ -158,6 +198,21 @@ impl PlannedMember {
     pub fn image(&self) -> ImageRef {
         ImageRef { store: self.store.clone(), at: self.at.clone() }
     }
+
+    /// What became of it: its snapshot, of that consistency, and who else was writing.
+    pub fn taken(&self, snapshot: Snapshot, consistency: Consistency, writers: Vec<String>) -> Member {
+        Member {
+            volume: self.volume.clone(),
+            path: self.path.clone(),
+            identity: self.identity.clone(),
+            backend: self.backend.clone(),
+            store: self.store.clone(),
+            consistency,
+            snapshot,
+            needs: self.needs.clone(),
+            writers,
+        }
+    }
 }
 
 /// What the frozen window needs to know, kept beside the catalog so that nothing is asked of a database in it.
@@ -182,6 +237,9 @@ pub struct Taken {
     /// The processes, if they were looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tree: Option<TreeRecord>,
+    /// The files that had no name any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<KeptFile>,
 }
 
 impl Taken {

@@ -134,6 +134,11 @@ impl IntentLock {
         self.files.search()
     }
 
+    /// The directory of the catalog.
+    pub fn state(&self) -> &Path {
+        self.files.dir.parent().unwrap_or(&self.files.dir)
+    }
+
     /// Where the note of what was taken will lie.
     pub fn note(&self) -> PathBuf {
         self.files.taken()
@@ -210,7 +215,7 @@ impl Catalog {
     /// Locks the intent; `None` if somebody works on it.
     ///
     /// The caller looks the intent up again afterwards: its former owner may have finished it.
-    pub fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
+    pub(crate) fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
         let files = IntentFiles::of(&self.state, id);
         match std::fs::create_dir(&files.dir) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
@@ -224,15 +229,21 @@ impl Catalog {
 
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a process of a hook that is about to let go
     /// of it: one that searches for writers, or has stood by for a hook that was never called.
-    pub fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
+    pub(crate) fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
         in_a_moment(|| self.lock_intent(id), || IntentFiles::of(&self.state, id).is_searched())
+    }
+
+    /// Locks the intent as [`lock_intent`](Self::lock_intent) does, whoever works on it: [`Error::InHand`] after the catalog's patience.
+    pub(crate) fn lock_intent_in_turn(&self, id: IntentId) -> Result<IntentLock> {
+        let lock = within(self.patience(), || self.lock_intent(id), || true)?;
+        lock.ok_or_else(|| Error::InHand { path: IntentFiles::of(&self.state, id).lock() })
     }
 
     /// Whether somebody finished the intent, though the catalog still has it: the end of the catalog's log was lost.
     ///
     /// The files of an intent are made before it can be seen, and removed after its record was. So in the boot in which it
     /// was begun, files that are missing tell. In a later one they do not: they were never synced.
-    pub fn was_finished(&self, id: IntentId) -> Result<bool> {
+    pub(crate) fn was_finished(&self, id: IntentId) -> Result<bool> {
         let files = IntentFiles::of(&self.state, id);
         if files.finished().symlink_metadata().is_ok() {
             return Ok(true);
@@ -251,7 +262,7 @@ impl Catalog {
     }
 
     /// Removes the files of intents that are gone: whoever finished them died before they were removed.
-    pub fn sweep_intent_files(&self) -> Result<()> {
+    pub(crate) fn sweep_intent_files(&self) -> Result<()> {
         let dir = self.state.join("intents");
         let strays = || -> Result<BTreeSet<IntentId>> {
             let mut found = ids_in(&dir)?;
@@ -280,7 +291,9 @@ impl Catalog {
     }
 }
 
-/// Finds a planned checkpoint that is `wanted` and that nobody works on, and locks it; looks at no database.
+/// Finds a planned checkpoint that is `wanted`, and locks it; looks at no database.
+///
+/// [`Error::InHand`] if somebody else works on it.
 pub fn find_plan(
     state: &Path,
     wanted: impl Fn(&PendingCheckpoint) -> bool,
@@ -289,7 +302,7 @@ pub fn find_plan(
         let Some((file, files, plan)) = plan_of(state, id, &wanted)? else { continue };
         let path = files.lock();
         let free = in_a_moment(|| Ok(try_lock(&file, &files)?.then_some(())), || files.is_searched());
-        let Some(()) = free? else { continue };
+        let Some(()) = free? else { return Err(Error::InHand { path }) };
         let lock = IntentLock { file, files, finished: false };
         // Whoever finished it before the lock was free has unlinked the file.
         if lock.file.metadata().map_err(io_error("examine", &path))?.nlink() > 0 {
@@ -323,11 +336,14 @@ fn plan_of(
 /// Such a process ends, or goes on to search for writers, by itself when the hook or the engine has ended, but takes notice of that
 /// a little later than others do.
 pub(super) fn in_a_moment<T>(get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
-    const MOMENT: Duration = Duration::from_secs(1);
+    within(Duration::from_secs(1), get, hopeful)
+}
+
+fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
     let start = Instant::now();
     loop {
         let got = get()?;
-        if got.is_some() || start.elapsed() > MOMENT || !hopeful() {
+        if got.is_some() || start.elapsed() > limit || !hopeful() {
             return Ok(got);
         }
         std::thread::sleep(PAUSE);

@@ -191,6 +191,7 @@ impl Attendant<'_> {
         let taken = hook::take_all(&mut window, self.images);
         let mut search = tree.end();
         let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
+        let taken = taken.and_then(|()| search::keep(&search, &mut window, self.images));
         let told = match taken.and_then(|()| window.write_note()) {
             Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
             Err(error) => {

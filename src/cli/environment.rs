@@ -165,7 +165,8 @@ fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-fn is_root() -> bool {
+/// Whether this process has root's rights on the machine.
+pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -224,6 +225,16 @@ pub(crate) fn parent() -> i32 {
     rustix::process::Pid::as_raw(rustix::process::getppid())
 }
 
+/// Whether the engine was told to leave files without names out of its images: on its command line, or by fsnap, which started it.
+pub(crate) fn is_told_to_leave_files_out(engine: i32) -> bool {
+    if std::env::var_os(fsnap::run::EXTERNAL).is_some() {
+        return true;
+    }
+    let line = std::fs::read(format!("/proc/{engine}/cmdline")).unwrap_or_default();
+    line.split(|&byte| byte == 0)
+        .any(|argument| argument.starts_with(b"file[") || argument.starts_with(b"--external=file["))
+}
+
 /// The volumes that hooks are told to take: `FSNAP_VOLUMES`, or the configuration's.
 pub(crate) fn volumes(config: &Config) -> Vec<String> {
     match std::env::var("FSNAP_VOLUMES") {
@@ -232,6 +243,19 @@ pub(crate) fn volumes(config: &Config) -> Vec<String> {
         }
         _ => config.hook.volumes.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// Names the image directory of a dump that the caller of the engine takes snapshots for: the hook has no part in it.
+pub(crate) const OUTER: &str = "FSNAP_OUTER_IMAGES";
+
+/// Whether that is so for these images.
+pub(crate) fn is_outer(images: &Path) -> bool {
+    variable(OUTER).is_some_and(|outer| outer == images)
+}
+
+/// What hooks are told to say of a checkpoint: `FSNAP_MESSAGE`.
+pub(crate) fn message() -> String {
+    std::env::var_os("FSNAP_MESSAGE").unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// What hooks do about what lies outside: the configuration's rules, with the policy of `FSNAP_OUTSIDE`.

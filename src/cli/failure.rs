@@ -2,8 +2,10 @@
 
 use std::io::Write;
 
-use fsnap::{Error, catalog};
+use fsnap::{Error, catalog, engine};
 use fsnap_backend::ErrorKind;
+
+use super::environment::is_root;
 
 /// How a command ends.
 pub(crate) type Outcome = Result<(), Failure>;
@@ -13,6 +15,8 @@ pub(crate) type Outcome = Result<(), Failure>;
 pub(crate) enum Failure {
     /// fsnap could not do it.
     Error(Error),
+    /// It is not to be called so: the arguments, each understood, do not fit what there is.
+    Usage(String),
     /// The output could not be written.
     Output(std::io::Error),
     /// The findings were printed already; the command has failed.
@@ -40,6 +44,7 @@ impl Failure {
                 let hint = hint(error).map(|hint| line("hint", &hint)).unwrap_or_default();
                 line("error", &error.to_string()) + &hint
             }
+            Self::Usage(text) => line("error", text),
             Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
             Self::Reported => String::new(),
             Self::Told(text) => text.clone(),
@@ -89,6 +94,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::Outside { .. } => {
             "`fsnap audit PID` lists all of it; confine the processes, or say what does not matter by --ignore or the settings"
         }
+        Error::NotKept { .. } | Error::LeftOut { .. } => {
+            "the processes run on: ask `fsnap criu-args PID` again, and dump again"
+        }
         Error::NoProcesses { .. } => {
             "they are recorded by `fsnap checkpoint --pid`, by --cgroup, and by an engine's hook"
         }
@@ -104,8 +112,10 @@ fn hint(error: &Error) -> Option<String> {
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
+        Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
+            "CRIU restores processes for root only; `fsnap branch CKPT` gives you their files"
+        }
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
-        Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
         }
@@ -116,7 +126,12 @@ fn hint(error: &Error) -> Option<String> {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
         Error::Catalog(catalog::Error::Database { .. }) => "`fsnap recover` finishes or undoes what was begun",
-        Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
+        Error::Unsealed { .. } => {
+            "`fsnap recover` seals it, or tells why it cannot; or let the engine write to another directory"
+        }
+        Error::Catalog(catalog::Error::Locked { .. } | catalog::Error::InHand { .. }) => {
+            "try again when the other command is done"
+        }
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",

@@ -4,9 +4,8 @@ use std::path::PathBuf;
 
 use fsnap::catalog::Access;
 use fsnap::checkpoint::CheckpointId;
-use fsnap::coordinator::Coordinator;
 use fsnap::engine::criu::HookCall;
-use fsnap::engine::{GENERIC, Images, Phase};
+use fsnap::engine::{ANSWER_NAME, GENERIC, Images, Phase};
 use serde_json::json;
 
 use super::failure::say;
@@ -48,7 +47,7 @@ enum Step {
 
 pub(crate) fn run(args: &Args) -> Outcome {
     let call = call(args)?;
-    let done = act(args.step, &call);
+    let done = act(&call);
     if let Err(failure) = &done {
         answer(&call, Err(&failure.to_text()));
     }
@@ -61,7 +60,8 @@ fn call(args: &Args) -> Result<HookCall, Failure> {
         Step::Frozen => Phase::Frozen,
         Step::Restoring => Phase::Restoring,
         Step::Restored => Phase::Restored,
-        Step::Resumed | Step::Failed => Phase::Resumed,
+        Step::Resumed => Phase::Resumed,
+        Step::Failed => Phase::Failed,
     };
     // One name for one directory in all calls.
     let path = args.images.canonicalize().unwrap_or_else(|_| args.images.clone());
@@ -69,18 +69,18 @@ fn call(args: &Args) -> Result<HookCall, Failure> {
     Ok(HookCall { name: GENERIC, phase, images: Images::open(&path)?, tree: args.tree, engine })
 }
 
-fn act(step: Step, call: &HookCall) -> Outcome {
+fn act(call: &HookCall) -> Outcome {
     let context = Context::for_hook()?;
     // That there was nothing to do is said first: what has an id says it itself, and nothing comes after a note.
     answer(call, Ok(None));
-    match step {
-        Step::Starting => hook::start(&context, call),
-        Step::Frozen => hook::take(&context, call),
-        Step::Restoring => hook::check(&context, call),
-        Step::Restored => Ok(()),
+    match call.phase {
+        Phase::Starting => hook::start(&context, call),
+        Phase::Frozen => hook::take(&context, call),
+        Phase::Restoring => hook::check(&context, call),
+        Phase::Restored => Ok(()),
         // What was taken is sealed by whoever opens the catalog.
-        Step::Resumed => context.write().map(drop),
-        Step::Failed => undo(&context, call),
+        Phase::Resumed => context.write().map(drop),
+        Phase::Failed => undo(&context, call),
     }
 }
 
@@ -89,19 +89,11 @@ fn undo(context: &Context, call: &HookCall) -> Outcome {
     let images = hook::images(call);
     attendant::dismiss(&context.state, &images);
     // Not recovered: that would seal it.
-    let coordinator: Coordinator = context.open(Access::Write)?;
-    let begun = coordinator.begun_in(&images)?;
-    let was_begun = begun.is_some();
-    if let Some(begun) = begun {
-        coordinator.cancel(begun)?;
-    }
-    if let Some(record) = call.images.record()? {
-        // Only what these images were recorded with: the file may say anything.
-        let id = record.checkpoint.parse::<CheckpointId>().ok().filter(|_| !was_begun);
-        let found = id.map(|id| coordinator.catalog().checkpoint(&id)).transpose()?.flatten();
-        if let Some(checkpoint) = found.filter(|checkpoint| checkpoint.engine.as_ref() == Some(&images)) {
-            coordinator.remove_checkpoint(&checkpoint.id)?;
-        }
+    let coordinator = context.open(Access::Write)?;
+    let record = call.images.record();
+    let id = record.as_ref().ok().and_then(|record| record.as_ref()?.checkpoint.parse().ok());
+    coordinator.take_back(&images, id)?;
+    if record?.is_some() {
         call.images.remove_record()?;
     }
     Ok(())
@@ -111,12 +103,12 @@ fn undo(context: &Context, call: &HookCall) -> Outcome {
 pub(crate) fn answer(call: &HookCall, result: Result<Option<CheckpointId>, &str>) {
     let text = json!({
         "version": VERSION,
-        "call": format!("{:?}", call.phase).to_lowercase(),
+        "call": call.phase.to_string(),
         "ok": result.is_ok(),
         "checkpoint": result.ok().flatten(),
         "error": result.err().map(str::trim_end),
     });
-    if let Err(error) = call.images.write_answer(format!("{text:#}\n").as_bytes()) {
+    if let Err(error) = call.images.write(ANSWER_NAME, format!("{text:#}\n").as_bytes()) {
         say("warning", &error.to_string());
     }
 }

@@ -9,7 +9,7 @@ use fsnap::{Error, failpoint};
 
 use super::deadline::{Deadline, hold_off_signals};
 use super::failure::say;
-use super::search::Search;
+use super::search::{self, Search};
 use super::{Context, Failure, Outcome, Output, attendant, environment, generic};
 
 /// The name under which fsnap is CRIU's action script.
@@ -30,8 +30,8 @@ enum Engine {
     /// CRIU's action script, which is told everything by the environment (CRTOOLS_*)
     ///
     /// FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found from the
-    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An action that needs
-    /// nothing done succeeds.
+    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. FSNAP_MESSAGE is what to say
+    /// of the checkpoint. An action that needs nothing done succeeds.
     Criu,
     Generic(generic::Args),
 }
@@ -46,11 +46,14 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    if environment::is_outer(call.images.path()) {
+        return Ok(());
+    }
     match call.phase {
         Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => take(&Context::for_hook()?, &call),
         Phase::Restoring => check(&Context::for_hook()?, &call),
-        Phase::Restored | Phase::Resumed => Ok(()),
+        Phase::Restored | Phase::Resumed | Phase::Failed => Ok(()),
     }
 }
 
@@ -60,9 +63,19 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
     attendant::dismiss(&context.state, &images);
-    if let Some(begun) = coordinator.begun_in(&images)? {
+    let mut begun = coordinator.begun_in(&images)?;
+    if begun.as_ref().is_some_and(Begun::may_be_taken) {
+        // An earlier dump's, with which somebody was busy a moment ago. To go on with it would call its snapshots this dump's.
+        drop(begun);
+        environment::tell(&coordinator.recover()?);
+        begun = coordinator.begun_in(&images)?;
+        if begun.as_ref().is_some_and(Begun::may_be_taken) {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
+    }
+    if let Some(begun) = begun {
         // Called twice for one dump: once more ahead.
-        coordinator.prime(&begun)?;
+        coordinator.prime(&begun, Some(&Tree::of_pid(pid)?))?;
         return leave(context, &coordinator, begun, call);
     }
     let tree = Tree::of_pid(pid)?;
@@ -78,9 +91,12 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     coordinator.refuse_outside(&tree, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
+        message: environment::message(),
         engine: Some(images),
         owner: Some(call.engine()?),
         tree: Some(ProcessId::of(pid)?),
+        processes: Some(tree),
+        external: environment::is_told_to_leave_files_out(call.engine),
         audit,
         ..Request::default()
     })?;
@@ -107,7 +123,7 @@ fn targets(context: &Context, coordinator: &Coordinator, tree: &Tree) -> Result<
         return Ok(Some(coordinator.targets_named(&named)?));
     }
     match coordinator.targets_reached(tree) {
-        Err(Error::NothingToTake { .. }) => Ok(None),
+        Err(Error::NothingReached { .. }) => Ok(None),
         targets => Ok(Some(targets?)),
     }
 }
@@ -138,6 +154,10 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     };
     let id = window.pending().id;
     if window.taken().is_some() {
+        let (mine, pending) = ((ProcessId::of(pid).ok(), call.engine().ok()), window.pending());
+        if (pending.tree, pending.owner) != mine {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
         say_id(call, id);
         return Ok(());
     }
@@ -145,15 +165,22 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     deadline.removes(&window.note()).map_err(cannot)?;
     let search = Search::start(&window, pid, ignore, limit);
     let taken = take_all(&mut window, &call.images).and_then(|()| {
-        let note = window.write_note()?;
+        let mut note = window.write_note()?;
         say_id(call, id);
-        match &search {
+        let unlinked = match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,
             Err(error) if window.pending().audit.policy == Policy::Refuse => {
                 return Err(Error::Outside { what: error.to_string() });
             }
             // The checkpoint claims less, and is whole.
-            Err(error) => say("warning", &error.to_string()),
+            Err(error) => {
+                say("warning", &error.to_string());
+                true
+            }
+        };
+        if unlinked || window.pending().external {
+            search::look_and_keep(&mut window, &call.images, pid)?;
+            note = window.write_note()?;
         }
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
         hold_off_signals().map_err(cannot)?;

@@ -44,6 +44,16 @@ pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
             });
             with_path(object, "path", member.path.as_path())
         }).collect::<Vec<_>>(),
+        "unlinked": checkpoint.kept.iter().map(|kept| {
+            let object = json!({
+                "inode": kept.inode,
+                "size": kept.attributes.size,
+                "kept": kept.lost.is_none(),
+                "reason": kept.lost,
+                "external": kept.external,
+            });
+            with_path(object, "path", kept.place.path.as_path())
+        }).collect::<Vec<_>>(),
     })
 }
 

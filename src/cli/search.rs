@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
 use fsnap::coordinator::{Window, WriterSearch};
+use fsnap::engine::Images;
 use fsnap::processes::{AuditRules, Policy, Tree};
 use fsnap::{Error, failpoint};
 
@@ -21,6 +22,9 @@ use super::sys;
 
 /// The longest that the hook is told.
 const OBJECTION: usize = 4000;
+
+/// What the hook is told of a tree against which nothing stands, and all of whose files have names. No objection is so short.
+const ALL_NAMED: &str = "-";
 
 /// The hook's end of it.
 #[derive(Debug)]
@@ -62,15 +66,17 @@ impl Search {
         std::mem::forget(self);
     }
 
-    /// Waits until the tree may run again; in vain, and not for long, if the process is dead.
+    /// Waits until the tree may run again; in vain, and not for long, if the process is dead. Tells whether the tree may have files
+    /// in use that have no name any more.
     ///
     /// Fails if the tree can write to what the checkpoint would not hold, and the rules forbid that, or if it cannot be told.
-    pub(crate) fn knows_the_tree(&self, rules: &AuditRules) -> fsnap::Result<()> {
+    pub(crate) fn knows_the_tree(&self, rules: &AuditRules) -> fsnap::Result<bool> {
         let mut said = String::new();
         let mut reader = BufReader::new((&self.tree_is_known).take(OBJECTION as u64));
         let heard = reader.read_line(&mut said).is_ok_and(|length| length > 0);
         match said.trim_end() {
-            "" if heard || rules.policy != Policy::Refuse => Ok(()),
+            ALL_NAMED => Ok(false),
+            "" if heard || rules.policy != Policy::Refuse => Ok(true),
             "" => Err(Error::Outside { what: "perhaps: the look at them was cut off".into() }),
             what => Err(Error::Outside { what: what.to_owned() }),
         }
@@ -85,7 +91,11 @@ impl Searcher<'_> {
             return;
         }
         let mut search = among_standing(self.pending, self.tree, std::mem::take(&mut self.ignore));
-        let _ = self.tree_is_known.write(&line(objection(&search, &self.pending.audit)));
+        let seen = search.as_ref().ok().and_then(WriterSearch::observation);
+        let _ = self.tree_is_known.write(&match objection(&search, &self.pending.audit) {
+            None if seen.is_some_and(|seen| seen.unlinked().is_empty()) => format!("{ALL_NAMED}\n").into_bytes(),
+            objection => line(objection),
+        });
         learn(&mut search);
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
@@ -102,10 +112,20 @@ impl Searcher<'_> {
 /// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands, and what they have in use.
 pub(crate) fn among_standing(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
     failpoint::hit("search:started");
-    let tree = Tree::of_standing(tree)?;
-    let search = WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree));
+    let search = look(pending, tree, ignore);
     failpoint::hit("search:tree");
     search
+}
+
+fn look(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
+    let tree = Tree::of_standing(tree)?;
+    WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree))
+}
+
+/// Looks at the tree with the root `tree` once more, and [keeps](keep) what has no name: for who has no other look at hand.
+pub(crate) fn look_and_keep(window: &mut Window, images: &Images, tree: i32) -> fsnap::Result<()> {
+    let seen = look(window.pending(), tree, Vec::new());
+    keep(&seen, window, images)
 }
 
 /// Why there may be no checkpoint of what was learnt, if the rules say so. Who cannot be asked does not agree.
@@ -115,6 +135,11 @@ pub(crate) fn objection(search: &fsnap::Result<WriterSearch>, rules: &AuditRules
         Err(_) if rules.policy != Policy::Refuse => None,
         Err(error) => Some(Error::Outside { what: format!("perhaps: {error}") }),
     }
+}
+
+/// Keeps what of the tree, which stands, has no name any more. Who cannot be asked may have what the engine relies on.
+pub(crate) fn keep(search: &fsnap::Result<WriterSearch>, window: &mut Window, images: &Images) -> fsnap::Result<()> {
+    window.keep(search.as_ref().ok().and_then(WriterSearch::observation), Some(images))
 }
 
 /// Learns what need not be learnt while the tree stands, from files that are open until then.

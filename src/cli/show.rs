@@ -76,5 +76,16 @@ fn print(out: &Output, checkpoint: &Checkpoint, tags: &[Name]) -> Outcome {
             out.line(format_args!("  not kept: {}: {}", fsnap::printable(omission.path.as_ref()), omission.reason))?;
         }
     }
+    if !checkpoint.kept.is_empty() {
+        out.line("\nfiles in use that had no name:")?;
+    }
+    for kept in &checkpoint.kept {
+        let path = &kept.place.path;
+        match (&kept.lost, &kept.external) {
+            (Some(reason), _) => out.line(format_args!("  {path}: not kept: {reason}"))?,
+            (None, Some(_)) => out.line(format_args!("  {path}: {} bytes, kept here alone", kept.attributes.size))?,
+            (None, None) => out.line(format_args!("  {path}: {} bytes", kept.attributes.size))?,
+        }
+    }
     Ok(())
 }

@@ -13,7 +13,7 @@ use crate::catalog::{
 use crate::checkpoint::{Checkpoint, CheckpointId, EngineImages};
 use crate::failpoint;
 use crate::name::Name;
-use crate::processes::{AuditRules, ProcessId};
+use crate::processes::{AuditRules, ProcessId, Tree};
 use crate::progress::Work;
 use crate::quiesce::FreezeRecord;
 use crate::volume::StoreRecord;
@@ -34,6 +34,10 @@ pub struct Request {
     pub owner: Option<ProcessId>,
     /// The root of the process tree.
     pub tree: Option<ProcessId>,
+    /// The processes whose files without names are kept ahead, while they run.
+    pub processes: Option<Tree>,
+    /// The engine was told to leave files without names out of its images.
+    pub external: bool,
     /// What is done about what the processes can write to besides.
     pub audit: AuditRules,
 }
@@ -51,6 +55,11 @@ impl Begun {
     /// What was planned.
     pub fn pending(&self) -> &PendingCheckpoint {
         &self.pending
+    }
+
+    /// Whether everything was taken: it only has to be sealed.
+    pub fn may_be_taken(&self) -> bool {
+        self.lock.note().symlink_metadata().is_ok()
     }
 
     /// The file for the answer to who else was writing, where that is not waited for while processes stand.
@@ -78,20 +87,12 @@ impl Coordinator {
     ///
     /// All syncing of fsnap's own happens here.
     pub fn begin(&self, request: Request) -> Result<Begun> {
-        let Request { targets, message, tags, engine, owner, tree, audit } = request;
+        let Request { targets, message, tags, engine, owner, tree, processes, external, audit } = request;
         if targets.is_empty() {
             let why = "there is no volume to take a snapshot of: register one with `fsnap init DIR`";
             return Err(Error::NothingToTake { why: why.into() });
         }
-        for tag in &tags {
-            if let Some(id) = self.catalog.tagged(tag)? {
-                let by = Some(format!(
-                    "it names checkpoint {}; choose another, or free it: `fsnap tag --delete`",
-                    id.short()
-                ));
-                return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
-            }
-        }
+        self.refuse_taken(&tags)?;
         let branch = one_line_of_work(&targets)?;
         let mut members = Vec::with_capacity(targets.len());
         for target in targets {
@@ -114,12 +115,13 @@ impl Coordinator {
             members,
             pinned: false,
             audit,
+            external,
         };
         failpoint::hit("begin:reserved");
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("begin:recorded");
         let begun = Begun { id, lock, pending, taken: None };
-        match self.write_plan(&begun).and_then(|()| self.prime(&begun)) {
+        match self.write_plan(&begun).and_then(|()| self.prime(&begun, processes.as_ref())) {
             Ok(()) => Ok(begun),
             Err(error) => Err(self.give_up(begun, error)),
         }
@@ -144,7 +146,7 @@ impl Coordinator {
     }
 
     /// Flushes and copies ahead once more; the processes still run.
-    pub fn prime(&self, begun: &Begun) -> Result<()> {
+    pub fn prime(&self, begun: &Begun, processes: Option<&Tree>) -> Result<()> {
         let members = self.open_members(&begun.pending)?;
         let work = self.begin_work(Work::Priming, members.len());
         side_by_side(&members, |(store, member)| {
@@ -154,20 +156,42 @@ impl Coordinator {
             work.step();
             Ok(())
         })?;
+        if let Some(tree) = processes {
+            self.prime_unlinked(&begun.pending, tree)?;
+        }
         Ok(())
     }
 
-    /// Finds the checkpoint that was begun for the engine's images in that directory, and locks it.
+    /// Finds the checkpoint that was begun for the engine's images in that directory, and locks it, when whoever works on it has let go.
     pub fn begun_in(&self, images: &EngineImages) -> Result<Option<Begun>> {
-        for (id, intent) in self.catalog.intents()? {
-            let Intent::Checkpoint(pending) = intent else { continue };
-            if pending.engine.as_ref() != Some(images) {
-                continue;
+        let is_wanted =
+            |intent: &Intent| matches!(intent, Intent::Checkpoint(pending) if pending.engine.as_ref() == Some(images));
+        for (id, _) in self.catalog.intents()?.into_iter().filter(|(_, intent)| is_wanted(intent)) {
+            let lock = self.catalog.lock_intent_in_turn(id)?;
+            // Whoever had the lock may have sealed it, or undone it.
+            match self.catalog.intent(id)? {
+                Some(Intent::Checkpoint(pending)) => {
+                    return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
+                }
+                _ => lock.finish(),
             }
-            let Some(lock) = self.catalog.lock_intent_in_a_moment(id)? else { continue };
-            return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
         }
         Ok(None)
+    }
+
+    /// Takes back what was begun or taken for an engine that has failed, whether it is sealed by now or not; `id` is how the engine's
+    /// hook called it.
+    ///
+    /// Requires that this coordinator has recovered nothing since: that would have sealed it.
+    pub fn take_back(&self, images: &EngineImages, id: Option<CheckpointId>) -> Result<()> {
+        if let Some(begun) = self.begun_in(images)? {
+            return self.cancel(begun);
+        }
+        let found = id.map(|id| self.catalog.checkpoint(&id)).transpose()?.flatten();
+        match found.filter(|checkpoint| checkpoint.engine.as_ref() == Some(images)) {
+            Some(checkpoint) => self.remove_checkpoint(&checkpoint.id).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Records what fsnap is about to stop, durably, before it is stopped.
@@ -209,6 +233,9 @@ impl Coordinator {
             // The store may be away for the moment: the intent stays, and the next recovery tries again.
             Err(error) => return Err(error),
         };
+        if let Err(error) = self.settle_kept(&begun.pending, &taken.kept) {
+            return Err(if is_lost(&error) { self.give_up(begun, error) } else { error });
+        }
         let mut members = taken.members.clone();
         for (member, snapshot) in members.iter_mut().zip(settled) {
             member.snapshot = snapshot;
@@ -222,6 +249,7 @@ impl Coordinator {
             engine: begun.pending.engine.clone(),
             members,
             pinned: begun.pending.pinned,
+            kept: taken.kept.clone(),
         };
         failpoint::hit("seal:before");
         self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags, taken.tree.as_ref())?;
@@ -235,8 +263,7 @@ impl Coordinator {
         error.and_undo(self.undo(begun.id, begun.lock))
     }
 
-    /// Undoes a checkpoint that was begun, since its engine has failed.
-    pub fn cancel(&self, begun: Begun) -> Result<()> {
+    fn cancel(&self, begun: Begun) -> Result<()> {
         begun.lock.remove_taken()?;
         self.undo(begun.id, begun.lock)
     }

@@ -62,12 +62,16 @@ impl Coordinator {
             members: vec![planned],
             pinned: true,
             audit: AuditRules::default(),
+            external: false,
         };
         let (id, lock) = self.catalog.begin(&Intent::Checkpoint(Box::new(pending.clone())))?;
         failpoint::hit("pin:recorded");
         let mut begun = Begun { id, lock, pending, taken: None };
         match self.pin_member(&begun.pending.members[0], &opened, &moment) {
-            Ok(member) => begun.taken = Some(Taken { time, members: vec![member], searching: false, tree: None }),
+            Ok(member) => {
+                let members = vec![member];
+                begun.taken = Some(Taken { time, members, searching: false, tree: None, kept: Vec::new() });
+            }
             Err(error) => return Err(self.give_up(begun, error)),
         }
         Ok(Pinned { checkpoint: self.seal(begun)?, fresh: true })
@@ -77,18 +81,8 @@ impl Coordinator {
         let store = self.store(&planned.store)?;
         let snapshot = store.pin(volume, moment.number, &planned.at)?;
         failpoint::hit("pin:pinned");
-        Ok(Member {
-            volume: planned.volume.clone(),
-            path: planned.path.clone(),
-            identity: planned.identity.clone(),
-            backend: planned.backend.clone(),
-            store: planned.store.clone(),
-            // Whoever wrote at that moment was not stopped for it.
-            consistency: store.store().capabilities.live,
-            snapshot,
-            needs: planned.needs.clone(),
-            writers: Vec::new(),
-        })
+        // Whoever wrote at that moment was not stopped for it.
+        Ok(planned.taken(snapshot, store.store().capabilities.live, Vec::new()))
     }
 
     fn target_named(&self, volume: &str) -> Result<Target> {

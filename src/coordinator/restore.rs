@@ -9,7 +9,7 @@ use super::Coordinator;
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::engine::criu::{self, Criu};
-use crate::engine::{self, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
+use crate::engine::{self, GivenBack, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
 use crate::error::IoContext;
 use crate::mount::Restrictions;
 use crate::name::Name;
@@ -54,16 +54,21 @@ impl Coordinator {
     /// removed.
     pub fn restore(&self, request: &RestoreRequest<'_>) -> Result<(Branch, Restored)> {
         let checkpoint = request.checkpoint;
-        let Some(engine) = &checkpoint.engine else { return Err(Error::NoProcessImage { id: checkpoint.id }) };
-        if engine.name != criu::NAME {
-            return Err(engine::Error::Unknown { name: engine.name.clone() }.into());
-        }
-        let images = open_images(checkpoint.id, &engine.images)?;
+        let images = self.images_of(checkpoint)?;
         let branch = self.branch(checkpoint, request.branch)?;
         match self.restore_onto(request, &branch, &images) {
             Ok(restored) => Ok((branch, restored)),
             Err(error) => Err(error.and_undo(self.remove_branch(&branch.name))),
         }
+    }
+
+    /// The images of a checkpoint, if they are still its own, and of an engine that fsnap can restore with.
+    pub fn images_of(&self, checkpoint: &Checkpoint) -> Result<Images> {
+        let Some(engine) = &checkpoint.engine else { return Err(Error::NoProcessImage { id: checkpoint.id }) };
+        if engine.name != criu::NAME {
+            return Err(engine::Error::Unknown { name: engine.name.clone() }.into());
+        }
+        open_images(checkpoint.id, &engine.images)
     }
 
     fn restore_onto(&self, request: &RestoreRequest<'_>, branch: &Branch, images: &Images) -> Result<Restored> {
@@ -82,10 +87,12 @@ impl Coordinator {
         }
         let logs = self.catalog.state().join("log");
         std::fs::create_dir_all(&logs).context("make the directory", &logs)?;
+        let returned = self.returned(request.checkpoint, branch, &mounts)?;
         let restore = Restore {
             criu: request.criu,
             images,
             mounts: &mounts,
+            returned: &returned,
             args: request.args,
             pids: request.pids,
             log: &logs.join(format!("restore-{}.log", branch.name)),
@@ -95,6 +102,29 @@ impl Coordinator {
         };
         let _work = self.begin_work(Work::Restoring, None);
         Ok(restore.run()?)
+    }
+
+    /// The files that the engine left to fsnap: each comes back in the directory on the branch that it was in, if that is still there.
+    fn returned(&self, checkpoint: &Checkpoint, branch: &Branch, mounts: &[MountPlan]) -> Result<Vec<GivenBack>> {
+        let mut returned = Vec::new();
+        engine::allow_descriptors(checkpoint.kept.len());
+        for kept in &checkpoint.kept {
+            let Some(external) = &kept.external else { continue };
+            let lost = |reason: &str| Error::NotKept { path: kept.place.path.clone(), reason: reason.into() };
+            let content = self.open_kept(checkpoint, kept)?.ok_or_else(|| lost("its content is not there"))?;
+            let volume = kept.place.volume.as_ref().filter(|volume| volume.is_sound());
+            let volume = volume.ok_or_else(|| lost("it was in no volume"))?;
+            let member = branch.members.iter().position(|member| member.volume == volume.name);
+            let mount = member.and_then(|index| mounts.get(index)).ok_or_else(|| lost("its volume is not there"))?;
+            returned.push(GivenBack {
+                external: external.clone(),
+                content,
+                root: mount.at.clone(),
+                below: volume.path.0.clone(),
+                attributes: kept.attributes,
+            });
+        }
+        Ok(returned)
     }
 
     /// Makes sure that an engine which restores from `images` will find the files of that checkpoint: every member's

@@ -5,14 +5,18 @@ use std::path::Path;
 use super::{Coordinator, Target};
 use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
 use crate::name::Name;
-use crate::processes::{self, AuditRules, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan};
+use crate::processes::{
+    self, AuditRules, BootTicks, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan,
+};
 use crate::{Error, Result};
 
 /// A search for those outside a tree who have files of a checkpoint's volumes open for writing; and a look at the tree.
 #[derive(Debug)]
 pub struct WriterSearch {
     volumes: Vec<(Name, Candidate)>,
+    /// Who belongs together, and when they did: while they stood, if they did.
     tree: Tree,
+    moment: BootTicks,
     ignore: Vec<i32>,
     rules: AuditRules,
     observed: Option<processes::Result<Observation>>,
@@ -22,10 +26,13 @@ pub struct WriterSearch {
 impl WriterSearch {
     /// Opens what it needs: the volumes must be there now, and need not be while it runs.
     ///
+    /// If the tree stands now, it may run again when the search does: what it forks from now on belongs to it.
+    ///
     /// The processes in `ignore`, such as the engine, are left out.
     pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
         let rules = pending.audit.clone();
-        Ok(Self { volumes: planned(pending)?, tree, ignore, rules, observed: None, seen: None })
+        let moment = BootTicks::now();
+        Ok(Self { volumes: planned(pending)?, tree, moment, ignore, rules, observed: None, seen: None })
     }
 
     /// Looks at a tree while it stands: at what has to be read then.
@@ -33,6 +40,11 @@ impl WriterSearch {
     pub fn observing(mut self, tree: &Tree) -> Self {
         self.observed = Some(processes::observe(tree, self.volumes.clone(), &self.rules));
         self
+    }
+
+    /// What was seen of the tree; `None` if nobody looked at it, or it could not be looked at.
+    pub fn observation(&self) -> Option<&Observation> {
+        self.observed.as_ref()?.as_ref().ok()
     }
 
     /// Why there may be no checkpoint of the tree that was observed, if the rules say so.
@@ -61,7 +73,7 @@ impl WriterSearch {
 
     fn writers(&self) -> Result<WriterLists> {
         let candidates: Vec<_> = self.volumes.iter().map(|(_, candidate)| candidate.clone()).collect();
-        let scan = processes::writers(&candidates, &self.tree, &self.ignore)?;
+        let scan = processes::writers_at(self.moment, &candidates, &self.tree, &self.ignore)?;
         let mut lists = vec![Vec::new(); candidates.len()];
         for writer in scan.writers {
             let path = crate::printable(writer.path.as_os_str());
@@ -96,8 +108,8 @@ impl Coordinator {
     pub fn audit(&self, tree: &Tree, targets: Vec<Target>, rules: &AuditRules) -> Result<Audit> {
         let volumes = aimed_at(&targets)?;
         let observed = Some(Ok(processes::observe(tree, volumes.clone(), rules)?));
-        let (tree, rules) = (tree.clone(), rules.clone());
-        let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed, seen: None };
+        let (tree, rules, moment) = (tree.clone(), rules.clone(), BootTicks::now());
+        let search = WriterSearch { volumes, tree, moment, ignore: Vec::new(), rules, observed, seen: None };
         let objection = search.objection();
         let SearchAnswer { writers, tree } = search.run()?;
         let nothing = || Error::NothingToTake { why: "there is no process to look at".into() };
@@ -123,11 +135,11 @@ pub fn find_writers(pending: &PendingCheckpoint, tree: &Tree, ignore: &[i32]) ->
     Ok(processes::writers(&candidates, tree, ignore)?)
 }
 
-fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn aimed_at(targets: &[Target]) -> Result<Vec<(Name, Candidate)>> {
     candidates(targets.iter().map(|target| (&target.volume, target.path.as_path())))
 }
 
-fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
+pub(super) fn planned(pending: &PendingCheckpoint) -> Result<Vec<(Name, Candidate)>> {
     candidates(pending.members.iter().map(|member| (&member.volume, member.path.as_path())))
 }
 

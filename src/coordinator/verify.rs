@@ -49,6 +49,12 @@ impl Coordinator {
                 Err(error) => findings.push(Finding { place, what: error.to_string() }),
             }
         }
+        for kept in &checkpoint.kept {
+            if let Err(error) = self.read_kept(checkpoint, kept) {
+                let place = format!("{}:{} (unlinked)", checkpoint.id.short(), kept.place.path);
+                findings.push(Finding { place, what: error.to_string() });
+            }
+        }
         findings
     }
 }

@@ -8,7 +8,7 @@ use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
 use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
-use crate::checkpoint::{EngineImages, Member};
+use crate::checkpoint::EngineImages;
 use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
 
@@ -20,7 +20,7 @@ const NOT_SEARCHED: &str = "perhaps others: the search for them was cut off";
 pub struct Window {
     pub(super) begun: Begun,
     /// One for each planned member.
-    stores: Vec<Arc<dyn Backend>>,
+    pub(super) stores: Vec<Arc<dyn Backend>>,
 }
 
 impl Window {
@@ -76,7 +76,7 @@ impl Window {
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
     /// `search` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
-    /// `None` when the answer will lie in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
+    /// `None` when the answer comes later, [here](Self::tell) or in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
     pub fn take(&mut self, stopped: bool, search: impl FnOnce() -> Result<Option<SearchAnswer>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
@@ -94,24 +94,22 @@ impl Window {
         let not_searched = || vec![vec![NOT_SEARCHED.to_owned()]; members.len()];
         let SearchAnswer { writers, tree } =
             answer.unwrap_or_else(|| SearchAnswer { writers: not_searched(), tree: None });
-        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
-            volume: plan.volume.clone(),
-            path: plan.path.clone(),
-            identity: plan.identity.clone(),
-            backend: plan.backend.clone(),
-            store: plan.store.clone(),
-            consistency: if stopped && writers.is_empty() {
-                Consistency::PointInTime
-            } else {
-                store.store().capabilities.live
-            },
-            snapshot,
-            needs: plan.needs.clone(),
-            writers,
+        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| {
+            let all_stood = stopped && writers.is_empty();
+            let consistency = if all_stood { Consistency::PointInTime } else { store.store().capabilities.live };
+            plan.taken(snapshot, consistency, writers)
         });
-        self.begun.taken = Some(Taken { time: jiff::Timestamp::now(), members: taken.collect(), searching, tree });
+        let (time, members) = (jiff::Timestamp::now(), taken.collect());
+        self.begun.taken = Some(Taken { time, members, searching, tree, kept: Vec::new() });
         failpoint::hit("take:all");
         Ok(())
+    }
+
+    /// Brings in who else was writing, where that was not waited for while processes stood.
+    pub fn tell(&mut self, answer: SearchAnswer) {
+        if let Some(taken) = &mut self.begun.taken {
+            taken.tell(Some(answer));
+        }
     }
 
     /// The file for the answer to who else was writing, where that is not waited for while processes stand.
@@ -146,6 +144,7 @@ impl Window {
     pub fn give_up(self, error: Error) -> Error {
         let undone = self.begun.lock.remove_taken().map_err(Error::from).and_then(|()| {
             let members: Vec<_> = self.stores.iter().zip(&self.begun.pending.members).collect();
+            self.remove_rooms()?;
             side_by_side(&members, |(store, member)| {
                 store.deactivate(&member.at)?;
                 Ok(store.delete(&member.at)?)

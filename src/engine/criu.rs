@@ -127,7 +127,7 @@ const INVENTORY_MAGIC: u32 = 0x5831_3116;
 /// The processes of the dump.
 const PSTREE: &str = "pstree.img";
 /// What image files begin with, but the inventory: `IMG_COMMON_MAGIC`, and then one of their kind.
-const COMMON_MAGIC: u32 = 0x5456_4319;
+pub(super) const COMMON_MAGIC: u32 = 0x5456_4319;
 const PSTREE_MAGIC: u32 = 0x5027_3030;
 /// Far more than either file ever has.
 const IMAGE_LIMIT: u64 = 64 << 20;

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use super::confine::{Cell, Confinement, LOG};
 use super::criu::{self, Criu};
+use super::given_back::{GivenBack, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::stage::{Failure, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};
@@ -78,6 +79,8 @@ pub struct Restore<'a> {
     pub images: &'a Images,
     /// What to mount where, in the new mount namespace only.
     pub mounts: &'a [MountPlan],
+    /// The files that the images lack.
+    pub returned: &'a [GivenBack],
     /// Further arguments for `criu restore`.
     pub args: &'a [OsString],
     /// Where the pids are valid.
@@ -153,6 +156,7 @@ impl Restore<'_> {
             images: images.into(),
             root: criu::root_pid(self.images)?,
             mounts,
+            returned: self.returned.iter().map(PlannedFile::new).collect(),
             args: self.args.to_vec(),
             stage: self.stage.clone(),
             cell: self.cell.map(cell),
@@ -176,6 +180,7 @@ impl Start<'_> {
             images: PathBuf::new(),
             root: None,
             mounts: self.mounts.iter().map(PlannedMount::new).collect::<Result<Vec<_>>>()?,
+            returned: Vec::new(),
             args: Vec::new(),
             stage: self.stage.clone(),
             cell: Some(cell(self.cell)),

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 use serde::{Deserialize, Serialize};
 
 use super::confine::{self, Cell, ENDED};
+use super::given_back::{self, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
@@ -34,6 +36,8 @@ pub(super) struct Plan {
     pub(super) images: PathBuf,
     pub(super) root: Option<i32>,
     pub(super) mounts: Vec<PlannedMount>,
+    /// Files that the images lack.
+    pub(super) returned: Vec<PlannedFile>,
     #[serde(with = "os_text::list")]
     pub(super) args: Vec<OsString>,
     pub(super) stage: StageCommand,
@@ -229,6 +233,8 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
         None => Some(open_images(&plan.images).map_err(Failure::step("open the images"))?),
         Some(_) => None,
     };
+    // What is mounted may cover it.
+    let contents = given_back::open_all(&plan.returned)?;
     let place = set_up(plan, images.as_ref())?;
     let root = match (&plan.program, images) {
         (Some((program, stage)), _) => {
@@ -237,7 +243,7 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
             Some(start_program(program, stage)?)
         }
         (None, Some(images)) => {
-            let root = restore(plan, images)?;
+            let root = restore(plan, images, contents)?;
             if plan.cell.is_some() {
                 keep_low_pids()?;
                 confine::protect_settings()?;
@@ -307,7 +313,7 @@ fn saved_scratch(images: &OwnedFd) -> Result<Option<std::fs::File>, Failure> {
     images.file(confine::SAVED_SCRATCH, u64::MAX).map_err(Failure::in_step("open the saved scratch files"))
 }
 
-fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
+fn restore(plan: &Plan, images: OwnedFd, contents: Vec<File>) -> Result<Option<i32>, Failure> {
     let mut command = Command::new(&plan.criu);
     command.args(["restore", "--restore-detached", "--images-dir"]);
     command.arg(format!("/proc/self/fd/{}", images.as_raw_fd()));
@@ -315,6 +321,10 @@ fn restore(plan: &Plan, images: OwnedFd) -> Result<Option<i32>, Failure> {
     let terminal = terminal.transpose().map_err(Failure::step("open the terminal"))?;
     if let Some((id, terminal)) = &terminal {
         command.arg("--inherit-fd").arg(format!("fd[{}]:{}", terminal.as_raw_fd(), id.key()));
+    }
+    let returned = given_back::make_all(&plan.returned, contents)?;
+    for (file, given) in returned.iter().zip(&plan.returned) {
+        command.arg("--inherit-fd").arg(format!("fd[{}]:{}", file.as_raw_fd(), given.external));
     }
     let status = command
         .args(&plan.args)

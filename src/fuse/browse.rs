@@ -246,6 +246,10 @@ impl Browse {
     pub fn open(&self, number: u64) -> Result<Opened> {
         let node = self.node(number)?;
         match &node.what {
+            What::Place(place @ Place::Kept(..)) => {
+                let kept = self.layout.kept(place).map_err(|error| self.failed(&error))?.ok_or(Errno::STALE)?;
+                Opened::file(kept).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+            }
             What::Place(place) => {
                 let text = self.layout.text(place).map_err(|error| self.failed(&error))?;
                 Ok(Opened::text(text.ok_or(Errno::INVAL)?))

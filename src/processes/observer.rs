@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -25,7 +25,7 @@ use super::sockets::Sockets;
 use super::view::{Located, View};
 use super::{
     AuditRules, FilePlace, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside, Policy, ProcessRecord,
-    Result, Tree, TreeRecord, Via,
+    Result, Tree, TreeRecord, Unlinked, Via,
 };
 use crate::checkpoint::PathText;
 use crate::name::Name;
@@ -47,10 +47,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Observation {
     volumes: Vec<(Name, Candidate)>,
     rules: AuditRules,
-    record: TreeRecord,
+    pub(super) record: TreeRecord,
     mounts: Vec<Outside>,
     /// One for each process of the record, unless it could not be opened.
-    dirs: Vec<Option<ProcDir>>,
+    pub(super) dirs: Vec<Option<ProcDir>>,
+    /// The files that have no name any more, each once.
+    pub(super) unlinked: Vec<Unlinked>,
     sockets: Sockets,
 }
 
@@ -63,6 +65,7 @@ pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules)
         record: TreeRecord::new(),
         mounts: Vec::new(),
         dirs: Vec::new(),
+        unlinked: Vec::new(),
         sockets: Sockets::default(),
     };
     let mut observer = Observer {
@@ -70,6 +73,7 @@ pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules)
         survey: Survey::new(&candidates, Doubt::Ignored)?,
         seen: HashSet::new(),
         named: HashSet::new(),
+        gone: HashSet::new(),
         memory: memory_device(),
         left: FILES,
         observation,
@@ -125,8 +129,10 @@ impl Observation {
             }
         });
         let Ok(reader) = reader else { return record };
+        let until = Instant::now() + PATIENCE;
         for _ in 0..record.processes.len() {
-            let Ok((index, arguments)) = told.recv_timeout(PATIENCE) else {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok((index, arguments)) = told.recv_timeout(left) else {
                 *shared.1.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Abandoned;
                 return record;
             };
@@ -192,6 +198,8 @@ struct Observer<'a> {
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
     /// The mounts that were named.
     named: HashSet<(PathBuf, i32)>,
+    /// The device and inode of files that have no name any more.
+    gone: HashSet<(u64, u64)>,
     /// The device of memory that has no name.
     memory: Option<u64>,
     /// How many more files may be recorded.
@@ -280,6 +288,9 @@ impl Observer<'_> {
                 _ => info_of(&infos, &name).unwrap_or_default(),
             };
             let place = self.place(view, text, target.mount, target.unlinked);
+            if kind == OpenKind::File {
+                self.unlinked(&target, &place, view, || format!("fd/{name}"));
+            }
             let Target { device, inode, .. } = target;
             if kind == OpenKind::Socket {
                 sockets.push((inode, fd));
@@ -318,14 +329,19 @@ impl Observer<'_> {
             let text = unescape(mapping.name);
             // A file may be *named* so; whether it is gone is asked of the file.
             let marked = text.as_os_str().as_bytes().ends_with(MARK);
-            let unlinked =
-                marked && target_of(dir, &format!("map_files/{}", mapping.range)).is_ok_and(|target| target.unlinked);
+            let link = || format!("map_files/{}", mapping.range);
+            let target = if marked { target_of(dir, &link()).ok().filter(|target| target.unlinked) } else { None };
+            let unlinked = target.is_some();
             let path = if unlinked { without_mark(text) } else { text };
             let located = self.survey.views.locate_mapped(view, &path, mapping.device);
             let volume = in_volume(&self.survey, self.names, &located);
             known.insert((device, mapping.inode), record.mapped.len());
+            let place = FilePlace { path: PathText(path), volume, unlinked };
+            if let Some(target) = target {
+                self.unlinked(&target, &place, view, link);
+            }
             record.mapped.push(MappedFile {
-                place: FilePlace { path: PathText(path), volume, unlinked },
+                place,
                 shared: mapping.shared,
                 writable: mapping.writable && mapping.shared,
                 device,
@@ -343,6 +359,18 @@ impl Observer<'_> {
         Ok(())
     }
 
+    /// Remembers a file that has no name any more, so that it can be opened while the process stands.
+    fn unlinked(&mut self, target: &Target, place: &FilePlace, view: &View, link: impl Fn() -> String) {
+        let &Target { device, inode, mount, unlinked, .. } = target;
+        if !unlinked || Some(device) == self.memory || !self.gone.insert((device, inode)) {
+            return;
+        }
+        let Some((_, medium)) = self.mount_of(view, place, mount) else { return };
+        let (process, link) = (self.observation.dirs.len(), link());
+        let found = Unlinked { place: place.clone(), device, inode, mount, medium, process, link };
+        self.observation.unlinked.push(found);
+    }
+
     /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
     fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<i32>) -> Option<(String, Medium)> {
         let by_path = || view.resolve(place.path.as_path());
@@ -356,7 +384,8 @@ impl Observer<'_> {
     /// Names the file if it is outside the checkpoint.
     fn audit(&mut self, via: Via, place: &FilePlace, on: Option<(String, Medium)>, record: &ProcessRecord) {
         let Some((file_system, medium)) = on else { return };
-        if place.volume.is_some() && !place.unlinked {
+        // Of a volume's file that has no name, the content is kept.
+        if place.volume.is_some() {
             return;
         }
         let FilePlace { path, unlinked, .. } = place.clone();

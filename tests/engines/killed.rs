@@ -4,7 +4,10 @@
 
 use std::os::unix::process::ExitStatusExt as _;
 
+use fsnap_oracle::Kind;
+
 use crate::Case;
+use crate::oracle::Oracle;
 use crate::site::{Site, Volume, id_in};
 
 pub(crate) const CASES: &[Case] = &[
@@ -18,9 +21,14 @@ pub(crate) const CASES: &[Case] = &[
 /// More places than there ever are.
 const MANY: usize = 100;
 
+/// One that has a file without a name, too.
+fn oracle(site: &Site) -> Oracle {
+    site.oracle(&[Kind::Append, Kind::Overwrite, Kind::Rename, Kind::Unlinked, Kind::Volumes], 1000)
+}
+
 fn the_hook(action: &str, places: usize) {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = site.small_oracle();
+    let oracle = oracle(&site);
     for place in 1..MANY {
         let script = site.hook_after(action, &format!("export FSNAP_FAILPOINT={place}=kill"));
         let images = site.images();
@@ -40,7 +48,7 @@ fn the_hook(action: &str, places: usize) {
 /// The command that seals what a hook took is killed as well, and the one after that.
 fn the_next_command() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = site.small_oracle();
+    let oracle = oracle(&site);
     let (id, _) = site.checkpoint(oracle.pid);
     for place in 1..MANY {
         let mut command = site.command(["log"]);
@@ -58,7 +66,7 @@ fn the_next_command() {
 
 fn a_checkpoint_without_an_engine() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = site.small_oracle();
+    let oracle = oracle(&site);
     let mut sealed = 0;
     let mut noted = false;
     for place in 1..MANY {
@@ -84,7 +92,7 @@ fn a_checkpoint_without_an_engine() {
 
 fn a_restore() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = site.small_oracle();
+    let oracle = oracle(&site);
     let (id, _) = site.checkpoint(oracle.pid);
     for place in 1..MANY {
         let mut command = site.command(["restore", &id, "--branch", "b", "--json"]);

@@ -15,10 +15,14 @@ mod hook;
 mod identity;
 mod killed;
 mod oracle;
+mod podman;
+#[path = "../support/postgresql.rs"]
+mod postgresql;
 mod runs;
 mod sandbox;
 mod site;
 mod tour;
+mod unlinked;
 mod volumes;
 
 use std::process::ExitCode;
@@ -51,6 +55,8 @@ fn main() -> ExitCode {
         ("alone", alone::CASES),
         ("runs", runs::CASES),
         ("tour", tour::CASES),
+        ("unlinked", unlinked::CASES),
+        ("podman", podman::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {

@@ -224,6 +224,16 @@ impl Site {
         (id_in(&images), images)
     }
 
+    /// The same, where CRIU is told what `fsnap criu-args` says.
+    pub(crate) fn checkpoint_as_told(&self, pid: i32) -> (String, PathBuf) {
+        let images = self.images();
+        let told = self.ok(["criu-args", &pid.to_string()]);
+        let hook = self.hook();
+        let args = ["--action-script".as_ref(), hook.as_os_str()].into_iter().chain(told.lines().map(OsStr::new));
+        self.criu().dump(pid, &images, args).unwrap_or_else(|error| panic!("{error}"));
+        (id_in(&images), images)
+    }
+
     /// Dumps the process, which must fail; the images' directory, and what fsnap and CRIU said.
     pub(crate) fn failing_dump(&self, pid: i32, images: &Path, script: &Path) -> String {
         let dumped = self.dump(pid, images, script);
@@ -247,7 +257,34 @@ impl Site {
             let found: BTreeSet<_> = images.into_iter().map(|image| image.at).collect();
             assert_eq!(found, catalog.held(&store.identity).unwrap(), "images of the store at {}", store.place);
         }
+        assert_eq!(self.rooms(), self.checkpoints_with_rooms(&catalog), "what is kept of files without names");
         self.ok(["verify"]);
+    }
+}
+
+impl Site {
+    /// The directories of what is kept of files without names.
+    fn rooms(&self) -> BTreeSet<PathBuf> {
+        let catalog = Catalog::open(&self.path("state"), Access::Read, LONG).unwrap();
+        let stores = catalog.stores().unwrap();
+        let stores = stores.iter().map(|store| stores::open(store, &Default::default()).unwrap());
+        let places = stores.filter_map(|store| store.beside()).chain([self.path("state/unlinked")]);
+        let entries = places.filter_map(|place| fs::read_dir(place).ok()).flatten();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    fn checkpoints_with_rooms(&self, catalog: &Catalog) -> BTreeSet<PathBuf> {
+        let mut rooms = BTreeSet::new();
+        for checkpoint in catalog.checkpoints().unwrap() {
+            for kept in checkpoint.kept.iter().filter(|kept| kept.lost.is_none()) {
+                let store = kept.store.as_ref().and_then(|store| catalog.store(store).unwrap());
+                let base = store.map(|store| stores::open(&store, &Default::default()).unwrap().beside().unwrap());
+                let room = base.unwrap_or_else(|| self.path("state/unlinked")).join(checkpoint.id.to_string());
+                assert!(room.join(kept.name()).is_file(), "{room:?} lacks {kept:?}");
+                rooms.insert(room);
+            }
+        }
+        rooms
     }
 }
 

@@ -122,7 +122,8 @@ fn processes_are_shown_as_they_stood() {
     let db = past.volume("db", "btrfs");
     fs::create_dir(db.join("sub")).unwrap();
     fs::write(db.join("sub/file"), "one").unwrap();
-    let script = "cd sub; exec 5<>file 6>gone 7</etc/passwd; rm gone; echo ready; read line";
+    let script =
+        "cd sub; exec 5<>file 6>gone 7</etc/passwd; chmod 640 gone; echo kept >&6; rm gone; echo ready; read line";
     let mut command = Command::new("setsid");
     command.args(["bash", "-c", script]).current_dir(&db).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -150,7 +151,11 @@ fn processes_are_shown_as_they_stood() {
     assert_eq!(read(of("fd/5")), "one");
     assert_eq!(link("root"), "/");
     assert_eq!(link("fd/7"), "/etc/passwd");
-    assert_eq!(link("fd/6"), format!("{}/sub/gone (deleted)", db.display()));
+    // What had no name is there itself, and stays when the process has ended.
+    let gone = fs::symlink_metadata(of("fd/6")).unwrap();
+    assert!(gone.is_file() && gone.len() == 5 && gone.permissions().mode() & 0o7777 == 0o640, "{gone:?}");
+    assert_eq!(read(of("fd/6")), "kept\n");
+    assert_eq!(fs::File::options().write(true).open(of("fd/6")).unwrap_err().kind(), ErrorKind::ReadOnlyFilesystem);
     assert!(link("fd/1").starts_with("pipe:["));
     // One without processes has none to show, and a pid that is none is nothing.
     let other = past.checkpoint();
@@ -186,7 +191,6 @@ fn everything() -> Capabilities {
         acls: true,
         ownership: true,
         mountable: true,
-        coalesces: false,
         verifies_contents: true,
         live: Consistency::PointInTime,
     }

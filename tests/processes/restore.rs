@@ -89,6 +89,7 @@ impl Dumped {
         let images = Images::open(&self.path(images)).unwrap();
         let log = branch.with_extension("log");
         Restore {
+            returned: &[],
             criu,
             images: &images,
             mounts: &[plan],

@@ -31,6 +31,7 @@ pub(crate) fn record_copies(
             members: Vec::new(),
             pinned: false,
             audit: AuditRules::default(),
+            external: false,
         };
         let (intent, lock) = catalog.begin(&Intent::Checkpoint(Box::new(pending)))?;
         let mut members = last.members.clone();

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{Capabilities, Damage, Error, Identity, Image, Locator, MountSpec, Result, Snapshot, Source, Volume};
 
@@ -47,8 +47,7 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// `known` are locators that the caller has recorded and wants avoided, though nothing may be there. Nothing is visible at the new one yet; a place that is
     /// reserved and not used needs no clean-up, though `delete` accepts it.
     ///
-    /// * `reserve_is_new`: the locator is not in `known` and has no whole image, unless the store
-    ///   [coalesces](Capabilities::coalesces) and nothing changed since the image there was made.
+    /// * `reserve_is_new`: the locator is not in `known` and has no whole image.
     /// * `reserve_shows_nothing`: `reserve` alone adds no whole image to `list`.
     fn reserve(&self, source: Source<'_>, known: &BTreeSet<Locator>) -> Result<Locator>;
 
@@ -156,6 +155,14 @@ pub trait Backend: fmt::Debug + Send + Sync {
     fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
         let _ = (old, new);
         Ok(None)
+    }
+
+    /// Names a directory of the store, in which callers keep files of their own beside the images: on the same file system, so that
+    /// contents can be shared, and entered by nobody else. Nothing may be there yet; what is there is no image.
+    ///
+    /// `None`: the store lies in no directory.
+    fn beside(&self) -> Option<PathBuf> {
+        None
     }
 
     /// Removes the image at `at`, whole or partial.

@@ -40,7 +40,7 @@ mod sys;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fsnap_backend::{
     Backend, Damage, Error, ErrorKind, Image, ImageKind, ImageState, IoContext, Locator, MountSpec, Result, Snapshot,
@@ -241,6 +241,10 @@ impl Backend for Store {
             }
             _ => Err(no_image(&snapshot.at)),
         }
+    }
+
+    fn beside(&self) -> Option<PathBuf> {
+        Some(self.place.join(store::BESIDE))
     }
 
     fn delete(&self, at: &Locator) -> Result<()> {

@@ -5,6 +5,7 @@
 //!   fsnap-store         the version of this layout
 //!   snapshots/          one entry per snapshot: a read-only subvolume, or a directory of them (a group)
 //!   volumes/            one entry per clone: a writable subvolume
+//!   beside/             what fsnap keeps beside the images, if anything
 //! ```
 //!
 //! An image under its own name is whole; while it takes more than one step to make or to remove, it lies under that
@@ -32,6 +33,8 @@ const VERSION: u32 = 1;
 const FIRST_LINE: &str = "fsnap btrfs store, version ";
 const SNAPSHOTS: &str = "snapshots";
 const VOLUMES: &str = "volumes";
+/// What callers keep beside the images.
+pub(crate) const BESIDE: &str = "beside";
 
 /// A btrfs file system's place for snapshots and clones of its subvolumes.
 #[derive(Debug)]
@@ -117,7 +120,6 @@ impl Store {
                 acls: true,
                 ownership: true,
                 mountable: true,
-                coalesces: false,
                 verifies_contents: mounts::with_checksums(&root),
                 // Buffered writes of running writers reach the trees in whatever order they are written out.
                 live: Consistency::CrashConsistent,

@@ -60,7 +60,7 @@ mod volume;
 mod walk;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap_backend::{
@@ -134,6 +134,10 @@ impl Backend for Store {
 
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>> {
         verify::verify(&self.inner, snapshot)
+    }
+
+    fn beside(&self) -> Option<PathBuf> {
+        Some(self.inner.dir.join(store::BESIDE))
     }
 
     fn delete(&self, at: &Locator) -> Result<()> {

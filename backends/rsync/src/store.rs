@@ -38,6 +38,8 @@ use crate::settle::is_of_this_boot;
 const STORE_MAGIC: &[u8; 8] = b"fsnapSTO";
 const HEADER: &str = "fsnap-store";
 const PLACES: [&str; 6] = ["batches", "partials", "snapshots", "doomed", "hints", "volumes"];
+/// What callers keep beside the images.
+pub(crate) const BESIDE: &str = "beside";
 const LOCKS: [&str; 2] = ["lock", "sweep.lock"];
 
 /// How many record files stay open for reading.
@@ -193,7 +195,6 @@ impl Store {
             acls: true,
             ownership: is_root(),
             mountable: false,
-            coalesces: false,
             verifies_contents: true,
             live: Consistency::Fuzzy,
         };

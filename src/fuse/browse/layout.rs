@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +19,7 @@ use crate::coordinator::{Coordinator, Side};
 use crate::fuse::branches::Branches;
 use crate::name::Name;
 use crate::processes::ProcessRecord;
+use crate::unlinked::Attributes;
 use crate::{Error, Result, reference};
 
 const README: &str = "\
@@ -105,6 +107,8 @@ pub(super) enum Place {
     Process(CheckpointId, i32),
     CommandLine(CheckpointId, i32),
     Descriptors(CheckpointId, i32),
+    /// The content of a file that had no name, by its device and inode.
+    Kept(CheckpointId, u64, u64),
     Branch(Name),
     Link(PathBuf),
 }
@@ -112,7 +116,7 @@ pub(super) enum Place {
 impl Place {
     fn kind(&self) -> FileKind {
         match self {
-            Self::Readme | Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) => FileKind::File,
+            Self::Readme | Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Kept(..) => FileKind::File,
             Self::Link(_) => FileKind::Symlink,
             _ => FileKind::Dir,
         }
@@ -122,7 +126,7 @@ impl Place {
         match self {
             Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
             Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
-            Self::Processes(_) | Self::Process(..) | Self::Descriptors(..) => Keep::Briefly,
+            Self::Processes(_) | Self::Process(..) | Self::Descriptors(..) | Self::Kept(..) => Keep::Briefly,
             Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Link(_) => Keep::Not,
         }
     }
@@ -212,7 +216,12 @@ impl Layout {
                 let listed = self.children(place, trees)?;
                 return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
             }
-            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => None,
+            Place::Readme
+            | Place::Meta(_)
+            | Place::Changed(..)
+            | Place::CommandLine(..)
+            | Place::Kept(..)
+            | Place::Link(_) => None,
         };
         Ok(recorded.map(Found::Place))
     }
@@ -326,13 +335,19 @@ impl Layout {
                 listed.into_iter().flatten().for_each(|(name, place)| add(&name, place));
             }
             Place::Process(id, pid) | Place::Descriptors(id, pid) => {
-                let listed = process_in(catalog, id, *pid)?.map(|process| match place {
+                let checkpoint = catalog.checkpoint(id)?;
+                let listed = checkpoint.zip(process_in(catalog, id, *pid)?).map(|(checkpoint, process)| match place {
                     Place::Process(..) => processes::one(id, &process),
-                    _ => processes::descriptors(&process),
+                    _ => processes::descriptors(&checkpoint, &process),
                 });
                 listed.into_iter().flatten().for_each(|(name, place)| add(&name, place));
             }
-            Place::Readme | Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Link(_) => {}
+            Place::Readme
+            | Place::Meta(_)
+            | Place::Changed(..)
+            | Place::CommandLine(..)
+            | Place::Kept(..)
+            | Place::Link(_) => {}
         }
         found.sort_by(|(a, _), (b, _)| a.cmp(b));
         Ok(found)
@@ -345,6 +360,11 @@ impl Layout {
         }
         let records = self.records.open()?;
         let catalog = records.catalog();
+        if let Place::Kept(id, device, inode) = place {
+            let checkpoint = catalog.checkpoint(id)?;
+            let kept = checkpoint.as_ref().and_then(|checkpoint| checkpoint.kept(*device, *inode));
+            return Ok(kept.map(|kept| self.kept_meta(kept.attributes)));
+        }
         let (time, size) = match place {
             Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
             // It has a length for whoever has opened it, and was computed for him.
@@ -384,7 +404,7 @@ impl Layout {
             Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
             Place::Processes(_) | Place::Process(..) | Place::Descriptors(..) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
-            Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) => {
+            Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Kept(..) => {
                 (FileMeta { kind: FileKind::File, mode: 0o444, ..dir }, false)
             }
             Place::Link(target) => {
@@ -412,6 +432,23 @@ impl Layout {
             ctime: time,
             btime: None,
         }
+    }
+
+    /// Whoever could open the file can read it here: set-id bits say nothing of a file that is only read.
+    fn kept_meta(&self, was: Attributes) -> FileMeta {
+        let time = |(seconds, nanoseconds)| Timestamp { seconds, nanoseconds };
+        let (atime, mtime) = (time(was.accessed), time(was.modified));
+        let (mode, uid, gid, size) = (was.mode & 0o777, was.uid, was.gid, was.size);
+        FileMeta { kind: FileKind::File, mode, uid, gid, size, atime, mtime, ctime: mtime, ..self.dir_meta() }
+    }
+
+    /// Opens the content of a file that had no name; `None` if none is kept.
+    pub(super) fn kept(&self, place: &Place) -> Result<Option<File>> {
+        let Place::Kept(id, device, inode) = place else { return Ok(None) };
+        let records = self.records.open()?;
+        let Some(checkpoint) = records.catalog().checkpoint(id)? else { return Ok(None) };
+        let Some(kept) = checkpoint.kept(*device, *inode) else { return Ok(None) };
+        records.open_kept(&checkpoint, kept)
     }
 
     /// The content of a file of the upper part.

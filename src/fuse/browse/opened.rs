@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 
-use fsnap_backend::Content;
+use fsnap_backend::{Content, WholeFile};
 use rustix::io::Errno;
 
 use super::Result;
@@ -30,6 +30,11 @@ impl Opened {
 
     pub(super) fn content(content: Box<dyn Content>, used: Used) -> Self {
         Self { content: Bytes::Content(content), _used: Some(used) }
+    }
+
+    /// A file that belongs to no snapshot.
+    pub(super) fn file(file: File) -> io::Result<Self> {
+        Ok(Self { content: Bytes::Content(Box::new(WholeFile::new(file)?)), _used: None })
     }
 
     /// Whether it was made for whoever opened it: the next one may find other bytes.

@@ -1,13 +1,14 @@
 //! The processes of a checkpoint, as `/proc` would show them.
 //!
 //! What a process had in use is a link to where the file is in the same mount, if a volume has it, and else to what the kernel
-//! said: as in `/proc`, a name that leads nowhere for what had none.
+//! said: as in `/proc`, a name that leads nowhere for what had none. A descriptor of a file without a name is that file, where its
+//! content is kept.
 
 use std::path::{Path, PathBuf};
 
 use super::layout::Place;
-use crate::checkpoint::CheckpointId;
-use crate::processes::{FilePlace, ProcessRecord, TreeRecord};
+use crate::checkpoint::{Checkpoint, CheckpointId};
+use crate::processes::{FilePlace, OpenFile, ProcessRecord, TreeRecord};
 
 pub(super) const CMDLINE: &str = "cmdline";
 
@@ -26,9 +27,16 @@ pub(super) fn one(id: &CheckpointId, process: &ProcessRecord) -> Vec<(String, Pl
     found
 }
 
-/// One entry for each descriptor.
-pub(super) fn descriptors(process: &ProcessRecord) -> Vec<(String, Place)> {
-    process.files.iter().map(|file| (file.fd.to_string(), link(&file.place, "../../../.."))).collect()
+/// One entry for each descriptor: of a file that had no name the content, if it is kept, as whoever opens such an entry of `/proc` gets it.
+pub(super) fn descriptors(checkpoint: &Checkpoint, process: &ProcessRecord) -> Vec<(String, Place)> {
+    let shown = |file: &OpenFile| {
+        let kept = checkpoint.kept(file.device, file.inode).filter(|kept| file.place.unlinked && kept.lost.is_none());
+        match kept {
+            Some(kept) => Place::Kept(checkpoint.id, kept.device, kept.inode),
+            None => link(&file.place, "../../../.."),
+        }
+    };
+    process.files.iter().map(|file| (file.fd.to_string(), shown(file))).collect()
 }
 
 /// Each argument with a zero behind it.

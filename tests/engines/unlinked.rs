@@ -1,0 +1,165 @@
+//! Files that have no name any more: kept with the checkpoint, and given back.
+
+use std::fs;
+use std::path::Path;
+
+use crate::Case;
+use crate::runs::Running;
+use crate::site::{Site, Volume, said};
+
+pub(crate) const CASES: &[Case] = &[
+    ("every_kind_on_btrfs", || every_kind(Volume::Btrfs, 300)),
+    ("every_kind_on_rsync", || every_kind(Volume::Rsync, 20)),
+    ("what_is_no_file_without_a_name_is_not_left_out", what_is_no_file_without_a_name_is_not_left_out),
+];
+
+/// Has files without names in all ways that there are, changes them, and says the number of the round while all are as they must be.
+const PROGRAM: &str = r#"
+import fcntl, mmap, os, sys, time
+MIB, GIB = 1 << 20, 1 << 30
+blocks = int(sys.argv[1])
+def make(name, flags=os.O_RDWR, mode=0o640):
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+def block(number): return bytes([number % 251]) * MIB
+one = make("one", mode=0o604); os.write(one, b"x")
+sparse = make("sparse"); os.ftruncate(sparse, 2 * GIB); os.pwrite(sparse, b"middle", GIB); os.pwrite(sparse, b"end", 2 * GIB - 3)
+dense = make("dense")
+for number in range(blocks): os.write(dense, block(number))
+only = make("only", os.O_WRONLY | os.O_APPEND)
+reader = os.open("dense", os.O_RDONLY); os.lseek(reader, 1234, 0); twice = os.dup(reader)
+def mapped(name, flags):
+    fd = make(name); os.write(fd, b"m" * 8192); memory = mmap.mmap(fd, 8192, flags=flags); os.unlink(name)
+    for other in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink("/proc/self/fd/" + other).endswith(name + " (deleted)"): os.close(int(other))
+        except OSError: pass
+    return memory
+shared, private = mapped("shared", mmap.MAP_SHARED), mapped("private", mmap.MAP_PRIVATE)
+private[:3] = b"own"
+nameless = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
+for name in ["one", "sparse", "dense", "only"]: os.unlink(name)
+# Another process has the same descriptors, and moves their common position.
+there, here = os.pipe(), os.pipe()
+if os.fork() == 0:
+    while os.read(there[0], 1):
+        os.lseek(sparse, 1, 1); os.write(here[1], b"!")
+    os._exit(0)
+start = os.lseek(sparse, 0, 1)
+n = 0
+while True:
+    n += 1
+    text = b"%08d" % n
+    os.pwrite(one, text[-1:], 0); os.pwrite(sparse, text, 5 * MIB); os.write(only, text); shared[:8] = text
+    os.pwrite(nameless, text, 0)
+    os.write(there[1], b"?"); os.read(here[0], 1)
+    seen = "/proc/self/fd/%d"
+    number = n % blocks
+    checks = dict(
+        one=os.pread(one, 9, 0) == text[-1:] and os.fstat(one).st_mode & 0o7777 == 0o604,
+        sparse=os.pread(sparse, 8, 5 * MIB) == text and os.pread(sparse, 6, GIB) == b"middle"
+            and os.pread(sparse, 9, 2 * GIB - 3) == b"end" and os.pread(sparse, 8, GIB // 2) == bytes(8),
+        holes=os.fstat(sparse).st_blocks * 512 < MIB,
+        dense=os.pread(dense, MIB, number * MIB) == block(number) and os.fstat(dense).st_size == blocks * MIB,
+        only=open(seen % only, "rb").read()[-16:][-8:] == text and os.fstat(only).st_size == 8 * n,
+        flags=fcntl.fcntl(only, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND) == os.O_WRONLY | os.O_APPEND,
+        position=os.lseek(reader, 0, 1) == os.lseek(twice, 0, 1) == 1234 and os.lseek(sparse, 0, 1) == start + n,
+        shared=shared[:8] == text and shared[8:] == b"m" * 8184,
+        private=private[:4] == b"ownm",
+        nameless=os.pread(nameless, 9, 0) == text,
+        gone=all(os.fstat(fd).st_nlink == 0 for fd in (one, sparse, dense, only, reader, nameless)),
+    )
+    wrong = [name for name, right in checks.items() if not right]
+    print(("wrong: %s in round %d" % (wrong, n)) if wrong else n, flush=True)
+    if wrong: sys.exit(1)
+    time.sleep(0.01)
+"#;
+
+fn start(site: &Site, name: &str, blocks: u32) {
+    let blocks = blocks.to_string();
+    let mut command = site.command(["run", "--name", name, "--volume", "v0", "--", "/usr/bin/python3", "-c", PROGRAM]);
+    let output = command.arg(blocks).current_dir(&site.volumes[0]).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+/// A byte, two sparse GiB, so many dense MiB, files that can only be written, appended to, or are mapped only: all of them go on in two copies of the
+/// run, and in a copy of one of those, and no two share any.
+fn every_kind(volume: Volume, blocks: u32) {
+    let site = Site::new(&[volume]);
+    let running = Running(&site);
+    start(&site, "one", blocks);
+    running.says("one", "3");
+    let first = site.ok(["checkpoint", "one"]);
+    left_to_fsnap(&site, &first, 7);
+    running.counts_on("one");
+    site.ok(["branch", &first, "copy", "--run", "--count", "2"]);
+    for name in ["one", "copy-1", "copy-2"] {
+        running.counts_on(name);
+    }
+    let second = site.ok(["checkpoint", "copy-1"]);
+    left_to_fsnap(&site, &second, 7);
+    site.ok(["branch", &second, "grandchild", "--run"]);
+    let names = ["one", "copy-1", "copy-2", "grandchild"];
+    for name in names {
+        running.counts_on(name);
+    }
+    site.ok([&["stop", "-t", "1"][..], &names].concat());
+    for name in names {
+        let log = running.said(name);
+        assert!(!log.contains("wrong") && !log.contains("Error"), "{name}: {log}");
+    }
+    // A copy begins where its original stood, and its files with it.
+    assert!(running.said("copy-1").lines().next().unwrap().parse::<u32>().unwrap() > 3);
+    for branch in &names[1..] {
+        site.ok(["rm", "--branch", branch]);
+    }
+    site.holds_nothing_but(2);
+    site.ok(["rm", &first]);
+    site.ok(["rm", &second]);
+    site.holds_nothing_but(0);
+}
+
+/// Makes sure that the engine left so many files to fsnap, and saved none of them itself.
+fn left_to_fsnap(site: &Site, id: &str, count: usize) {
+    let shown = site.json(["show", id, "--json"]);
+    let unlinked = shown["unlinked"].as_array().unwrap();
+    let left = unlinked.iter().filter(|one| one["kept"] == true && one["external"].is_string()).count();
+    assert_eq!((left, unlinked.len()), (count, count), "{shown:#}");
+    let images = Path::new(shown["engine"]["images"].as_str().unwrap());
+    let files = fs::read_dir(images).unwrap().map(|entry| entry.unwrap());
+    let large = files.filter(|file| {
+        file.file_name().to_string_lossy().starts_with("ghost-file") || file.metadata().unwrap().len() > 100 << 20
+    });
+    let large: Vec<_> = large.map(|file| file.file_name()).collect();
+    assert!(large.is_empty(), "{large:?}");
+    assert!(site.ok(["show", id]).contains("bytes, kept here alone"));
+}
+
+/// CRIU is told to leave out a file that has a name, or one for another: there is no checkpoint of that, and the process runs on.
+fn what_is_no_file_without_a_name_is_not_left_out() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = site.small_oracle();
+    let told = site.ok(["criu-args", &oracle.pid.to_string()]);
+    assert_eq!(told.lines().collect::<Vec<_>>(), ["--link-remap", "--ghost-limit", "1024G"]);
+    let key = a_named_file(oracle.pid, &site.volumes[0]);
+    let hook = site.hook();
+    let args = ["--action-script".as_ref(), hook.as_os_str(), "--external".as_ref(), key.as_ref()];
+    let images = site.images();
+    site.criu().dump(oracle.pid, &images, args).unwrap_err();
+    let log = fs::read_to_string(images.join("dump.log")).unwrap();
+    assert!(log.contains(&format!("the engine has left {key} out of its images")), "{log}");
+    oracle.goes_on();
+    site.holds_nothing_but(0);
+    site.checkpoint(oracle.pid);
+    site.holds_nothing_but(1);
+}
+
+/// What CRIU calls a file below the directory that the process has open.
+fn a_named_file(pid: i32, dir: &Path) -> String {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|fd| fd.unwrap());
+    let inside = |fd: &fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(dir));
+    let fd = fds.filter(inside).find(|fd| fs::metadata(fd.path()).is_ok_and(|meta| meta.is_file())).unwrap();
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd.file_name().display())).unwrap();
+    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap().trim().parse::<u32>().unwrap();
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(fd.path()).unwrap());
+    format!("file[{mount:x}:{inode:x}]")
+}
