@@ -20,8 +20,8 @@ to_test+=(user-mode-linux dmsetup lvm2 nilfs-tools thin-provisioning-tools kmod 
 to_test+=(qemu-system-x86 iproute2)
 # What benchmarks compare with, and what suites run.
 to_test+=(fuse-overlayfs unionfs-fuse)
-# What a tour on real programs shows.
-to_test+=(postgresql sqlite3 python3 runc crun podman busybox-static)
+# What a tour on real programs shows, and what is done on a branch.
+to_test+=(git postgresql sqlite3 python3 runc crun podman busybox-static)
 to_unpack=(mmdebstrap)
 # The suites of others: programs of Debian, and crates.
 to_suite=(stress-ng)
