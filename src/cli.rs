@@ -118,6 +118,9 @@ enum Command {
     Man(man::Args),
 }
 
+/// The exit code of a command that was called in a way in which it cannot be.
+const WRONG_USAGE: u8 = 2;
+
 /// Runs the command that the arguments name.
 pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     environment::prepare();
@@ -139,7 +142,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Ok(outcome) => finish(outcome),
         Err(mut error) => {
             quote(&mut error);
-            let code = if error.use_stderr() { 2 } else { 0 };
+            let code = if error.use_stderr() { WRONG_USAGE } else { 0 };
             // What cannot be written there cannot be said at all.
             let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
                 false => error.print(),
@@ -206,7 +209,7 @@ fn finish(outcome: Outcome) -> ExitCode {
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report();
-            ExitCode::FAILURE
+            if matches!(failure, Failure::Usage(_)) { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }

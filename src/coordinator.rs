@@ -18,6 +18,7 @@ mod register;
 mod remove;
 mod restore;
 mod search;
+mod tags;
 mod targets;
 mod unlinked;
 mod verify;
@@ -105,7 +106,7 @@ impl Coordinator {
         let mut known = BTreeSet::new();
         loop {
             let at = store.reserve(source, &known)?;
-            if store.store().capabilities.coalesces || !self.catalog.is_held(&store.store().identity, &at)? {
+            if !self.catalog.is_held(&store.store().identity, &at)? {
                 return Ok(at);
             }
             known.insert(at);

@@ -19,8 +19,8 @@ mod restore;
 mod stage;
 pub(crate) mod sys;
 
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fmt, io};
 
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
@@ -48,8 +48,23 @@ pub enum Phase {
     Restoring,
     /// The processes are restored and do not run yet.
     Restored,
-    /// The restored processes run.
+    /// The processes run again, dumped or restored.
     Resumed,
+    /// The engine's own part failed after it had begun a dump; the processes run on.
+    Failed,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Frozen => "frozen",
+            Self::Restoring => "restoring",
+            Self::Restored => "restored",
+            Self::Resumed => "resumed",
+            Self::Failed => "failed",
+        })
+    }
 }
 
 /// Why an engine could not be understood, or failed.

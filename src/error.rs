@@ -149,6 +149,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The processes can write to no registered volume.
+    #[error("{why}")]
+    NothingReached {
+        /// Why not.
+        why: String,
+    },
     /// There is nothing to take a snapshot of.
     #[error("{why}")]
     NothingToTake {
@@ -286,6 +292,12 @@ pub enum Error {
     /// The run was to be removed, and still lives.
     #[error("the run {name} still runs")]
     RunLives {
+        /// The run.
+        name: Name,
+    },
+    /// The run has no processes yet.
+    #[error("the run {name} is still being started: try again in a moment")]
+    RunStarting {
         /// The run.
         name: Name,
     },

@@ -20,6 +20,7 @@ pub mod browse_adapter;
 mod handles;
 pub mod lower;
 pub mod mount_adapter;
+mod mounting;
 mod open;
 mod readers;
 pub mod session;

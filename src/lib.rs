@@ -69,7 +69,9 @@
 //! Architecture Invariant: a volume's files are touched beneath a descriptor only ([`fsnap_backend::beneath`]). Volumes,
 //! image directories and records are untrusted input.
 //!
-//! Architecture Invariant: a backend sees the contract and nothing else; `unsafe` lives in one `sys.rs` per backend.
+//! Architecture Invariant: a backend sees the contract and nothing else.
+//!
+//! Architecture Invariant: `unsafe` lives in files named `sys.rs`, at most one per directory of `src` and per other package.
 //!
 //! Architecture Invariant: the library never prints and never reads the environment; the command line does.
 

@@ -1,9 +1,13 @@
 //! Processes: who they are, which of them belong together, and what they can write to.
 //!
-//! Everything here is read from `/proc` ([proc(5)]) while the processes run, so every answer is one of an instant that
+//! Everything here is read from `/proc` ([proc(5)]). Most of it is read while the processes run, so the answer is one of an instant that
 //! has passed. Two things keep that harmless: a process is always named by a [`ProcessId`], which a reused pid does not
-//! equal, and whatever must hold at the snapshot's instant is asked again once the processes stand frozen. A process
+//! equal, and whatever must hold at the snapshot's instant is read while they stand frozen ([`Tree::of_standing`], [`observe`]). A process
 //! that ends in the middle of a scan is left out of it quietly: it can no longer write.
+//!
+//! Which file holds what: `tree`, who belongs together; `reach`, what a tree can write to; `writers`, who else writes; `observer` makes a
+//! `record` of a standing tree, and `audit` says what of that lies outside the volumes; `view` and `mounts`, what a path means to a process;
+//! `proc_dir` and `census`, `/proc` itself.
 //!
 //! `/proc` also holds what hostile processes put there: names of any bytes, mounts that never answer. So its files are
 //! parsed as bytes, paths are compared as the kernel's mount table states them, and nothing is opened or
@@ -42,12 +46,12 @@ pub use files::How;
 pub(crate) use mounts::mounted_from;
 pub use observer::{Observation, observe};
 pub use pattern::{InvalidPattern, Pattern};
-pub use process_id::ProcessId;
+pub use process_id::{BootTicks, ProcessId};
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
 pub use tree::{Member, Tree};
 pub use unlinked::Unlinked;
-pub use writers::{Writer, WriterScan, writers};
+pub use writers::{Writer, WriterScan, writers, writers_at};
 
 /// The result of a look at processes.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

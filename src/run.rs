@@ -8,6 +8,7 @@
 //! | a lock on it | who starts the run | until it runs, or has failed |
 //! | `run.json`, the [`RunRecord`] | the same | first of all |
 //! | `init`, an [`Init`] | the first stage | before there is any process |
+//! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
 //! | `ended` | the init | when all have ended |
@@ -324,7 +325,8 @@ impl Run {
         match self.state {
             RunState::Running { init, root: Some(root) } => Ok((init, root)),
             RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
-            RunState::Starting | RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
+            RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
+            RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
     }
 }

@@ -71,7 +71,6 @@ impl Fixture for In {
             acls: true,
             ownership: is_root(),
             mountable: false,
-            coalesces: false,
             verifies_contents: false,
             live: Consistency::Fuzzy,
         }

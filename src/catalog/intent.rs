@@ -1,6 +1,6 @@
 //! Changes of the outside world, recorded before they are made.
 
-use fsnap_backend::{Consistency, Identity, Locator};
+use fsnap_backend::{Consistency, Identity, Locator, Snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::SearchAnswer;
@@ -197,6 +197,21 @@ impl PlannedMember {
     /// The image that it will be.
     pub fn image(&self) -> ImageRef {
         ImageRef { store: self.store.clone(), at: self.at.clone() }
+    }
+
+    /// What became of it: its snapshot, of that consistency, and who else was writing.
+    pub fn taken(&self, snapshot: Snapshot, consistency: Consistency, writers: Vec<String>) -> Member {
+        Member {
+            volume: self.volume.clone(),
+            path: self.path.clone(),
+            identity: self.identity.clone(),
+            backend: self.backend.clone(),
+            store: self.store.clone(),
+            consistency,
+            snapshot,
+            needs: self.needs.clone(),
+            writers,
+        }
     }
 }
 

@@ -215,7 +215,7 @@ impl Catalog {
     /// Locks the intent; `None` if somebody works on it.
     ///
     /// The caller looks the intent up again afterwards: its former owner may have finished it.
-    pub fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
+    pub(crate) fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
         let files = IntentFiles::of(&self.state, id);
         match std::fs::create_dir(&files.dir) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
@@ -229,7 +229,7 @@ impl Catalog {
 
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a process of a hook that is about to let go
     /// of it: one that searches for writers, or has stood by for a hook that was never called.
-    pub fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
+    pub(crate) fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
         in_a_moment(|| self.lock_intent(id), || IntentFiles::of(&self.state, id).is_searched())
     }
 
@@ -237,7 +237,7 @@ impl Catalog {
     ///
     /// The files of an intent are made before it can be seen, and removed after its record was. So in the boot in which it
     /// was begun, files that are missing tell. In a later one they do not: they were never synced.
-    pub fn was_finished(&self, id: IntentId) -> Result<bool> {
+    pub(crate) fn was_finished(&self, id: IntentId) -> Result<bool> {
         let files = IntentFiles::of(&self.state, id);
         if files.finished().symlink_metadata().is_ok() {
             return Ok(true);
@@ -256,7 +256,7 @@ impl Catalog {
     }
 
     /// Removes the files of intents that are gone: whoever finished them died before they were removed.
-    pub fn sweep_intent_files(&self) -> Result<()> {
+    pub(crate) fn sweep_intent_files(&self) -> Result<()> {
         let dir = self.state.join("intents");
         let strays = || -> Result<BTreeSet<IntentId>> {
             let mut found = ids_in(&dir)?;

@@ -115,7 +115,7 @@ impl Catalog {
     }
 
     /// Records a store, or where it is now.
-    pub fn add_store(&self, store: &StoreRecord) -> Result<()> {
+    pub(crate) fn add_store(&self, store: &StoreRecord) -> Result<()> {
         self.transact(|tx| self.add_store_in(tx, store))
     }
 
@@ -126,7 +126,7 @@ impl Catalog {
     }
 
     /// Records a volume and the store that holds its snapshots; `false` if the name is taken.
-    pub fn add_volume(&self, volume: &RegisteredVolume, store: &StoreRecord) -> Result<bool> {
+    pub(crate) fn add_volume(&self, volume: &RegisteredVolume, store: &StoreRecord) -> Result<bool> {
         self.transact(|tx| {
             self.add_store_in(tx, store)?;
             let (body, digest) = encode(volume);
@@ -141,7 +141,7 @@ impl Catalog {
     }
 
     /// Forgets a volume; `false` if there is none of that name. Its checkpoints stay.
-    pub fn forget_volume(&self, name: &Name) -> Result<bool> {
+    pub(crate) fn forget_volume(&self, name: &Name) -> Result<bool> {
         self.transact(|tx| {
             let gone = tx.execute("DELETE FROM volume WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
             Ok(gone == 1)
@@ -220,7 +220,7 @@ impl Catalog {
     }
 
     /// Sets a tag; returns the checkpoint that carries it if that is another one, and then changes nothing.
-    pub fn set_tag(&self, tag: &Name, id: &CheckpointId) -> Result<Option<CheckpointId>> {
+    pub(crate) fn set_tag(&self, tag: &Name, id: &CheckpointId) -> Result<Option<CheckpointId>> {
         self.transact(|tx| self.set_tag_in(tx, tag, id))
     }
 
@@ -234,7 +234,7 @@ impl Catalog {
     }
 
     /// Removes a tag; `false` if there is none of that name.
-    pub fn remove_tag(&self, tag: &Name) -> Result<bool> {
+    pub(crate) fn remove_tag(&self, tag: &Name) -> Result<bool> {
         self.transact(|tx| {
             let gone = tx.execute("DELETE FROM tag WHERE name = ?1", [tag.as_str()]).map_err(|e| self.failed(e))?;
             Ok(gone == 1)
@@ -255,7 +255,7 @@ impl Catalog {
     }
 
     /// Replaces the record of a branch; `false` if it is gone.
-    pub fn update_branch(&self, branch: &Branch) -> Result<bool> {
+    pub(crate) fn update_branch(&self, branch: &Branch) -> Result<bool> {
         self.transact(|tx| {
             let (body, digest) = encode(branch);
             let changed = tx
@@ -332,7 +332,7 @@ impl Catalog {
     }
 
     /// Replaces the body of a pending intent; `false` if it is gone.
-    pub fn update(&self, id: IntentId, intent: &Intent) -> Result<bool> {
+    pub(crate) fn update(&self, id: IntentId, intent: &Intent) -> Result<bool> {
         self.transact(|tx| {
             let (body, digest) = encode(intent);
             let changed = tx
@@ -345,7 +345,7 @@ impl Catalog {
     }
 
     /// Drops an intent whose images are gone.
-    pub fn drop_intent(&self, id: IntentId) -> Result<()> {
+    pub(crate) fn drop_intent(&self, id: IntentId) -> Result<()> {
         self.transact(|tx| self.drop_intent_in(tx, id).map(drop))
     }
 
@@ -417,12 +417,12 @@ impl Catalog {
     }
 
     /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile.
-    pub fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
+    pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
         self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))
     }
 
     /// Records a branch for which nothing was made yet; `false` if the name was taken or the checkpoint removed meanwhile.
-    pub fn add_unmade_branch(&self, branch: &Branch) -> Result<bool> {
+    pub(crate) fn add_unmade_branch(&self, branch: &Branch) -> Result<bool> {
         self.transact(|tx| self.add_branch_in(tx, branch))
     }
 
@@ -446,7 +446,7 @@ impl Catalog {
     }
 
     /// Takes a checkpoint out of the record, if no branch grew from it; its children become its parent's.
-    pub fn remove_checkpoint(&self, id: &CheckpointId) -> Result<Removal> {
+    pub(crate) fn remove_checkpoint(&self, id: &CheckpointId) -> Result<Removal> {
         self.transact(|tx| {
             let Some(checkpoint) = self.checkpoint(id)? else { return Ok(Removal::Missing) };
             let key = id.to_string();
@@ -479,7 +479,7 @@ impl Catalog {
     }
 
     /// Takes a branch out of the record. Checkpoints that were taken on it stay.
-    pub fn remove_branch(&self, name: &Name) -> Result<Removal> {
+    pub(crate) fn remove_branch(&self, name: &Name) -> Result<Removal> {
         self.transact(|tx| {
             let overlays = self.branch(name)?.map(|branch| branch.homes()).unwrap_or_default();
             let gone = tx.execute("DELETE FROM branch WHERE name = ?1", [name.as_str()]).map_err(|e| self.failed(e))?;
@@ -504,7 +504,7 @@ impl Catalog {
     }
 
     /// Turns an intent that was given up into the removal of its images; `None` if it is gone.
-    pub fn abandon(&self, id: IntentId) -> Result<Option<Doomed>> {
+    pub(crate) fn abandon(&self, id: IntentId) -> Result<Option<Doomed>> {
         self.transact(|tx| {
             let images = self.release_in(tx, &Holder::Intent(id))?;
             let intent = self.intent(id)?;

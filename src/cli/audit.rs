@@ -103,7 +103,7 @@ fn targets(coordinator: &Coordinator, tree: &Tree, named: &[String]) -> Result<V
         return Ok(coordinator.targets_named(named)?);
     }
     match coordinator.targets_reached(tree) {
-        Err(fsnap::Error::NothingToTake { .. }) => Ok(Vec::new()),
+        Err(fsnap::Error::NothingReached { .. }) => Ok(Vec::new()),
         targets => Ok(targets?),
     }
 }

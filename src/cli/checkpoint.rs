@@ -2,10 +2,10 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use fsnap::Error;
-use fsnap::catalog::SearchAnswer;
 use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, Request, Window, WriterSearch, find_writers};
 use fsnap::failpoint;
@@ -102,7 +102,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let taken = if tree.is_some() || args.freeze_writers {
         take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
-        take_searching(&mut window, false, Tree::of_processes([]), None)
+        take_running(&mut window)
     };
     // Not before everything was checked: what is noted is sealed, by the next command if this one is killed.
     let noted = taken.and_then(|()| Ok(window.write_note()?.appear()?));
@@ -154,21 +154,16 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         (!args.message.is_empty(), "the engine's checkpoints have no message: give it a tag"),
     ] {
         if given {
-            return Err(Error::NothingToTake { why: flag.to_owned() }.into());
+            return Err(Failure::Usage(flag.to_owned()));
         }
     }
     // Before anything is saved, not when it is too late.
-    for tag in &args.tags {
-        if let Some(id) = coordinator.catalog().tagged(tag)? {
-            let by = Some(format!("it names checkpoint {}", id.short()));
-            return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by }.into());
-        }
-    }
+    coordinator.refuse_taken(&args.tags)?;
     sweep_images(coordinator.catalog())?;
     let tree = Tree::of_pid(run.running()?.1.pid)?;
     let external = match coordinator.targets_reached(&tree) {
         // The hook says so, too.
-        Err(Error::NothingToTake { .. }) => Vec::new(),
+        Err(Error::NothingReached { .. }) => Vec::new(),
         targets => coordinator.external_files(&tree, &targets?)?,
     };
     // The hook and this process would wait for each other.
@@ -190,7 +185,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
     let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
     for tag in &args.tags {
-        coordinator.catalog().set_tag(tag, &id)?;
+        coordinator.tag(tag, &id)?;
     }
     print(&coordinator, &checkpoint, args.json)
 }
@@ -219,43 +214,45 @@ fn take_frozen(
     }
     let standing = everyone_in(&frozen);
     let tree = observed.then(|| frozen.tree());
-    take_searching(window, true, standing, tree)?;
+    let search = take_standing(window, standing, tree)?;
     frozen.check()?;
-    Ok(frozen.thaw()?)
+    frozen.thaw()?;
+    window.tell(search.run()?);
+    Ok(())
 }
 
-/// Takes the snapshots, and searches meanwhile for writers among those who do not stand; looks at the tree, if there is one.
-pub(super) fn take_searching(
-    window: &mut Window,
-    stopped: bool,
-    standing: Tree,
-    tree: Option<&Tree>,
-) -> fsnap::Result<()> {
+/// Takes the snapshots while nobody stands, and searches meanwhile for writers.
+fn take_running(window: &mut Window) -> fsnap::Result<()> {
     let pending = window.pending().clone();
-    let mut seen = None;
+    std::thread::scope(|scope| {
+        let search = scope.spawn(move || WriterSearch::new(&pending, Tree::of_processes([]), Vec::new())?.run());
+        window.take(false, || joined(search).map(Some))
+    })
+}
+
+/// Takes the snapshots while all in `standing` stand, and learns meanwhile what the thaw would change about `tree`.
+///
+/// Returns the search for other writers, for when everything runs again: nobody need stand for it.
+pub(super) fn take_standing(window: &mut Window, standing: Tree, tree: Option<&Tree>) -> fsnap::Result<WriterSearch> {
+    let pending = window.pending().clone();
     std::thread::scope(|scope| {
         let search = scope.spawn(move || {
             let search = WriterSearch::new(&pending, standing, Vec::new())?;
-            let search = match tree {
+            Ok(match tree {
                 Some(tree) => search.observing(tree),
                 None => search,
-            };
-            match search.objection() {
-                Some(objection) => Err(objection),
-                None => Ok((search.find()?, search)),
-            }
+            })
         });
-        window.take(stopped, || {
-            let (writers, search) = search.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            seen = Some(search);
-            Ok(Some(SearchAnswer { writers, tree: None }))
-        })
-    })?;
-    if let Some(search) = seen {
+        window.take(true, || Ok(None))?;
+        let search: WriterSearch = joined::<fsnap::Result<_>>(search)?;
+        search.objection().map_or(Ok(()), Err)?;
         window.keep(search.observation(), None)?;
-        window.saw(search.into_record());
-    }
-    Ok(())
+        Ok(search)
+    })
+}
+
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.

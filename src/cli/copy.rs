@@ -37,7 +37,7 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
     let images = Images::open(engine.images.as_path())?;
     let original = RunRecord::of_images(&images)?.ok_or(Error::NotOfARun { id: checkpoint.id })?;
     if original.terminal.is_some() && !wanted.tty {
-        return Err(Error::NothingToTake { why: "the run has a terminal: give its copy one by --tty".into() }.into());
+        return Err(Failure::Usage("the run has a terminal: give its copy one by --tty".into()));
     }
     let out = Output::new();
     let mut made = Vec::new();

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
         false => coordinator.targets_named(&named),
     };
     let external = match targets {
-        Err(Error::NothingToTake { .. }) => Vec::new(),
+        Err(Error::NothingReached { .. }) => Vec::new(),
         targets => coordinator.external_files(&tree, &targets?)?,
     };
     let out = Output::new();

@@ -14,7 +14,7 @@ use fsnap::engine::{Images, criu, reasons_in};
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::Quiesce;
 
-use super::checkpoint::{everyone_in, print, take_searching};
+use super::checkpoint::{everyone_in, print, take_standing};
 use super::{Context, Failure, Outcome, environment, hook, internal};
 
 /// Call a container runtime that cannot call fsnap
@@ -111,10 +111,12 @@ impl Checkpoint {
         let frozen = quiesce.freeze(Duration::from_secs(self.deadline.into()))?;
         self.save(images.path())?;
         criu::complete(images)?;
-        take_searching(window, true, everyone_in(&frozen), Some(frozen.tree()))?;
+        let search = take_standing(window, everyone_in(&frozen), Some(frozen.tree()))?;
         images.write_record(&hook::record(window))?;
         frozen.check()?;
-        Ok(frozen.thaw()?)
+        frozen.thaw()?;
+        window.tell(search.run()?);
+        Ok(())
     }
 
     fn runc(&self) -> Command {

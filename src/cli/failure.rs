@@ -13,6 +13,8 @@ pub(crate) type Outcome = Result<(), Failure>;
 pub(crate) enum Failure {
     /// fsnap could not do it.
     Error(Error),
+    /// It is not to be called so: the arguments, each understood, do not fit what there is.
+    Usage(String),
     /// The output could not be written.
     Output(std::io::Error),
     /// The findings were printed already; the command has failed.
@@ -40,6 +42,7 @@ impl Failure {
                 let hint = hint(error).map(|hint| line("hint", &hint)).unwrap_or_default();
                 line("error", &error.to_string()) + &hint
             }
+            Self::Usage(text) => line("error", text),
             Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
             Self::Reported => String::new(),
             Self::Told(text) => text.clone(),
@@ -108,7 +111,6 @@ fn hint(error: &Error) -> Option<String> {
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
-        Error::NothingToTake { .. } | Error::Overlap { .. } | Error::NameTaken { .. } => return None,
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
         }

@@ -48,7 +48,7 @@ enum Step {
 
 pub(crate) fn run(args: &Args) -> Outcome {
     let call = call(args)?;
-    let done = act(args.step, &call);
+    let done = act(&call);
     if let Err(failure) = &done {
         answer(&call, Err(&failure.to_text()));
     }
@@ -61,7 +61,8 @@ fn call(args: &Args) -> Result<HookCall, Failure> {
         Step::Frozen => Phase::Frozen,
         Step::Restoring => Phase::Restoring,
         Step::Restored => Phase::Restored,
-        Step::Resumed | Step::Failed => Phase::Resumed,
+        Step::Resumed => Phase::Resumed,
+        Step::Failed => Phase::Failed,
     };
     // One name for one directory in all calls.
     let path = args.images.canonicalize().unwrap_or_else(|_| args.images.clone());
@@ -69,18 +70,18 @@ fn call(args: &Args) -> Result<HookCall, Failure> {
     Ok(HookCall { name: GENERIC, phase, images: Images::open(&path)?, tree: args.tree, engine })
 }
 
-fn act(step: Step, call: &HookCall) -> Outcome {
+fn act(call: &HookCall) -> Outcome {
     let context = Context::for_hook()?;
     // That there was nothing to do is said first: what has an id says it itself, and nothing comes after a note.
     answer(call, Ok(None));
-    match step {
-        Step::Starting => hook::start(&context, call),
-        Step::Frozen => hook::take(&context, call),
-        Step::Restoring => hook::check(&context, call),
-        Step::Restored => Ok(()),
+    match call.phase {
+        Phase::Starting => hook::start(&context, call),
+        Phase::Frozen => hook::take(&context, call),
+        Phase::Restoring => hook::check(&context, call),
+        Phase::Restored => Ok(()),
         // What was taken is sealed by whoever opens the catalog.
-        Step::Resumed => context.write().map(drop),
-        Step::Failed => undo(&context, call),
+        Phase::Resumed => context.write().map(drop),
+        Phase::Failed => undo(&context, call),
     }
 }
 
@@ -111,7 +112,7 @@ fn undo(context: &Context, call: &HookCall) -> Outcome {
 pub(crate) fn answer(call: &HookCall, result: Result<Option<CheckpointId>, &str>) {
     let text = json!({
         "version": VERSION,
-        "call": format!("{:?}", call.phase).to_lowercase(),
+        "call": call.phase.to_string(),
         "ok": result.is_ok(),
         "checkpoint": result.ok().flatten(),
         "error": result.err().map(str::trim_end),

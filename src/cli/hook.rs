@@ -50,7 +50,7 @@ pub(crate) fn criu() -> Outcome {
         Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => take(&Context::for_hook()?, &call),
         Phase::Restoring => check(&Context::for_hook()?, &call),
-        Phase::Restored | Phase::Resumed => Ok(()),
+        Phase::Restored | Phase::Resumed | Phase::Failed => Ok(()),
     }
 }
 
@@ -109,7 +109,7 @@ fn targets(context: &Context, coordinator: &Coordinator, tree: &Tree) -> Result<
         return Ok(Some(coordinator.targets_named(&named)?));
     }
     match coordinator.targets_reached(tree) {
-        Err(Error::NothingToTake { .. }) => Ok(None),
+        Err(Error::NothingReached { .. }) => Ok(None),
         targets => Ok(Some(targets?)),
     }
 }

@@ -64,8 +64,8 @@ pub(crate) fn run(args: Args) -> Outcome {
     let mut scratch: Vec<PathBuf> = SCRATCH.iter().map(PathBuf::from).collect();
     scratch.extend(directories(&args.scratch)?);
     if let Some(dir) = scratch.iter().find(|dir| std::env::join_paths([dir]).is_err()) {
-        let reason = "a scratch directory's path may not hold a colon".to_owned();
-        return Err(fsnap::Error::Config { path: dir.clone(), reason }.into());
+        let dir = fsnap::printable(dir.as_os_str());
+        return Err(Failure::Usage(format!("{dir}: the path of a directory for --tmp may not hold a colon")));
     }
     let confinement = Confinement {
         writable: directories(&args.writable)?.into_iter().map(PathText).collect(),

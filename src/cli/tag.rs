@@ -27,16 +27,16 @@ pub(crate) fn run(args: Args) -> Outcome {
     let catalog = coordinator.catalog();
     let Some(tag) = args.name else {
         let tag: Name = args.checkpoint.parse().map_err(Error::from)?;
-        if catalog.remove_tag(&tag)? {
+        if coordinator.untag(&tag)? {
             return Ok(());
         }
         return Err(Error::NoSuchTag { name: tag.into(), near: reference::tag_names(catalog)? }.into());
     };
     let checkpoint = reference::resolve(catalog, &args.checkpoint)?;
     if args.force {
-        catalog.remove_tag(&tag)?;
+        coordinator.untag(&tag)?;
     }
-    match catalog.set_tag(&tag, &checkpoint.id)? {
+    match coordinator.tag(&tag, &checkpoint.id)? {
         None => Ok(()),
         Some(other) => {
             let by = Some(format!("it names checkpoint {}; move it with --force", other.short()));

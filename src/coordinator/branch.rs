@@ -54,12 +54,7 @@ impl Coordinator {
         let grown = self.grow(checkpoint, name, &planned, (id, &mut intent)).and_then(|branch| {
             failpoint::hit("branch:grown");
             // Between the look above and this transaction, the name or the checkpoint may have gone.
-            if self.catalog.add_branch(id, &branch)? {
-                Ok(branch)
-            } else {
-                let by = Some("or its checkpoint was removed meanwhile".into());
-                Err(Error::NameTaken { what: "the branch", name: name.clone(), by })
-            }
+            if self.catalog.add_branch(id, &branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
         });
         match grown {
             Ok(branch) => {
@@ -68,6 +63,14 @@ impl Coordinator {
             }
             Err(error) => Err(error.and_undo(self.undo(id, lock))),
         }
+    }
+
+    /// Why the catalog took no branch of that name, which was free a moment before: somebody else has made one, or has removed the checkpoint.
+    pub(super) fn why_no_branch(&self, name: &Name, checkpoint: &Checkpoint) -> Result<Error> {
+        Ok(match self.catalog.checkpoint(&checkpoint.id)? {
+            Some(_) => Error::NameTaken { what: "the branch", name: name.clone(), by: None },
+            None => Error::NoSuchCheckpoint { reference: checkpoint.id.to_string(), near: Vec::new() },
+        })
     }
 
     fn grow(

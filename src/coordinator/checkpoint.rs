@@ -87,15 +87,7 @@ impl Coordinator {
             let why = "there is no volume to take a snapshot of: register one with `fsnap init DIR`";
             return Err(Error::NothingToTake { why: why.into() });
         }
-        for tag in &tags {
-            if let Some(id) = self.catalog.tagged(tag)? {
-                let by = Some(format!(
-                    "it names checkpoint {}; choose another, or free it: `fsnap tag --delete`",
-                    id.short()
-                ));
-                return Err(Error::NameTaken { what: "the tag", name: tag.clone(), by });
-            }
-        }
+        self.refuse_taken(&tags)?;
         let branch = one_line_of_work(&targets)?;
         let mut members = Vec::with_capacity(targets.len());
         for target in targets {

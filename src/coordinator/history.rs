@@ -81,18 +81,8 @@ impl Coordinator {
         let store = self.store(&planned.store)?;
         let snapshot = store.pin(volume, moment.number, &planned.at)?;
         failpoint::hit("pin:pinned");
-        Ok(Member {
-            volume: planned.volume.clone(),
-            path: planned.path.clone(),
-            identity: planned.identity.clone(),
-            backend: planned.backend.clone(),
-            store: planned.store.clone(),
-            // Whoever wrote at that moment was not stopped for it.
-            consistency: store.store().capabilities.live,
-            snapshot,
-            needs: planned.needs.clone(),
-            writers: Vec::new(),
-        })
+        // Whoever wrote at that moment was not stopped for it.
+        Ok(planned.taken(snapshot, store.store().capabilities.live, Vec::new()))
     }
 
     fn target_named(&self, volume: &str) -> Result<Target> {

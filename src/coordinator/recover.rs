@@ -8,7 +8,7 @@ use fsnap_backend::Locator;
 use super::checkpoint::{boot_id, is_lost};
 use super::{Begun, Coordinator};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
-use crate::checkpoint::{CheckpointId, Member};
+use crate::checkpoint::CheckpointId;
 use crate::name::Name;
 use crate::volume::StoreRecord;
 use crate::{Result, engine};
@@ -220,18 +220,8 @@ impl Coordinator {
                 Err(error) if is_lost(&error) => return Ok(None),
                 Err(error) => return Err(error),
             };
-            members.push(Member {
-                volume: plan.volume.clone(),
-                path: plan.path.clone(),
-                identity: plan.identity.clone(),
-                backend: plan.backend.clone(),
-                store: plan.store.clone(),
-                // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
-                consistency: store.store().capabilities.live,
-                snapshot,
-                needs: plan.needs.clone(),
-                writers: Vec::new(),
-            });
+            // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
+            members.push(plan.taken(snapshot, store.store().capabilities.live, Vec::new()));
         }
         Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None, kept: Vec::new() }))
     }
@@ -241,8 +231,13 @@ fn describe(intent: &Intent) -> String {
     match intent {
         Intent::Checkpoint(pending) => format!("checkpoint {}", pending.id.short()),
         Intent::Branch { name, .. } => format!("branch {name}"),
-        Intent::Remove { images, overlays, .. } => {
-            format!("the removal of {} images", images.len().max(overlays.len()))
+        Intent::Remove { images, overlays, .. } if images.is_empty() => {
+            format!("the removal of {}", count(overlays.len(), "branch's directory", "branches' directories"))
         }
+        Intent::Remove { images, .. } => format!("the removal of {}", count(images.len(), "image", "images")),
     }
+}
+
+fn count(number: usize, one: &str, several: &str) -> String {
+    if number == 1 { format!("one {one}") } else { format!("{number} {several}") }
 }

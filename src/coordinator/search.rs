@@ -5,14 +5,18 @@ use std::path::Path;
 use super::{Coordinator, Target};
 use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
 use crate::name::Name;
-use crate::processes::{self, AuditRules, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan};
+use crate::processes::{
+    self, AuditRules, BootTicks, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan,
+};
 use crate::{Error, Result};
 
 /// A search for those outside a tree who have files of a checkpoint's volumes open for writing; and a look at the tree.
 #[derive(Debug)]
 pub struct WriterSearch {
     volumes: Vec<(Name, Candidate)>,
+    /// Who belongs together, and when they did: while they stood, if they did.
     tree: Tree,
+    moment: BootTicks,
     ignore: Vec<i32>,
     rules: AuditRules,
     observed: Option<processes::Result<Observation>>,
@@ -22,10 +26,13 @@ pub struct WriterSearch {
 impl WriterSearch {
     /// Opens what it needs: the volumes must be there now, and need not be while it runs.
     ///
+    /// If the tree stands now, it may run again when the search does: what it forks from now on belongs to it.
+    ///
     /// The processes in `ignore`, such as the engine, are left out.
     pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
         let rules = pending.audit.clone();
-        Ok(Self { volumes: planned(pending)?, tree, ignore, rules, observed: None, seen: None })
+        let moment = BootTicks::now();
+        Ok(Self { volumes: planned(pending)?, tree, moment, ignore, rules, observed: None, seen: None })
     }
 
     /// Looks at a tree while it stands: at what has to be read then.
@@ -59,21 +66,14 @@ impl WriterSearch {
     }
 
     /// Searches: one list per member, in words.
-    pub fn run(self) -> Result<SearchAnswer> {
-        let writers = self.find()?;
-        Ok(SearchAnswer { writers, tree: self.into_record() })
-    }
-
-    /// What was learnt of the tree, if it was looked at.
-    pub fn into_record(mut self) -> Option<TreeRecord> {
+    pub fn run(mut self) -> Result<SearchAnswer> {
         self.learn();
-        self.seen
+        Ok(SearchAnswer { writers: self.writers()?, tree: self.seen })
     }
 
-    /// Searches for writers alone: one list per member, in words.
-    pub fn find(&self) -> Result<WriterLists> {
+    fn writers(&self) -> Result<WriterLists> {
         let candidates: Vec<_> = self.volumes.iter().map(|(_, candidate)| candidate.clone()).collect();
-        let scan = processes::writers(&candidates, &self.tree, &self.ignore)?;
+        let scan = processes::writers_at(self.moment, &candidates, &self.tree, &self.ignore)?;
         let mut lists = vec![Vec::new(); candidates.len()];
         for writer in scan.writers {
             let path = crate::printable(writer.path.as_os_str());
@@ -108,8 +108,8 @@ impl Coordinator {
     pub fn audit(&self, tree: &Tree, targets: Vec<Target>, rules: &AuditRules) -> Result<Audit> {
         let volumes = aimed_at(&targets)?;
         let observed = Some(Ok(processes::observe(tree, volumes.clone(), rules)?));
-        let (tree, rules) = (tree.clone(), rules.clone());
-        let search = WriterSearch { volumes, tree, ignore: Vec::new(), rules, observed, seen: None };
+        let (tree, rules, moment) = (tree.clone(), rules.clone(), BootTicks::now());
+        let search = WriterSearch { volumes, tree, moment, ignore: Vec::new(), rules, observed, seen: None };
         let objection = search.objection();
         let SearchAnswer { writers, tree } = search.run()?;
         let nothing = || Error::NothingToTake { why: "there is no process to look at".into() };

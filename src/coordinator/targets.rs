@@ -89,7 +89,7 @@ impl Coordinator {
             }
         }
         if found.is_empty() {
-            return Err(Error::NothingToTake { why: self.why_nothing_is_reached()? });
+            return Err(Error::NothingReached { why: self.why_nothing_is_reached()? });
         }
         Ok(found.into_values().collect())
     }

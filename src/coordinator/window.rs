@@ -8,8 +8,7 @@ use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
 use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
-use crate::checkpoint::{EngineImages, Member};
-use crate::processes::TreeRecord;
+use crate::checkpoint::EngineImages;
 use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
 
@@ -77,7 +76,7 @@ impl Window {
     /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
     ///
     /// `search` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
-    /// `None` when the answer will lie in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
+    /// `None` when the answer comes later, [here](Self::tell) or in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
     pub fn take(&mut self, stopped: bool, search: impl FnOnce() -> Result<Option<SearchAnswer>>) -> Result<()> {
         failpoint::hit("take:opened");
         let pending = &self.begun.pending;
@@ -95,20 +94,10 @@ impl Window {
         let not_searched = || vec![vec![NOT_SEARCHED.to_owned()]; members.len()];
         let SearchAnswer { writers, tree } =
             answer.unwrap_or_else(|| SearchAnswer { writers: not_searched(), tree: None });
-        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| Member {
-            volume: plan.volume.clone(),
-            path: plan.path.clone(),
-            identity: plan.identity.clone(),
-            backend: plan.backend.clone(),
-            store: plan.store.clone(),
-            consistency: if stopped && writers.is_empty() {
-                Consistency::PointInTime
-            } else {
-                store.store().capabilities.live
-            },
-            snapshot,
-            needs: plan.needs.clone(),
-            writers,
+        let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| {
+            let all_stood = stopped && writers.is_empty();
+            let consistency = if all_stood { Consistency::PointInTime } else { store.store().capabilities.live };
+            plan.taken(snapshot, consistency, writers)
         });
         let (time, members) = (jiff::Timestamp::now(), taken.collect());
         self.begun.taken = Some(Taken { time, members, searching, tree, kept: Vec::new() });
@@ -116,10 +105,10 @@ impl Window {
         Ok(())
     }
 
-    /// Notes what was seen of the processes.
-    pub fn saw(&mut self, tree: Option<TreeRecord>) {
+    /// Brings in who else was writing, where that was not waited for while processes stood.
+    pub fn tell(&mut self, answer: SearchAnswer) {
         if let Some(taken) = &mut self.begun.taken {
-            taken.tree = tree;
+            taken.tell(Some(answer));
         }
     }
 

@@ -28,10 +28,8 @@ const LAYERS_STORE: &str = ".layers";
 impl Coordinator {
     /// Records the branch `name` of `checkpoint`, to be written through `fsnap mount`.
     pub fn branch_to_write(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
-        let taken =
-            |by: Option<&str>| Error::NameTaken { what: "the branch", name: name.clone(), by: by.map(Into::into) };
         if self.catalog.branch(name)?.is_some() {
-            return Err(taken(None));
+            return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
         }
         let suffix = hex::encode(crate::random_bytes::<4>().map_err(|source| Error::Io {
             action: "make up a name for",
@@ -58,11 +56,7 @@ impl Coordinator {
         };
         let members = checkpoint.members.iter().map(member).collect();
         let branch = Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members };
-        if self.catalog.add_unmade_branch(&branch)? {
-            Ok(branch)
-        } else {
-            Err(taken(Some("or its checkpoint was removed meanwhile")))
-        }
+        if self.catalog.add_unmade_branch(&branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
     }
 
     /// Makes the store for checkpoints of such branches, or opens it.

@@ -1,22 +1,22 @@
-//! Mounting a tree and serving it.
+//! Serving a tree at a directory, until it is unmounted.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::{Config, Filesystem, MountOption, Notifier, Session, SessionACL};
+use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
 use super::browse::{Browse, Records};
 use super::mount_adapter::MountAdapter;
+use super::mounting;
 use super::overlay::Overlay;
 
 /// The type of our mounts in `/proc/self/mountinfo`.
@@ -67,7 +67,7 @@ pub struct Options {
     pub dev: bool,
 }
 
-fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
+pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
     move |source| Error::Io { action, object: object.to_owned(), source }
 }
 
@@ -132,26 +132,14 @@ fn serve_by(
     config.n_threads = Some(4);
     // Who may use the mount is for the kernel to say; it also makes requests of its own in anybody's name.
     config.acl = SessionACL::All;
-    let session = if rustix::process::geteuid().is_root() {
-        config.clone_fd = true;
-        let device = mount(source, dir, options)?;
-        let served = Session::from_fd(adapter, device, SessionACL::All, config);
-        served.inspect_err(|_| {
-            let _ = rustix::mount::unmount(dir, UnmountFlags::DETACH);
-        })
-    } else {
-        config.mount_options = vec![
-            MountOption::FSName(source.to_string_lossy().into_owned()),
-            MountOption::Subtype("fsnap".into()),
-            MountOption::DefaultPermissions,
-            MountOption::NoSuid,
-            MountOption::NoDev,
-        ];
-        if !options.allow_other {
-            config.acl = SessionACL::Owner;
-        }
-        Session::new(adapter, dir, &config)
-    };
+    // Threads that each have a device of their own share no queue: root can give it to all of them.
+    config.clone_fd = rustix::process::geteuid().is_root();
+    if !config.clone_fd && !options.allow_other {
+        config.acl = SessionACL::Owner;
+    }
+    let device = mounting::mount(source, dir, options)?;
+    let session = Session::from_fd(adapter, device, config.acl, config);
+    let session = session.inspect_err(|_| drop(mounting::detach(dir)));
     let session = session.map_err(failed("serve", dir))?;
     let _ = notifier.set(session.notifier());
     larger_readahead(&shown);
@@ -176,7 +164,7 @@ fn end_on_signals(dir: PathBuf, noted: Option<PathBuf>) -> io::Result<signal_hoo
         if signals.forever().next().is_none() {
             return;
         }
-        let _ = detach(&dir);
+        let _ = mounting::detach(&dir);
         // The session ends with the last user of the mount, and this process with the session.
         std::thread::sleep(LAST_ANSWERS);
         noted.iter().for_each(|noted| drop(std::fs::remove_file(noted)));
@@ -211,58 +199,14 @@ fn larger_readahead(dir: &Path) {
     }
 }
 
-/// Mounts by ourselves, because a helper would drop the type's second half.
-fn mount(source: &Path, dir: &Path, options: Options) -> Result<OwnedFd, Error> {
-    let device = Path::new("/dev/fuse");
-    let opened = File::options().read(true).write(true).open(device).map_err(failed("open", device))?;
-    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    let mut data = format!(
-        "fd={},rootmode=40000,user_id={},group_id={},default_permissions",
-        opened.as_raw_fd(),
-        uid.as_raw(),
-        gid.as_raw()
-    );
-    if options.allow_other {
-        data.push_str(",allow_other");
-    }
-    let mut flags = MountFlags::empty();
-    flags.set(MountFlags::NOSUID, !options.suid);
-    flags.set(MountFlags::NODEV, !options.dev);
-    let data = std::ffi::CString::new(data).map_err(|error| failed("mount on", dir)(error.into()))?;
-    let done = rustix::mount::mount(source, dir, TYPE, flags, &*data);
-    done.map_err(|error| failed("mount on", dir)(error.into()))?;
-    Ok(opened.into())
-}
-
 /// Takes off what a server that was killed has left.
 fn clear_stale(dir: &Path) -> Result<(), Error> {
-    if is_stale(dir) { detach(dir) } else { Ok(()) }
+    if is_stale(dir) { mounting::detach(dir) } else { Ok(()) }
 }
 
 /// Whether nobody serves it any more. Attributes would not tell, for the kernel has them cached.
 fn is_stale(dir: &Path) -> bool {
     rustix::fs::statfs(dir).err() == Some(Errno::NOTCONN)
-}
-
-fn detach(dir: &Path) -> Result<(), Error> {
-    if rustix::process::geteuid().is_root() {
-        let done = rustix::mount::unmount(dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        return done.map_err(|error| failed("unmount", dir)(error.into()));
-    }
-    fusermount(dir, &["-u", "-z"])
-}
-
-fn fusermount(dir: &Path, arguments: &[&str]) -> Result<(), Error> {
-    let output = std::process::Command::new("fusermount3").args(arguments).arg("--").arg(dir).output();
-    let output = output.map_err(failed("run fusermount3 for", dir))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    if said.contains("busy") {
-        return Err(Error::Busy { dir: dir.to_owned() });
-    }
-    Err(failed("unmount", dir)(io::Error::other(said)))
 }
 
 /// Unmounts what fsnap serves at `dir`.
@@ -277,20 +221,13 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     let note = store.join(SERVERS).join(device);
     if stale {
         let _ = std::fs::remove_file(note);
-        return detach(&path);
+        return mounting::detach(&path);
     }
     // Opened before the server ends, which takes its note away then.
     let lock = if note.exists() { note } else { store.join("lock") };
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let lock = rustix::fs::openat(CWD, lock, flags, Mode::empty());
-    if rustix::process::geteuid().is_root() {
-        match rustix::mount::unmount(&path, UnmountFlags::NOFOLLOW) {
-            Err(Errno::BUSY) => return Err(Error::Busy { dir: path }),
-            done => done.map_err(|error| failed("unmount", &path)(error.into()))?,
-        }
-    } else {
-        fusermount(&path, &["-u"])?;
-    }
+    mounting::unmount(&path)?;
     // Without it, there is nobody to wait for.
     lock.iter().for_each(wait_for_server);
     Ok(())

@@ -8,7 +8,7 @@ use super::{Error, Result};
 /// What `/proc/PID/stat` said of every process at one time.
 ///
 /// The cheapest question about a process, asked once of all, while other processes may stand frozen: who descends from
-/// whom, and who is worth a closer look. The kernel's own threads, and processes that have ended, are not in it.
+/// whom, and who is worth a closer look. Most of the kernel's own threads, and processes that have ended, are not in it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Census {
     pub(super) processes: BTreeMap<i32, Stat>,

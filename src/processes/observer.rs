@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -129,8 +129,10 @@ impl Observation {
             }
         });
         let Ok(reader) = reader else { return record };
+        let until = Instant::now() + PATIENCE;
         for _ in 0..record.processes.len() {
-            let Ok((index, arguments)) = told.recv_timeout(PATIENCE) else {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok((index, arguments)) = told.recv_timeout(left) else {
                 *shared.1.lock().unwrap_or_else(PoisonError::into_inner) = Reading::Abandoned;
                 return record;
             };

@@ -22,6 +22,20 @@ pub struct ProcessId {
     pub start_time: u64,
 }
 
+/// A moment in the terms of [`ProcessId::start_time`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootTicks(pub(super) u64);
+
+impl BootTicks {
+    /// Now, rounded down as the kernel rounds a start time.
+    pub fn now() -> Self {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let per_second = rustix::param::clock_ticks_per_second();
+        let (seconds, nanoseconds) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
+        Self(seconds * per_second + nanoseconds * per_second / 1_000_000_000)
+    }
+}
+
 impl ProcessId {
     /// The process that has this pid now.
     pub fn of(pid: i32) -> Result<Self> {

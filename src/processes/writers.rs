@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::files::{How, visit_writable};
 use super::proc_dir::{ProcDir, Stat, is_gone};
 use super::reach::{Candidate, Doubt, Survey, open};
-use super::{Census, Member, ProcessId, Result, Tree};
+use super::{BootTicks, Census, Member, ProcessId, Result, Tree};
 
 /// A process that can change a volume while others stand frozen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,12 +39,35 @@ pub struct WriterScan {
 /// Processes may stand frozen meanwhile. So kernel threads cost nothing, and any other process one look at each descriptor's mode,
 /// and one question about its mappings.
 pub fn writers(volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    search(volumes, ignore, |process, _| except.contains(process))
+}
+
+/// Finds who was such a process at a moment when those in `except` stood, though all run again by now.
+///
+/// What they have forked since is left out as well: it was not there, and who forked it stood. It is known by its parents, so one
+/// whose parent has ended is not, and counts.
+pub fn writers_at(moment: BootTicks, volumes: &[Candidate], except: &Tree, ignore: &[i32]) -> Result<WriterScan> {
+    search(volumes, ignore, |mut process, census| {
+        while !except.contains(process) {
+            let Some(stat) = census.processes.get(&process.pid) else { return false };
+            let Some(parent) = census.processes.get(&stat.parent) else { return false };
+            if BootTicks(process.start_time) < moment {
+                return false;
+            }
+            process = ProcessId { pid: stat.parent, start_time: parent.start_time };
+        }
+        true
+    })
+}
+
+fn search(volumes: &[Candidate], ignore: &[i32], is_known: impl Fn(ProcessId, &Census) -> bool) -> Result<WriterScan> {
     let mut survey = Survey::new(volumes, Doubt::Counts)?;
     let mut scan = WriterScan::default();
     let own = std::process::id().cast_signed();
-    for (&pid, stat) in &Census::take()?.processes {
+    let census = Census::take()?;
+    for (&pid, stat) in &census.processes {
         let process = ProcessId { pid, start_time: stat.start_time };
-        if stat.kernel_thread || pid == own || ignore.contains(&pid) || except.contains(process) {
+        if stat.kernel_thread || pid == own || ignore.contains(&pid) || is_known(process, &census) {
             continue;
         }
         match examine(process, stat, &mut survey, &mut scan.writers) {

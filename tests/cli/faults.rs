@@ -179,7 +179,7 @@ fn a_read_only_store_of_rsync_can_still_be_read() {
     ! fsnap: hint: mount it writable first
     [exit 1]
     $ fsnap recover
-    postponed: the removal of 1 images: cannot remove $T/small/store/snapshots/s-IMAGE1: Read-only file system (os error 30)
+    postponed: the removal of one image: cannot remove $T/small/store/snapshots/s-IMAGE1: Read-only file system (os error 30)
     [exit 1]
     $ mount -o remount,rw small
     $ fsnap recover
@@ -246,7 +246,7 @@ fn a_read_only_store_of_btrfs_can_still_be_read() {
     ! fsnap: hint: mount it writable first
     [exit 1]
     $ fsnap recover
-    postponed: the removal of 1 images: cannot remove $T/fs/.fsnap/snapshots/s-IMAGE2: Read-only file system (os error 30)
+    postponed: the removal of one image: cannot remove $T/fs/.fsnap/snapshots/s-IMAGE2: Read-only file system (os error 30)
     [exit 1]
     $ mount -o remount,rw $TOP
     $ fsnap recover

@@ -26,7 +26,6 @@ fn a_directory_becomes_a_volume() {
         "capabilities": {
           "acls": true,
           "clones": true,
-          "coalesces": false,
           "constant_time_clones": false,
           "live": "fuzzy",
           "mountable": false,

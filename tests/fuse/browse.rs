@@ -222,7 +222,6 @@ fn everything() -> Capabilities {
         acls: true,
         ownership: true,
         mountable: true,
-        coalesces: false,
         verifies_contents: true,
         live: Consistency::PointInTime,
     }
@@ -609,6 +608,17 @@ fn without_privileges_through_fusermount() {
     );
     assert_eq!(shell(&killed), seen);
     assert!(!is_mounted(&path("mnt")));
+    // A server whose last user goes when another one serves at the same place: it takes nothing of the other's off.
+    let late = "mkdir lower; echo below >lower/file
+         ./fsnap overlay --foreground lower one mnt & first=$!
+         until [ -e mnt/file ]; do kill -0 $first; sleep 0.01; done
+         exec 3<mnt/file
+         fusermount3 -u -z mnt
+         ./fsnap overlay lower two mnt 3<&-; echo new >mnt/file
+         exec 3<&-
+         wait $first
+         cat mnt/file; ./fsnap umount mnt";
+    assert_eq!(shell(late), "new\n");
     drop(device);
 }
 

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ fn seal(site: &Site, image: &str) {
 }
 
 /// The sealed state of that number, read without the server.
-fn sealed_state(site: &Site, number: u64) -> std::sync::Arc<dyn Dir> {
+fn sealed_state(site: &Site, number: u64) -> Arc<dyn Dir> {
     let lower = layers::Below::Dir(beneath::open_root(&site.lower()).unwrap());
     layers::Overlay::sealed(lower, &site.store(), number).unwrap()
 }
@@ -91,12 +92,17 @@ fn eight_writers_while_layers_are_sealed() {
     });
     let record = |number: usize| format!("{number:0>99}\n");
     let whole: String = (0..RECORDS).map(record).collect();
+    let (tell, midway) = channel();
     let writers: Vec<_> = (0..8)
         .map(|writer| {
+            let tell = tell.clone();
             let (name, other) = (site.at(&format!("w{writer}")), site.at(&format!("moved{writer}")));
             std::thread::spawn(move || {
                 let mut held = fs::File::options().append(true).open(&name).unwrap();
                 for number in 0..RECORDS {
+                    if number == RECORDS / 3 {
+                        let _ = tell.send(());
+                    }
                     // Half of them keep the file open, half open it anew each time; names move to and fro.
                     let mut fresh = None;
                     if writer % 2 == 1 {
@@ -112,14 +118,16 @@ fn eight_writers_while_layers_are_sealed() {
             })
         })
         .collect();
+    drop(tell);
+    // All of them have files open, and most of their work before them.
+    assert_eq!(midway.iter().take(8).count(), 8);
     let mut sealed = 0;
-    while !writers.iter().all(std::thread::JoinHandle::is_finished) && sealed < 20 {
+    while sealed < 2 || !writers.iter().all(std::thread::JoinHandle::is_finished) && sealed < 20 {
         seal(&site, &format!("state.{sealed}"));
         sealed += 1;
         std::thread::sleep(Duration::from_millis(5));
     }
     writers.into_iter().for_each(|writer| writer.join().unwrap());
-    assert!(sealed > 1, "nothing was sealed meanwhile");
     for writer in 0..8 {
         assert_eq!(fs::read_to_string(site.at(&format!("w{writer}"))).unwrap(), whole, "writer {writer}");
     }
@@ -157,7 +165,7 @@ fn a_server_that_is_to_end_leaves_no_mount() {
     };
     assert!(fsnap().args(["init", "volume", "--backend", "rsync"]).output().unwrap().status.success());
     let manager = UnixDatagram::bind(path("notify")).unwrap();
-    manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
     for (arguments, signal) in [
         (&["mount", "--foreground", "mnt"][..], Signal::SIGTERM),
         (&["overlay", "--foreground", "lower", "store", "mnt"], Signal::SIGINT),
@@ -208,7 +216,7 @@ fn killed_while_writing_keeps_what_was_synced() {
                 let _ = tell.send(record + 1);
             }
         });
-        let mut synced = told.recv_timeout(Duration::from_secs(20)).expect("a record is written");
+        let mut synced = told.recv_timeout(Duration::from_secs(120)).expect("a record is written");
         std::thread::sleep(Duration::from_millis(3 * kill));
         // Every other time, what was written so far is in a layer that was sealed under the writer's hands.
         if kill % 2 == 1 {
@@ -252,7 +260,7 @@ fn killed_between_renames_shows_one_name() {
                 let _ = tell.send(());
             }
         });
-        told.recv_timeout(Duration::from_secs(20)).expect("a name is changed");
+        told.recv_timeout(Duration::from_secs(120)).expect("a name is changed");
         std::thread::sleep(Duration::from_millis(kill));
         site.kill();
         renamer.join().unwrap();

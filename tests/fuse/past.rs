@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::site::{fsnap, is_mounted, kill};
 
 /// How long a server may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A catalog, volumes, and a place to mount at.
 pub(crate) struct Past {

@@ -2,12 +2,14 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use fsnap::processes::{Candidate, CandidateKind, How, Tree, reach, users, writers};
+use fsnap::processes::{BootTicks, Candidate, CandidateKind, How, ProcessId, Tree, reach, users, writers, writers_at};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -32,6 +34,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_volume_made_again_is_another", a_volume_made_again_is_another),
     ("a_process_whose_first_thread_ended_is_seen", a_process_whose_first_thread_ended_is_seen),
     ("writers_outside_the_tree_are_named", writers_outside_the_tree_are_named),
+    ("what_the_tree_forks_later_belongs_to_it", what_the_tree_forks_later_belongs_to_it),
 ];
 
 /// Directories on a tmpfs that only this thread, and what it starts, sees.
@@ -335,4 +338,28 @@ fn writers_outside_the_tree_are_named() {
     assert!(scan.unseen.iter().all(|unseen| own.iter().all(|live| live.id != unseen.id)));
     let nobody = Tree::of_processes([]);
     assert_eq!(writers(&volumes, &nobody, &[]).unwrap().writers.len(), 4);
+}
+
+fn what_the_tree_forks_later_belongs_to_it() {
+    let place = Place::new();
+    let dir = place.dir("one");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", r#"exec 3>>"$0"; read go; (read end); true"#]).arg(dir.join("file"));
+    let mut shell = shell.stdin(Stdio::piped()).spawn().unwrap();
+    wait_until("its file", || dir.join("file").exists());
+    let tree = Tree::of_processes([ProcessId::of(shell.id().cast_signed()).unwrap()]);
+    let (moment, volumes) = (BootTicks::now(), [volume(&dir)]);
+    // A moment lasts a tick: a hundredth of a second.
+    std::thread::sleep(Duration::from_millis(20));
+    shell.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    let outside =
+        |scan: fsnap::processes::WriterScan| scan.writers.iter().map(|writer| writer.process).collect::<Vec<_>>();
+    let now = || outside(writers(&volumes, &tree, &[]).unwrap());
+    wait_until("the child", || now().len() == 1);
+    assert_eq!(outside(writers_at(moment, &volumes, &tree, &[]).unwrap()), []);
+    // Who was there before, beside a tree that stood, may have written meanwhile.
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(outside(writers_at(BootTicks::now(), &volumes, &tree, &[]).unwrap()), now());
+    drop(shell.stdin.take());
+    shell.wait().unwrap();
 }

@@ -10,7 +10,7 @@ use rustix::mount::UnmountFlags;
 use crate::run;
 
 /// How long a server may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What lies below.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -25,6 +25,24 @@ results() {
     END { print passed + 0, failed + 0, ignored + 0 }' "$1"
 }
 
+# Shows why a step failed, once more and in short: whoever reads only the end of the output finds it there.
+details() {
+    local name=$1 log=$logs/${1// /-}.log
+    printf '\n-- failed: %s\n' "$name"
+    if ! grep -q '^test result: ' "$log"; then
+        tail -n 40 "$log"
+        return
+    fi
+    awk '
+        function show(line) { if (++total <= 90) print substr(line, 1, 300) }
+        / Running / { running = $0 }
+        /^test result: / { inside = 0 }
+        /^failures:$/ { if (!inside) show(running); inside = 1; lines = 0; next }
+        /^---- / { lines = 0 }
+        inside && ++lines <= 25 { show($0) }
+        !inside && /^error: / { show($0) }' "$log"
+}
+
 # step NAME COMMAND…
 step() {
     local name=$1 log status=0 p f s
@@ -63,6 +81,9 @@ step "rsync alone" rsync_alone
 step "demo" tests/demo/demo.sh
 
 if [ "${#failures[@]}" -gt 0 ]; then
+    for failure in "${failures[@]}"; do
+        details "$failure"
+    done
     printf '\nfailed:'
     printf ' %s;' "${failures[@]}"
     printf ' the logs are in %s\n' "$logs"

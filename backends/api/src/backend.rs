@@ -47,8 +47,7 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// `known` are locators that the caller has recorded and wants avoided, though nothing may be there. Nothing is visible at the new one yet; a place that is
     /// reserved and not used needs no clean-up, though `delete` accepts it.
     ///
-    /// * `reserve_is_new`: the locator is not in `known` and has no whole image, unless the store
-    ///   [coalesces](Capabilities::coalesces) and nothing changed since the image there was made.
+    /// * `reserve_is_new`: the locator is not in `known` and has no whole image.
     /// * `reserve_shows_nothing`: `reserve` alone adds no whole image to `list`.
     fn reserve(&self, source: Source<'_>, known: &BTreeSet<Locator>) -> Result<Locator>;
 

@@ -21,8 +21,6 @@ pub struct Capabilities {
     pub ownership: bool,
     /// The kernel can mount a snapshot; without it, a snapshot is read through [`Dir`](crate::Dir) alone.
     pub mountable: bool,
-    /// Two snapshots with no change between them may share one locator; callers then count who needs it.
-    pub coalesces: bool,
     /// `verify` finds every changed byte of a file's content.
     pub verifies_contents: bool,
     /// The consistency of a snapshot that is taken while processes write to the volume.

@@ -120,7 +120,6 @@ impl Store {
                 acls: true,
                 ownership: true,
                 mountable: true,
-                coalesces: false,
                 verifies_contents: mounts::with_checksums(&root),
                 // Buffered writes of running writers reach the trees in whatever order they are written out.
                 live: Consistency::CrashConsistent,

@@ -27,7 +27,6 @@ impl Fixture for OnLoop {
             acls: true,
             ownership: true,
             mountable: true,
-            coalesces: false,
             verifies_contents: true,
             live: Consistency::CrashConsistent,
         }

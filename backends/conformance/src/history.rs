@@ -255,10 +255,7 @@ impl World<'_, '_> {
     fn snapshot(&mut self, volume: usize, at: &Locator) -> Verdict {
         let index = volume % (self.clones.len() + 1);
         let live = if index == 0 { &self.original } else { &self.clones[index - 1].1 };
-        let taken = (self.site.snapshot_at(&live.volume, at)?, live.listing());
-        // A store that coalesces may answer with a place that is known already.
-        self.snapshots.retain(|(snapshot, _)| snapshot.at != *at);
-        self.snapshots.push(taken);
+        self.snapshots.push((self.site.snapshot_at(&live.volume, at)?, live.listing()));
         Ok(())
     }
 

@@ -21,7 +21,7 @@
 //! # }
 //! # const CAPABILITIES: Capabilities = Capabilities {
 //! #     clones: true, constant_time_clones: false, xattrs: true, acls: true, ownership: true, mountable: true,
-//! #     coalesces: false, verifies_contents: true, live: fsnap_backend::Consistency::Fuzzy,
+//! #     verifies_contents: true, live: fsnap_backend::Consistency::Fuzzy,
 //! # };
 //!
 //! struct OnTemp;

@@ -14,6 +14,11 @@
 //! store's [`Limits`] say how much must be free. After each change of the pool its status is looked at, since the kernel
 //! answers that a message succeeded though its commit failed.
 //!
+//! **What could not be written is in no snapshot.** A file system that is frozen has written all that was dirty, and does not say if
+//! that failed: contents that the device or the pool refused are dropped, the suspension succeeds, and the copy holds
+//! what was there before. The failure is kept for whoever calls `syncfs(2)` next on a descriptor from before it, as the
+//! volume's is; so that is the last step. By then there is nothing left to write but what came since.
+//!
 //! **Whole or not there.** The kernel makes a thin device in one step and commits the pool before it answers, and it is
 //! only asked once the volume stands still. So an image is whole if its thin device exists; the record that says which
 //! device that is was durable before.
@@ -120,12 +125,11 @@ impl Backend for Store {
             suspended.resume()?;
             self.check_copy(at, copied, begun.fresh)?;
             self.pool.check_commit(&self.mapper)?;
-            if held? {
-                Ok(())
-            } else {
+            if !held? {
                 let what = format!("the device {}", live.thin.device.name);
-                Err(Error::Busy { what, by: "somebody resumed it while the snapshot was taken".to_owned() })
+                return Err(Error::Busy { what, by: "somebody resumed it while the snapshot was taken".to_owned() });
             }
+            rustix::fs::syncfs(volume).context("write out all that the snapshot holds of", volume.dir())
         });
         // Only a name moves here, and nothing is synced: the device itself is what makes the image whole.
         let moved = captured.and_then(|()| self.records.advance(at, Stage::Begun, Stage::Whole, false));

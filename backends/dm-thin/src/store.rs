@@ -150,7 +150,6 @@ impl Store {
                 acls: true,
                 ownership: true,
                 mountable: true,
-                coalesces: false,
                 verifies_contents: false,
                 // The suspension stops every writer at once, and writes out what each had written.
                 live: Consistency::PointInTime,

@@ -31,7 +31,6 @@ impl Fixture for OnPool {
             acls: true,
             ownership: true,
             mountable: true,
-            coalesces: false,
             verifies_contents: false,
             live: Consistency::PointInTime,
         }

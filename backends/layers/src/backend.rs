@@ -109,7 +109,6 @@ impl Store {
             acls: true,
             ownership,
             mountable: false,
-            coalesces: false,
             verifies_contents: false,
             live: Consistency::Fuzzy,
         };

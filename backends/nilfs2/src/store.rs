@@ -104,7 +104,6 @@ impl Store {
                 ownership: true,
                 mountable: true,
                 // To make a checkpoint a snapshot is itself a change, after which the next one has another number.
-                coalesces: false,
                 // The log has checksums, but the kernel compares them only when it recovers.
                 verifies_contents: false,
                 // A page that is stored to through a mapping gets into the log whenever it is written out.

@@ -24,7 +24,6 @@ impl Fixture for OnLoop {
             acls: false,
             ownership: true,
             mountable: true,
-            coalesces: false,
             verifies_contents: false,
             live: Consistency::CrashConsistent,
         }

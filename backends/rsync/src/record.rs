@@ -80,7 +80,7 @@ pub(crate) struct Record {
 pub(crate) struct Item {
     pub(crate) name: OsString,
     pub(crate) meta: FileMeta,
-    /// The file may have been written after it was read without its times telling: see [`crate::walk`].
+    /// It may have been changed after it was read without its times telling: see [`crate::walk`].
     pub(crate) racy: bool,
     /// Empty for a directory, whose own record has them.
     pub(crate) xattrs: Xattrs,

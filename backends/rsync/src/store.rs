@@ -195,7 +195,6 @@ impl Store {
             acls: true,
             ownership: is_root(),
             mountable: false,
-            coalesces: false,
             verifies_contents: true,
             live: Consistency::Fuzzy,
         };

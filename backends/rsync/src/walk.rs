@@ -8,17 +8,19 @@
 //!
 //! Equal times do not always mean equal contents:
 //!
-//! * Times come from a clock that ticks every few milliseconds. A write in the same tick as the one before leaves the
-//!   ctime as it is.
+//! * Times come from a clock that ticks every few milliseconds. A change in the same tick as the one before leaves the
+//!   ctime as it is: a write, an extended attribute that is set, or a symbolic link that takes the place and the inode of
+//!   another.
 //! * A store into a shared mapping moves the ctime only when it makes a clean page dirty. Until that page is written
 //!   back, further stores go unseen.
 //! * A `write(2)` moves the ctime when it begins, not when it ends.
 //!
 //! Therefore a walk begins with `syncfs(2)`, and notes the time just before. Writing back makes every dirty page clean and
 //! write-protects it, so a store after the flush moves the ctime to the time of the flush or later. A file whose
-//! ctime lies well before the flush cannot have been stored to since without its ctime telling. Every other file is
-//! marked *racy* in the record: the next walk reads it and compares it with the stored content. That is also what
-//! happens to every file of a file system that never writes back (tmpfs), or whose times another machine sets (NFS).
+//! ctime lies well before the flush cannot have been changed since without its ctime telling. Every other entry, of
+//! whatever kind, is marked *racy* in the record: the next walk reads it, and compares it with what is stored. That is also
+//! what happens to every entry of a file system that never writes back (tmpfs), or whose times another machine sets (NFS),
+//! and to the root, which is no entry of a directory.
 //!
 //! *Well before* means a tick of the clock. `prime` takes a second, because a direct write that it met half way through
 //! may not have reached the file when it was read; `snapshot` reads it again, when its writer stands still.
@@ -51,7 +53,7 @@ use crate::KIND;
 use crate::crew::{self, Root, Task, Work};
 use crate::maker::{Before, Maker, Subject, Taken};
 use crate::pack::Pack;
-use crate::record::{self, Body, ContentRef, Item, Record, RecordRef};
+use crate::record::{self, Body, ContentRef, Item, RecordRef};
 use crate::store::{Inner, is_root};
 
 /// One tick of the clock that files are stamped with, and some: kernels tick 100 to 1,000 times a second.
@@ -71,7 +73,7 @@ pub(crate) struct Walk<'a> {
     pub(crate) frozen: bool,
     /// An unchanged ctime means an unchanged content.
     pub(crate) ctime_tells: bool,
-    /// Files that changed at this time or later are racy.
+    /// What changed at this time or later is racy.
     pub(crate) racy_since: Timestamp,
     privileged: bool,
     device: u64,
@@ -88,6 +90,8 @@ type Linked = (FileMeta, Option<ContentRef>);
 pub(crate) struct Node {
     /// Its record of the time before.
     before: Option<RecordRef>,
+    /// Its attributes may have changed since without its times telling.
+    racy: bool,
     /// Its place among the items of the directory above.
     index: usize,
     state: Mutex<State>,
@@ -145,7 +149,7 @@ impl<'a> Walk<'a> {
 
     /// Walks; the makers come back with what they made.
     pub(crate) fn run(self, before: Option<RecordRef>, makers: Vec<Maker<'a>>) -> Result<(Walked, Vec<Maker<'a>>)> {
-        let root = Node { before, index: 0, state: Mutex::default() };
+        let root = Node { before, racy: true, index: 0, state: Mutex::default() };
         let makers = crew::run(&self, root, makers)?;
         let root = into_inner(self.result);
         let Some(root) = root else {
@@ -235,7 +239,9 @@ impl<'a> Walk<'a> {
             let after = beneath::look(&dir, name).context("read the attributes of", &path)?;
             if unchanged(&found.meta, &after.meta) {
                 self.note_what_is_not_kept(task, name, &found, &xattrs);
-                return Ok(Some(Item { name: name.to_owned(), meta: self.meta(&found), racy: false, xattrs, body }));
+                let meta = self.meta(&found);
+                let racy = self.racy(&meta);
+                return Ok(Some(Item { name: name.to_owned(), meta, racy, xattrs, body }));
             }
         }
         self.kept_changing(task, name)
@@ -404,23 +410,21 @@ impl<'a> Work for Walk<'a> {
             Some(Err(error)) => return Err(error),
         };
         let meta = self.meta(&found);
-        let mut changed = true;
-        let (own, items) = match before {
-            Some(Record { meta: then, xattrs, items }) if unchanged(&then, &meta) => {
-                changed = false;
-                ((then, xattrs), items)
-            }
-            before => {
-                let xattrs = match beneath::xattrs_fd(&dir) {
-                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                        self.omit(&task.path(), "we may not read its extended attributes");
-                        Xattrs::new()
-                    }
-                    read => read.context("read the extended attributes of", &path)?,
-                };
-                ((meta, xattrs), before.map_or_else(Vec::new, |before| before.items))
-            }
+        let same = before.as_ref().filter(|before| unchanged(&before.meta, &meta));
+        let xattrs = match same {
+            Some(before) if self.ctime_tells && !task.node.racy => before.xattrs.clone(),
+            _ => match beneath::xattrs_fd(&dir) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    self.omit(&task.path(), "we may not read its extended attributes");
+                    Xattrs::new()
+                }
+                read => read.context("read the extended attributes of", &path)?,
+            },
         };
+        let same = same.filter(|before| before.xattrs == xattrs);
+        let mut changed = same.is_none();
+        let own = (same.map_or(meta, |before| before.meta), xattrs);
+        let items = before.map_or_else(Vec::new, |before| before.items);
         if found.immutable {
             self.omit(&task.path(), IMMUTABLE);
         }
@@ -452,20 +456,19 @@ impl<'a> Work for Walk<'a> {
                 changed |= record.is_none();
                 // The record is put in when the directory is left.
                 let body = Body::Dir(record.unwrap_or(NO_RECORD));
-                let meta = then.map_or(meta, |item| item.meta);
-                items.push(Item { name: name.clone(), meta, racy: false, xattrs: Xattrs::new(), body });
-                children.push((name, Node { before: record, index, state: Mutex::default() }));
+                let (meta, racy) = then.map_or((meta, true), |item| (item.meta, item.racy));
+                items.push(Item { name: name.clone(), meta, racy, xattrs: Xattrs::new(), body });
+                children.push((name, Node { before: record, racy, index, state: Mutex::default() }));
                 continue;
             }
             let same = then.as_ref().is_some_and(|item| unchanged(&item.meta, &meta));
-            let is_file = found.meta.kind == FileKind::File;
             let item = match then {
-                _ if found.mount_root && is_file => {
+                _ if found.mount_root && found.meta.kind == FileKind::File => {
                     self.omit(&task.path_of(&name), MOUNTED);
                     None
                 }
                 then if found.mount_root => Some(self.mount_point(task, &name, &found, then.as_ref())?),
-                Some(item) if same && (!is_file || self.ctime_tells && !item.racy || meta.size == 0) => {
+                Some(item) if same && self.ctime_tells && !item.racy => {
                     self.note_what_is_not_kept(task, &name, &found, &item.xattrs);
                     items.push(item);
                     continue;
@@ -520,6 +523,7 @@ impl<'a> Work for Walk<'a> {
                 let mut above = lock(&parent.node.state);
                 above.changed |= task.node.before != Some(record);
                 let item = &mut above.items[task.node.index];
+                item.racy = self.racy(&meta);
                 item.meta = meta;
                 item.body = Body::Dir(record);
             }

@@ -49,7 +49,6 @@ impl Fixture for In {
             acls: true,
             ownership: is_root(),
             mountable: false,
-            coalesces: false,
             verifies_contents: true,
             live: Consistency::Fuzzy,
         }

@@ -12,8 +12,6 @@ pub(super) fn reserve_is_new(site: &mut Site<'_>) -> Verdict {
     let mut live = site.volume("volume")?;
     live.apply(&samples::small())?;
     let first = site.snapshot(&live)?;
-    // Something changes, so that a store that coalesces has to find a new place too.
-    live.apply(&samples::small_changed())?;
     for _ in 0..20 {
         let at = site.store.reserve(Source::Volume(&live.volume), &site.known)?;
         ensure!(site.known.insert(at.clone()), "{at} is in `known`");

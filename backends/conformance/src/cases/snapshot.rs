@@ -125,10 +125,14 @@ pub(super) fn snapshot_has_fresh_writes(site: &mut Site<'_>) -> Verdict {
     let open = names.map(|name| live.model.live().open_file(name.as_bytes()));
     let [overwritten, stored, appended] = open;
     let (overwritten, stored, appended) = (overwritten?, stored?, appended?);
+    live.apply(&[Op::Create(path("empty")), Op::MakeDir(path("dir")), Op::Symlink(path("link"), path("0"))])?;
     for round in 0..10_u64 {
         let at = site.reserve(Source::Volume(&live.volume))?;
         if round % 2 == 0 {
+            // Twice in so short a time that both may get the same time stamp.
+            live.apply(&attributes_only(site, b"before"))?;
             site.store.prime(&live.volume, &at).during("prime")?;
+            live.apply(&attributes_only(site, b"beyond"))?;
         }
         let number = round.to_le_bytes();
         overwritten.write_all_at(&number, 0)?;
@@ -144,6 +148,17 @@ pub(super) fn snapshot_has_fresh_writes(site: &mut Site<'_>) -> Verdict {
         ensure!(size == Some(20_008 + 8 * round), "round {round}: what was appended is not there: {size:?}");
     }
     Ok(())
+}
+
+/// Changes to `empty`, `dir`, `link` and the root that move nothing but the time of change.
+fn attributes_only(site: &Site<'_>, value: &[u8; 6]) -> Vec<Op> {
+    let path = |text: &str| text.as_bytes().to_vec();
+    let mut ops = vec![Op::Remove(path("link")), Op::Symlink(path("link"), value.to_vec())];
+    if site.capabilities().xattrs {
+        let set = |path| Op::SetXattr(path, "user.fresh".into(), value.to_vec());
+        ops.extend([path("empty"), path("dir"), path("")].map(set));
+    }
+    ops
 }
 
 pub(super) fn snapshot_is_independent(site: &mut Site<'_>) -> Verdict {

@@ -33,7 +33,6 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     acls: true,
     ownership: true,
     mountable: true,
-    coalesces: false,
     verifies_contents: true,
     live: Consistency::Fuzzy,
 };
