@@ -12,6 +12,7 @@ mod containers;
 mod demo;
 mod generic;
 mod hook;
+mod hostile;
 mod identity;
 mod killed;
 mod oracle;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
+        ("hostile", hostile::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
         ("tour", tour::CASES),
