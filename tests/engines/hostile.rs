@@ -12,7 +12,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::Case;
 use crate::hook::{says, untouched};
-use crate::site::{Site, Volume, create_subvolume, end, id_in, said};
+use crate::site::{Site, Volume, create_subvolume, end, said};
 
 pub(crate) const CASES: &[Case] = &[
     ("files_are_planted_while_the_hook_writes", files_are_planted_while_the_hook_writes),
@@ -192,7 +192,7 @@ fn a_record_that_lies() {
     site.holds_nothing_but(2);
 }
 
-/// Whoever owns the directory above exchanges a volume with another tree while it is dumped: a checkpoint has the volume's files, or there is none.
+/// Whoever owns the directory above exchanges a volume with another tree while it is taken: a checkpoint has the volume's files, or there is none.
 fn a_root_that_is_exchanged_all_the_time() {
     for kind in [Volume::Btrfs, Volume::Rsync] {
         let site = Site::new(&[kind]);
@@ -205,29 +205,35 @@ fn a_root_that_is_exchanged_all_the_time() {
         fs::write(volume.join("right"), "").unwrap();
         fs::write(decoy.join("wrong"), "").unwrap();
         symlink("/", decoy.join("link")).unwrap();
-        let oracle = site.small_oracle();
-        for _ in 0..8 {
+        let script = "exec 3>>log; echo ready; while sleep 0.01; do echo more >&3; done";
+        let mut writer = Command::new("setsid");
+        writer.args(["sh", "-c", script]).current_dir(&volume).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut writer = Attacker(writer.spawn().unwrap());
+        std::io::Read::read_exact(writer.0.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
+        let pid = writer.0.id().to_string();
+        for round in 0..20 {
             let exchanger = Exchanger::start(&volume, &decoy);
-            let images = site.images();
-            let dumped = site.dump(oracle.pid, &images, &site.hook()).is_ok();
+            let taken = site.command(["checkpoint", "--pid", &pid, "v0"]).output().unwrap();
             exchanger.stop();
-            if !dumped {
-                continue;
+            assert!(matches!(taken.status.code(), Some(0 | 1)), "{}", said(&taken));
+            site.holds_nothing_but(usize::from(taken.status.success()));
+            if taken.status.success() {
+                let id = String::from_utf8(taken.stdout).unwrap().trim().to_owned();
+                has_the_right_files(&site, &id, &format!("look-{round}"));
             }
-            // Where the volume was not to be found at first, the processes could write to none.
-            let Ok(true) = fs::exists(images.join("fsnap.json")) else { continue };
-            let id = id_in(&images);
-            site.ok(["branch", &id, "look"]);
-            let branch = crate::runs::branch_path(&site, "look", 0);
-            assert!(branch.join("right").exists() && !branch.join("wrong").exists(), "{kind:?}");
-            site.ok(["rm", "--branch", "look"]);
-            site.ok(["rm", &id]);
         }
-        oracle.goes_on();
-        let (id, _) = site.checkpoint(oracle.pid);
-        assert_eq!(site.ids(), [id]);
-        site.holds_nothing_but(1);
+        let id = site.ok(["checkpoint", "--pid", &pid, "v0"]);
+        has_the_right_files(&site, &id, "last");
     }
+}
+
+/// The checkpoint has the volume's files; it is removed.
+fn has_the_right_files(site: &Site, id: &str, branch: &str) {
+    site.ok(["branch", id, branch]);
+    let files = crate::runs::branch_path(site, branch, 0);
+    assert!(files.join("right").exists() && !files.join("wrong").exists(), "{files:?}");
+    site.ok(["rm", "--branch", branch]);
+    site.ok(["rm", id]);
 }
 
 /// A thread that exchanges two paths; an even number of times, in the end.
