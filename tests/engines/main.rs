@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         }
     }
     // What the process that stands by does not do, the hook does by itself.
-    for &(name, case) in hook::CASES.iter().chain(killed::CASES) {
+    for &(name, case) in hook::CASES.iter().chain(killed::CASES).chain(&unlinked::CASES[..1]) {
         trials.push(Trial::test(format!("unattended::{name}"), move || {
             site::unattended(case);
             Ok(())
