@@ -33,3 +33,4 @@ page!(fuse_costs, "fuse-costs.md");
 page!(layers, "layers.md");
 page!(semantics, "semantics.md");
 page!(runs, "runs.md");
+page!(containers, "containers.md");

@@ -4,6 +4,7 @@
 //! turns its environment into a phase, and its images into what fsnap must know of them. An image directory may have been made by
 //! anybody: nothing in it is followed, trusted or read without a limit.
 
+pub mod bundle;
 mod confine;
 pub mod criu;
 pub mod drop_in;
@@ -145,6 +146,14 @@ pub enum Error {
         program: PathBuf,
         /// What went wrong.
         source: io::Error,
+    },
+    /// The bundle of a container cannot be used.
+    #[error("cannot use the bundle in {dir:?}: {reason}")]
+    Bundle {
+        /// The directory.
+        dir: PathBuf,
+        /// Why not.
+        reason: String,
     },
     /// A directory that the restore needs would be covered by a mount of it.
     #[error("{hidden:?} would be hidden by what is mounted on {by:?}: move it out of the volume")]

@@ -15,6 +15,7 @@ use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
+use super::failure::say;
 use super::{Context, Failure, Outcome, Output, environment, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
@@ -151,7 +152,6 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
             args.rules.are_given(),
             "what is done about what lies outside a run is set by the settings, or by FSNAP_OUTSIDE",
         ),
-        (!args.message.is_empty(), "the engine's checkpoints have no message: give it a tag"),
     ] {
         if given {
             return Err(Failure::Usage(flag.to_owned()));
@@ -176,6 +176,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         external: &external,
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
+        message: &args.message,
         stores: &context.config.stores(),
     }
     .take();
@@ -184,6 +185,12 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     let (id, coordinator) = (taken?, coordinator?);
     let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
     let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
+    if !environment::is_root() {
+        say(
+            "warning",
+            "its files can be branched; its processes cannot be restored without root, for CRIU refuses that",
+        );
+    }
     for tag in &args.tags {
         coordinator.tag(tag, &id)?;
     }

@@ -165,7 +165,8 @@ fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-fn is_root() -> bool {
+/// Whether this process has root's rights on the machine.
+pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -242,6 +243,19 @@ pub(crate) fn volumes(config: &Config) -> Vec<String> {
         }
         _ => config.hook.volumes.iter().map(ToString::to_string).collect(),
     }
+}
+
+/// Names the image directory of a dump that the caller of the engine takes snapshots for: the hook has no part in it.
+pub(crate) const OUTER: &str = "FSNAP_OUTER_IMAGES";
+
+/// Whether that is so for these images.
+pub(crate) fn is_outer(images: &Path) -> bool {
+    variable(OUTER).is_some_and(|outer| outer == images)
+}
+
+/// What hooks are told to say of a checkpoint: `FSNAP_MESSAGE`.
+pub(crate) fn message() -> String {
+    std::env::var_os("FSNAP_MESSAGE").unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// What hooks do about what lies outside: the configuration's rules, with the policy of `FSNAP_OUTSIDE`.

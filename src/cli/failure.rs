@@ -2,8 +2,10 @@
 
 use std::io::Write;
 
-use fsnap::{Error, catalog};
+use fsnap::{Error, catalog, engine};
 use fsnap_backend::ErrorKind;
+
+use super::environment::is_root;
 
 /// How a command ends.
 pub(crate) type Outcome = Result<(), Failure>;
@@ -113,6 +115,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
+        Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
+            "CRIU restores processes for root only; `fsnap branch CKPT` gives you their files"
+        }
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
@@ -124,7 +129,12 @@ fn hint(error: &Error) -> Option<String> {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
         Error::Catalog(catalog::Error::Database { .. }) => "`fsnap recover` finishes or undoes what was begun",
-        Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
+        Error::Unsealed { .. } => {
+            "`fsnap recover` seals it, or tells why it cannot; or let the engine write to another directory"
+        }
+        Error::Catalog(catalog::Error::Locked { .. } | catalog::Error::InHand { .. }) => {
+            "try again when the other command is done"
+        }
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",

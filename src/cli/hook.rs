@@ -30,8 +30,8 @@ enum Engine {
     /// CRIU's action script, which is told everything by the environment (CRTOOLS_*)
     ///
     /// FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found from the
-    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An action that needs
-    /// nothing done succeeds.
+    /// processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. FSNAP_MESSAGE is what to say
+    /// of the checkpoint. An action that needs nothing done succeeds.
     Criu,
     Generic(generic::Args),
 }
@@ -46,6 +46,9 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
     let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    if environment::is_outer(call.images.path()) {
+        return Ok(());
+    }
     match call.phase {
         Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => take(&Context::for_hook()?, &call),
@@ -60,7 +63,17 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
     attendant::dismiss(&context.state, &images);
-    if let Some(begun) = coordinator.begun_in(&images)? {
+    let mut begun = coordinator.begun_in(&images)?;
+    if begun.as_ref().is_some_and(Begun::may_be_taken) {
+        // An earlier dump's, with which somebody was busy a moment ago. To go on with it would call its snapshots this dump's.
+        drop(begun);
+        environment::tell(&coordinator.recover()?);
+        begun = coordinator.begun_in(&images)?;
+        if begun.as_ref().is_some_and(Begun::may_be_taken) {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
+    }
+    if let Some(begun) = begun {
         // Called twice for one dump: once more ahead.
         coordinator.prime(&begun, Some(&Tree::of_pid(pid)?))?;
         return leave(context, &coordinator, begun, call);
@@ -78,6 +91,7 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     coordinator.refuse_outside(&tree, &targets, &audit)?;
     let begun = coordinator.begin(Request {
         targets,
+        message: environment::message(),
         engine: Some(images),
         owner: Some(call.engine()?),
         tree: Some(ProcessId::of(pid)?),
@@ -140,6 +154,10 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     };
     let id = window.pending().id;
     if window.taken().is_some() {
+        let (mine, pending) = ((ProcessId::of(pid).ok(), call.engine().ok()), window.pending());
+        if (pending.tree, pending.owner) != mine {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
         say_id(call, id);
         return Ok(());
     }

@@ -57,7 +57,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         let changes = match args.uninstall {
             true => drop_in::uninstall(&args.root, caller),
             false => {
-                check(caller)?;
+                check(caller, args.caller)?;
                 let program = std::env::current_exe().map_err(failed("find", Path::new("this program")))?;
                 drop_in::install(&args.root, caller, &program)
             }
@@ -85,9 +85,13 @@ fn told(change: &Change) -> String {
 }
 
 /// Makes sure that this caller's CRIU can have a hook.
-fn check(caller: Caller) -> Result<(), Failure> {
+fn check(caller: Caller, named: Name) -> Result<(), Failure> {
     if caller == Caller::Crun && !said_by("crun", &["--version"])?.contains("+CRIU") {
-        return Err(cannot("this crun was built without CRIU, and can save no container".into()));
+        let instead = match named {
+            Name::Podman => "`runtime = \"runc\"` under [engine] in containers.conf makes podman use runc",
+            _ => "use runc",
+        };
+        return Err(cannot(format!("this crun was built without CRIU, and can save no container: {instead}")));
     }
     if caller == Caller::Runc {
         said_by("runc", &["--version"])?;

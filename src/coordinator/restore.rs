@@ -54,16 +54,21 @@ impl Coordinator {
     /// removed.
     pub fn restore(&self, request: &RestoreRequest<'_>) -> Result<(Branch, Restored)> {
         let checkpoint = request.checkpoint;
-        let Some(engine) = &checkpoint.engine else { return Err(Error::NoProcessImage { id: checkpoint.id }) };
-        if engine.name != criu::NAME {
-            return Err(engine::Error::Unknown { name: engine.name.clone() }.into());
-        }
-        let images = open_images(checkpoint.id, &engine.images)?;
+        let images = self.images_of(checkpoint)?;
         let branch = self.branch(checkpoint, request.branch)?;
         match self.restore_onto(request, &branch, &images) {
             Ok(restored) => Ok((branch, restored)),
             Err(error) => Err(error.and_undo(self.remove_branch(&branch.name))),
         }
+    }
+
+    /// The images of a checkpoint, if they are still its own, and of an engine that fsnap can restore with.
+    pub fn images_of(&self, checkpoint: &Checkpoint) -> Result<Images> {
+        let Some(engine) = &checkpoint.engine else { return Err(Error::NoProcessImage { id: checkpoint.id }) };
+        if engine.name != criu::NAME {
+            return Err(engine::Error::Unknown { name: engine.name.clone() }.into());
+        }
+        open_images(checkpoint.id, &engine.images)
     }
 
     fn restore_onto(&self, request: &RestoreRequest<'_>, branch: &Branch, images: &Images) -> Result<Restored> {

@@ -177,10 +177,18 @@ impl Images {
     ///
     /// It is not forced to the disk, since processes stand frozen meanwhile; the catalog has all of it.
     pub fn write_record(&self, record: &ImageRecord) -> Result<()> {
-        let refuse = |reason: String| Error::ImageFile { dir: self.path.clone(), file: RECORD_NAME, reason };
-        let mut content = serde_json::to_vec_pretty(record).map_err(|error| refuse(error.to_string()))?;
+        let reason = |error: serde_json::Error| error.to_string();
+        let refuse = |reason| Error::ImageFile { dir: self.path.clone(), file: RECORD_NAME, reason };
+        let mut content = serde_json::to_vec_pretty(record).map_err(reason).map_err(refuse)?;
         content.push(b'\n');
-        self.replace(RECORD_NAME, &content).map_err(|error| refuse(error.to_string()))
+        self.write(RECORD_NAME, &content)
+    }
+
+    /// Writes a file of fsnap's beside the engine's: the whole of it, or nothing.
+    pub fn write(&self, name: &'static str, content: &[u8]) -> Result<()> {
+        let refuse =
+            |error: io::Error| Error::ImageFile { dir: self.path.clone(), file: name, reason: error.to_string() };
+        self.replace(name, content).map_err(refuse)
     }
 
     fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
@@ -199,25 +207,18 @@ impl Images {
         written
     }
 
-    /// Writes what the generic hook answers: the whole of it, or nothing.
-    pub fn write_answer(&self, answer: &[u8]) -> Result<()> {
-        let refuse = |error: io::Error| Error::ImageFile {
-            dir: self.path.clone(),
-            file: ANSWER_NAME,
-            reason: error.to_string(),
-        };
-        self.replace(ANSWER_NAME, answer).map_err(refuse)
-    }
-
     /// Removes fsnap's record, if there is one: its checkpoint was undone.
     pub fn remove_record(&self) -> Result<()> {
-        match rustix::fs::unlinkat(&self.dir, RECORD_NAME, AtFlags::empty()) {
+        self.remove(RECORD_NAME)
+    }
+
+    /// Removes a file of fsnap's, if there is one.
+    pub fn remove(&self, name: &'static str) -> Result<()> {
+        match rustix::fs::unlinkat(&self.dir, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
-            Err(error) => Err(Error::ImageFile {
-                dir: self.path.clone(),
-                file: RECORD_NAME,
-                reason: io::Error::from(error).to_string(),
-            }),
+            Err(error) => {
+                Err(Error::ImageFile { dir: self.path.clone(), file: name, reason: io::Error::from(error).to_string() })
+            }
         }
     }
 }

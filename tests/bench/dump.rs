@@ -176,7 +176,7 @@ fn dump(site: &Site, criu: &Path, pid: u32, mebibytes: usize, hook: Option<&str>
 /// Field 2 (`frozen_time`, microseconds) of the message in CRIU's `stats-dump` ([protocol buffers' wire format]).
 ///
 /// [protocol buffers' wire format]: https://protobuf.dev/programming-guides/encoding/
-fn frozen_time(images: &Path) -> Result<Duration, Failure> {
+pub fn frozen_time(images: &Path) -> Result<Duration, Failure> {
     // Two magic numbers, the length, and then the outer message, whose field 1 is the inner one.
     let bytes = fs::read(images.join("stats-dump"))?;
     let mut rest = bytes.get(12..).ok_or("stats-dump is too short")?;

@@ -339,7 +339,7 @@ fn wrong_usage_is_told_from_failure() {
     !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's
     !  own state
     !  install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
-    !  engine  Call a container runtime that cannot call fsnap
+    !  engine  Save a container from outside, or restore it as a second one on a branch
     !  hook  Be called by a checkpoint engine
     !  completions  Print the completion script for a shell
     !  man  Print the manual page, or write the pages of all commands into a directory

@@ -58,7 +58,7 @@ fn all() {
       doctor         Tell what this machine can do, and why not: every backend, every engine, fsnap's
                      own state
       install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
-      engine         Call a container runtime that cannot call fsnap
+      engine         Save a container from outside, or restore it as a second one on a branch
       hook           Be called by a checkpoint engine
       criu-args      Print what CRIU is to be told when it dumps a process: one argument a line
       completions    Print the completion script for a shell
@@ -623,8 +623,8 @@ fn hook_criu() {
     CRIU's action script, which is told everything by the environment (CRTOOLS_*)
 
     FSNAP_VOLUMES, names separated by commas, sets the volumes of the checkpoint; else they are found
-    from the processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else. An
-    action that needs nothing done succeeds.
+    from the processes. FSNAP_OUTSIDE=refuse makes the dump fail if they can write to anything else.
+    FSNAP_MESSAGE is what to say of the checkpoint. An action that needs nothing done succeeds.
 
     Usage: fsnap hook criu
 

@@ -139,30 +139,51 @@ fn install_hooks() {
 }
 
 #[test]
+fn engine() {
+    assert_snapshot!(help("engine"), @"
+    Save a container from outside, or restore it as a second one on a branch
+
+    Usage: fsnap engine <COMMAND>
+
+    Commands:
+      runc  The container runtime runc
+      crun  The container runtime crun
+      help  Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help  Print help
+    ");
+}
+
+#[test]
 fn engine_runc_checkpoint() {
     assert_snapshot!(help("engine runc checkpoint"), @"
     Save a container, its processes and its volumes, at one instant, and let it run on
 
-    For a CRIU that runc may not give hooks (`fsnap install-hooks` tells). fsnap freezes the container's
-    control group, lets runc save the processes, takes the snapshots, and thaws it: it stands still for
-    all of that. Prints the new checkpoint's id.
+    For a CRIU that container runtimes may not give hooks (`fsnap install-hooks` tells). fsnap freezes
+    the container's control group, has the runtime save the processes, takes the snapshots, and thaws
+    it: it stands still for all of that. A hook that is installed keeps still. Prints the new
+    checkpoint's id.
 
-    Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNC ARGS>...]
+    Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNTIME ARGS>...]
 
     Arguments:
       <CONTAINER>
               The container
 
-      [RUNC ARGS]...
-              Further arguments for runc's checkpoint, after --
+      [RUNTIME ARGS]...
+              Further arguments for the runtime's checkpoint, after --
 
     Options:
           --image-path <DIR>
               Where the process image goes: a directory that is empty or missing, outside of every
               volume
 
+      -m, --message <MESSAGE>
+              What to say of it
+
           --root <DIR>
-              Where runc keeps the state of its containers
+              Where the runtime keeps the state of its containers
 
           --deadline <SECONDS>
               Give up, and let the container run, if it does not stand after so many seconds
@@ -195,6 +216,43 @@ fn criu_args() {
               The process, with all its descendants
 
     Options:
+      -h, --help
+              Print help (see a summary with '-h')
+    ");
+}
+
+#[test]
+fn engine_runc_restore() {
+    assert_snapshot!(help("engine runc restore"), @"
+    Restore a container's checkpoint as a second container, on a new branch, beside the first
+
+    The branch gets the container's name. The new container's configuration is the first one's, with the
+    branch's directories where the first one's lie in a volume; it is in `bundles` of the state
+    directory, beside a log of what the container says to a pipe.
+
+    Usage: fsnap engine runc restore [OPTIONS] --name <NAME> <CKPT> [-- <RUNTIME ARGS>...]
+
+    Arguments:
+      <CKPT>
+              The checkpoint: an id, a prefix of one, a tag, @latest, or X~N
+
+      [RUNTIME ARGS]...
+              Further arguments for the runtime's restore, after --
+
+    Options:
+          --name <NAME>
+              The name of the new container, and of its branch
+
+          --bundle <DIR>
+              The first container's bundle; needed where the checkpoint was not taken by `fsnap engine`,
+              which keeps its configuration
+
+          --root <DIR>
+              Where the runtime keeps the state of its containers
+
+          --json
+              Print a JSON object
+
       -h, --help
               Print help (see a summary with '-h')
     ");

@@ -210,7 +210,11 @@ fn every_command_has_a_manual_page() {
     fsnap-criu-args.1
     fsnap-diff.1
     fsnap-doctor.1
+    fsnap-engine-crun-checkpoint.1
+    fsnap-engine-crun-restore.1
+    fsnap-engine-crun.1
     fsnap-engine-runc-checkpoint.1
+    fsnap-engine-runc-restore.1
     fsnap-engine-runc.1
     fsnap-engine.1
     fsnap-hook-criu.1

@@ -1,4 +1,6 @@
 //! Containers: what is installed by `fsnap install-hooks` is called by the real runc, and a second container stands beside the first.
+//!
+//! What is changed in /etc and /usr/libexec is laid over the machine's own, and seen in the sandbox only.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +17,7 @@ use crate::site::{Site, Volume, run, said, wait_until};
 /// What is installed is there for all containers of the sandbox.
 static ALONE: Mutex<()> = Mutex::new(());
 
-fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -28,12 +30,8 @@ pub(crate) const CASES: &[Needy] = &[
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
 ];
 
-fn is_installed(program: &str) -> bool {
-    Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
-}
-
 /// Makes changes to `dir` visible to this sandbox only.
-fn lay_over(site: &Site, dir: &str) {
+pub(crate) fn lay_over(site: &Site, dir: &str) {
     let name = dir.replace('/', "-");
     let (upper, work) = (site.path(&format!("upper{name}")), site.path(&format!("work{name}")));
     fs::create_dir(&upper).unwrap();
@@ -68,6 +66,12 @@ impl Runc<'_> {
         command
     }
 
+    /// The first process of a container.
+    fn pid(&self, name: &str) -> Value {
+        let output = self.command().args(["state", name]).stdout(Stdio::piped()).output().unwrap();
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["pid"].clone()
+    }
+
     fn ok(&self, args: &[&str]) {
         // A container inherits these files, and may have none from outside.
         let status = self.command().args(args).stderr(Stdio::null()).status().unwrap();
@@ -97,8 +101,8 @@ impl Runc<'_> {
 }
 
 /// Makes a root file system that counts.
-fn populate(root: &Path) {
-    for dir in ["bin", "proc", "dev", "sys", "data"] {
+pub(crate) fn populate(root: &Path) {
+    for dir in ["bin", "proc", "dev", "sys", "data", "etc", "run", "tmp", "vol"] {
         fs::create_dir(root.join(dir)).unwrap();
     }
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
@@ -107,21 +111,27 @@ fn populate(root: &Path) {
     }
 }
 
-fn number(file: &Path) -> u64 {
+pub(crate) fn number(file: &Path) -> u64 {
     fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }
 
-fn counts_on(root: &Path, data: &Path) {
-    for dir in [root, data] {
+/// Waits until a container has counted on in each of its directories.
+pub(crate) fn counts_on(dirs: &[&Path]) {
+    for dir in dirs {
         let before = number(&dir.join("number"));
         wait_until(&format!("the next number in {dir:?}"), || number(&dir.join("number")) > before);
     }
 }
 
+/// The numbers in directories that a container writes in this order, which must be of one instant; the smallest.
+pub(crate) fn of_one_instant(dirs: &[&Path]) -> u64 {
+    let numbers: Vec<u64> = dirs.iter().map(|dir| number(&dir.join("number"))).collect();
+    let (first, last) = (numbers[0], numbers[numbers.len() - 1]);
+    assert!(numbers.is_sorted_by(|a, b| a >= b) && first <= last + 1, "{numbers:?}");
+    last
+}
+
 fn a_container_of_runc_gets_a_twin() -> Completion {
-    if !is_installed("runc") {
-        return Completion::ignored_with("runc is not installed");
-    }
     let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
     for dir in ["/etc", "/usr/libexec"] {
@@ -134,15 +144,16 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     populate(&root);
     let first = format!("fsnap-test-{}-first", std::process::id());
     let second = format!("fsnap-test-{}-second", std::process::id());
+    let third = format!("fsnap-test-{}-third-of-hooks", std::process::id());
     let bundle = runc.bundle("first", &root, &data);
-    runc.names.extend([first.clone(), second.clone()]);
+    runc.names.extend([first.clone(), second.clone(), third.clone()]);
     runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
-    counts_on(&root, &data);
+    counts_on(&[&root, &data]);
     let (images, work) = (site.images(), site.path("work"));
     let (images, work) = (images.to_str().unwrap(), work.to_str().unwrap());
     let places = ["--image-path", images, "--work-path", work];
     runc.ok(&[&["checkpoint", "--leave-running"], &places[..], &[&first]].concat());
-    counts_on(&root, &data);
+    counts_on(&[&root, &data]);
     // The root file system and the bind mount are of one instant.
     let checkpoint = site.json(["show", "--json", "@latest"]);
     let members = checkpoint["members"].as_array().unwrap();
@@ -150,12 +161,16 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     assert!(members.iter().all(|member| member["consistency"] == "point-in-time"), "{checkpoint}");
     site.ok(["branch", "@latest", "twin"]);
     let (twin_root, twin_data) = (branch_path(&site, "twin", 0), branch_path(&site, "twin", 1));
-    let (in_root, in_data) = (number(&twin_root.join("number")), number(&twin_data.join("number")));
-    assert!(in_root == in_data || in_root == in_data + 1, "{in_root} and {in_data}");
+    of_one_instant(&[&twin_root, &twin_data]);
     let bundle = runc.bundle("second", &twin_root, &twin_data);
     runc.ok(&[&["restore", "--detach", "--bundle", bundle.to_str().unwrap()], &places[..], &[&second]].concat());
-    counts_on(&twin_root, &twin_data);
-    counts_on(&root, &data);
+    counts_on(&[&twin_root, &twin_data]);
+    counts_on(&[&root, &data]);
+    // The same in one step.
+    let (state, bundle) = (site.path("runc").display().to_string(), site.path("first").display().to_string());
+    site.ok(["engine", "runc", "restore", "@latest", "--root", &state, "--bundle", &bundle, "--name", &third]);
+    counts_on(&[&branch_path(&site, &third, 0), &branch_path(&site, &third, 1)]);
+    counts_on(&[&root, &data]);
     // A hook that fails fails the checkpoint, and the container runs on.
     let mut command = runc.command();
     let again = site.images();
@@ -167,50 +182,74 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
         .arg(&first);
     let failed = command.env("FSNAP_FAILPOINT", "hook:frozen=kill").output().unwrap();
     assert!(!failed.status.success(), "{}", said(&failed));
-    counts_on(&root, &data);
+    counts_on(&[&root, &data]);
     site.ok(["install-hooks", "runc", "--uninstall"]);
     assert!(!Path::new("/etc/criu/runc.conf").exists());
     Completion::Completed
 }
 
 fn a_container_whose_criu_has_no_hook() -> Completion {
-    if !is_installed("runc") {
-        return Completion::ignored_with("runc is not installed");
-    }
     let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
+    for dir in ["/etc", "/usr/libexec"] {
+        lay_over(&site, dir);
+    }
     let mut runc = Runc { site: &site, names: Vec::new() };
     let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
     populate(&root);
-    let first = format!("fsnap-test-{}-outer", std::process::id());
-    let second = format!("fsnap-test-{}-twin", std::process::id());
+    let [first, second, third] =
+        ["outer", "twin", "third"].map(|name| format!("fsnap-test-{}-{name}", std::process::id()));
     let bundle = runc.bundle("first", &root, &data);
-    runc.names.extend([first.clone(), second.clone()]);
+    runc.names.extend([first.clone(), second.clone(), third.clone()]);
     runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
-    counts_on(&root, &data);
+    counts_on(&[&root, &data]);
     let (images, state) = (site.new_path("outer").display().to_string(), site.path("runc").display().to_string());
     let begin = ["engine", "runc", "checkpoint", "--root", &state, "--image-path", &images];
-    let id = site.ok([&begin[..], &[&first]].concat());
-    counts_on(&root, &data);
+    let id = site.ok([&begin[..], &["-m", "from outside", &first]].concat());
+    counts_on(&[&root, &data]);
     site.holds_nothing_but(1);
     let checkpoint = site.json(["show", "--json", &id]);
     let classes = checkpoint["members"].as_array().unwrap().iter().map(|member| member["consistency"].clone());
     assert_eq!(classes.collect::<Vec<_>>(), ["point-in-time"; 2], "{checkpoint}");
-    site.ok(["branch", &id, "twin"]);
-    let (twin_root, twin_data) = (branch_path(&site, "twin", 0), branch_path(&site, "twin", 1));
-    let (in_root, in_data) = (number(&twin_root.join("number")), number(&twin_data.join("number")));
-    assert!(in_root == in_data || in_root == in_data + 1, "{in_root} and {in_data}");
-    let bundle = runc.bundle("second", &twin_root, &twin_data);
-    runc.ok(&["restore", "--detach", "--bundle", bundle.to_str().unwrap(), "--image-path", &images, &second]);
-    counts_on(&twin_root, &twin_data);
+    assert_eq!(checkpoint["message"], "from outside");
+    // A second container stands beside the first, on its own branch, and a third beside both.
+    fs::remove_dir_all(bundle).unwrap();
+    let restore = ["engine", "runc", "restore", "--root", &state, &id, "--name"];
+    let mut twins = Vec::new();
+    for name in [&second, &third] {
+        let told = site.json([&restore[..], &[name, "--json"]].concat());
+        assert_eq!((&told["name"], &told["container"]), (&name.as_str().into(), &name.as_str().into()), "{told}");
+        assert_eq!(runc.pid(name), told["pid"], "{told}");
+        let [twin_root, twin_data] = [0, 1].map(|index| branch_path(&site, name, index));
+        counts_on(&[&twin_root, &twin_data]);
+        twins.push((twin_root, twin_data));
+    }
+    for (root, data) in twins.iter().chain([&(root.clone(), data.clone())]) {
+        counts_on(&[root, data]);
+    }
+    // With hooks as well, one of both takes the snapshots.
+    site.ok(["install-hooks", "runc"]);
+    let images = site.new_path("hooked").display().to_string();
+    let hooked = site.ok(["engine", "runc", "checkpoint", "--root", &state, "--image-path", &images, &second]);
+    site.holds_nothing_but(2);
+    assert_eq!(site.json(["show", "--json", &hooked])["branch"], second.as_str());
     // What runc cannot do undoes everything, and nothing stays frozen.
-    let failed = site.command([&begin[..], &["no-such-container"]].concat()).output();
-    let failed = failed.unwrap();
-    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
-    let failed = site.command([&begin[..], &[&first, "--", "--no-such-option"]].concat()).output().unwrap();
-    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
-    counts_on(&root, &data);
-    site.holds_nothing_but(1);
+    let fails = |args: &[&[&str]], says: &str| {
+        let failed = site.command(args.concat()).output().unwrap();
+        assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+        assert!(said(&failed).contains(says), "{}", said(&failed));
+    };
+    let other = site.new_path("other").display().to_string();
+    let again = ["engine", "runc", "checkpoint", "--root", &state, "--image-path", &other];
+    fails(&[&again, &["no-such-container"]], "does not exist");
+    fails(&[&again, &[&first, "--", "--no-such-option"]], "runc could not save the container");
+    fails(&[&restore, &[&second]], "exists already");
+    fails(&[&restore, &["fourth", "--", "--no-such-option"]], "runc could not restore the container");
+    fails(&[&restore, &["fourth", "--bundle", "/nowhere"]], "/nowhere");
+    counts_on(&[&root, &data]);
+    site.holds_nothing_but(2);
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 2);
+    assert_eq!(fs::read_dir(site.path("state/bundles")).unwrap().count(), 2);
     Completion::Completed
 }
 
@@ -219,7 +258,7 @@ fn a_crun_that_cannot_save_is_told() -> Completion {
     match version {
         Ok(version) if !String::from_utf8_lossy(&version.stdout).contains("+CRIU") => {}
         Ok(_) => return Completion::ignored_with("this crun was built with CRIU"),
-        Err(_) => return Completion::ignored_with("crun is not installed"),
+        Err(error) => panic!("crun: {error}: tests/support/setup.sh installs it"),
     }
     let site = Site::new(&[]);
     let root = site.path("root");
@@ -227,5 +266,10 @@ fn a_crun_that_cannot_save_is_told() -> Completion {
     assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
     assert!(said(&refused).contains("this crun was built without CRIU"), "{}", said(&refused));
     assert!(!root.exists());
+    let images = site.path("images");
+    let refused = site.command(["engine", "crun", "checkpoint", "any", "--image-path"]).arg(&images).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    assert!(said(&refused).contains("this crun was built without CRIU"), "{}", said(&refused));
+    assert!(!images.exists());
     Completion::Completed
 }

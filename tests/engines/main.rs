@@ -16,6 +16,9 @@ mod hostile;
 mod identity;
 mod killed;
 mod oracle;
+mod podman;
+#[path = "../support/postgresql.rs"]
+mod postgresql;
 mod runs;
 mod sandbox;
 mod site;
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         ("runs", runs::CASES),
         ("tour", tour::CASES),
         ("unlinked", unlinked::CASES),
+        ("podman", podman::CASES),
         ("demo", demo::CASES),
     ] {
         for &(name, case) in cases {

@@ -97,9 +97,11 @@ fn copies_go_on_side_by_side() {
     let running = Running(&site);
     running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
     running.says("one", "3");
-    let id = site.ok(["checkpoint", "one", "--tag", "saved"]);
+    let id = site.ok(["checkpoint", "one", "--tag", "saved", "-m", "while it counts"]);
     running.counts_on("one");
-    let member = &site.json(["show", "--json", "saved"])["members"];
+    let shown = site.json(["show", "--json", "saved"]);
+    assert_eq!(shown["message"], "while it counts");
+    let member = &shown["members"];
     assert_eq!(member.as_array().unwrap().len(), 2);
     for member in member.as_array().unwrap() {
         assert_eq!(member["consistency"], "point-in-time", "{member}");
@@ -433,10 +435,15 @@ fn without_privileges() {
     // Below /tmp it sees its volume, and nothing else.
     assert!(!ok(&["logs", "own"]).contains("secret"), "{}", ok(&["logs", "own"]));
     assert!(home.join("volume/file").exists() && !home.join("other").exists());
-    // CRIU may be able to save it, and lacks the rights to restore it: whatever fails is told, and harms nothing.
+    // CRIU may be able to save it, and lacks the rights to restore it: that is told, and harms nothing.
     let saved = fsnap(&["checkpoint", "own"]);
     let failed = match saved.status.success() {
-        true => fsnap(&["branch", "@latest", "copy", "--run"]),
+        true => {
+            assert!(said(&saved).contains("its processes cannot be restored without root"), "{}", said(&saved));
+            let failed = fsnap(&["branch", "@latest", "copy", "--run"]);
+            assert!(said(&failed).contains("CRIU restores processes for root only"), "{}", said(&failed));
+            failed
+        }
         false => saved,
     };
     assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));

@@ -6,77 +6,45 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::Case;
+use crate::postgresql::{Postgresql, save_by_criu_alone};
 use crate::runs::{Running, branch_path};
-use crate::site::{Site, Volume, run, said, wait_until};
+use crate::site::{Site, Volume, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("postgresql_is_copied_live", postgresql_is_copied_live),
     ("sqlite_and_an_unlinked_file_are_copied_live", sqlite_and_an_unlinked_file_are_copied_live),
 ];
 
-/// The directory of PostgreSQL's programs, as Debian installs them.
-fn postgresql() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL: tests/support/setup.sh installs it");
-    let mut versions: Vec<_> = versions.map(|entry| entry.unwrap().path().join("bin")).collect();
-    versions.sort();
-    versions.pop().expect("a version of PostgreSQL")
-}
-
 /// A server, in a volume, that a client writes to all the time.
 struct Server<'a> {
     site: &'a Site,
-    bin: PathBuf,
+    postgresql: Postgresql,
 }
 
 impl<'a> Server<'a> {
     fn start(site: &'a Site) -> Self {
-        let bin = postgresql();
-        let volume = &site.volumes[0];
-        for dir in ["data", "socket"] {
-            fs::create_dir(volume.join(dir)).unwrap();
-            run(Command::new("chown").arg("postgres:").arg(volume.join(dir)));
-        }
-        let programs = site.path("programs");
-        fs::create_dir(&programs).unwrap();
-        let user = as_postgres(&programs);
-        let mut initdb = Command::new(&user[0]);
-        initdb.args(&user[1..]).arg(bin.join("initdb")).args(["--no-sync", "--no-locale", "-A", "trust", "-D"]);
-        run(initdb.arg(volume.join("data")).current_dir("/"));
-        let settings = "listen_addresses=''\nshared_buffers=16MB\nmax_connections=20\n";
-        let settings = format!("{settings}unix_socket_directories='/tmp,{}'\n", volume.join("socket").display());
-        fs::write(volume.join("data/postgresql.auto.conf"), settings).unwrap();
-        let script = format!(
-            "cd {0}; PATH={1}:$PATH; postgres -D data & until pg_isready -qh /tmp; do sleep 0.05; done\n\
-             psql -qh /tmp -c 'create table entry (id bigserial primary key, at timestamptz default clock_timestamp())'\n\
-             echo 'insert into entry default values \\watch 0.002' | psql -qh /tmp >/dev/null",
-            volume.display(),
-            bin.display(),
-        );
-        let (programs, user) = (programs.display().to_string(), user.iter().map(String::as_str).collect::<Vec<_>>());
+        let (volume, programs) = (&site.volumes[0], site.path("programs"));
+        let postgresql = Postgresql::new(volume, &programs).unwrap();
+        let programs = programs.display().to_string();
+        let command = postgresql.command.iter().map(String::as_str).collect::<Vec<_>>();
         let begin = ["run", "--name", "server", "--volume", "v0", "--ro", &programs, "--"];
-        site.ok([&begin[..], &user, &["sh", "-c", &script]].concat());
-        let server = Self { site, bin };
+        site.ok([&begin[..], &command].concat());
+        let server = Self { site, postgresql };
         wait_until("the first rows", || server.ask(volume, "select count(*) from entry").is_some_and(|n| n.len() > 2));
         server
     }
 
     /// Asks the server whose files are there.
     fn ask(&self, files: &Path, sql: &str) -> Option<String> {
-        let mut psql = Command::new(self.bin.join("psql"));
-        psql.args(["-U", "postgres", "-qAt", "-h"]).arg(files.join("socket")).args(["-c", sql]);
-        let output = psql.stdin(Stdio::null()).output().unwrap();
-        output.status.success().then(|| String::from_utf8(output.stdout).unwrap().trim_end().to_owned())
+        self.postgresql.ask(files, sql).unwrap()
     }
 
     fn must(&self, files: &Path, sql: &str) -> String {
         self.ask(files, sql).unwrap_or_else(|| panic!("no answer to {sql:?} from {files:?}"))
     }
 
-    /// The longest time that the client waited between two rows after `id`, in milliseconds.
     fn longest_pause(&self, id: &str) -> f64 {
-        let gaps = format!("select at - lag(at) over (order by id) as gap from entry where id >= {id}");
-        let longest = format!("select extract(epoch from max(gap)) * 1000 from ({gaps}) as gaps");
-        self.must(&self.site.volumes[0], &longest).parse().unwrap()
+        self.postgresql.longest_pause(&self.site.volumes[0], id).unwrap()
     }
 
     /// What is in the rows up to `id`.
@@ -90,25 +58,6 @@ impl<'a> Server<'a> {
     fn last_id(&self, files: &Path) -> String {
         self.must(files, "select max(id) from entry")
     }
-}
-
-/// What makes the programs of PostgreSQL run, which refuse to be root.
-///
-/// They are the user `postgres`. To save another user's processes, CRIU needs `CAP_SYS_RESOURCE` (prlimit(2)); where a sandbox withholds it
-/// from root, they are root, and a library in the directory `programs` tells them that they are not.
-fn as_postgres(programs: &Path) -> Vec<String> {
-    let status = fs::read_to_string("/proc/self/status").unwrap();
-    let caps = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
-    if u64::from_str_radix(caps, 16).unwrap() & (1 << 24) != 0 {
-        return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"].map(str::to_owned).to_vec();
-    }
-    let id = Command::new("id").args(["-u", "postgres"]).output().unwrap();
-    let id = String::from_utf8(id.stdout).unwrap();
-    let (source, library) = (programs.join("postgres.c"), programs.join("postgres.so"));
-    let functions = ["getuid", "geteuid"].map(|name| format!("unsigned {name}(void) {{ return {}; }}\n", id.trim()));
-    fs::write(&source, functions.concat()).unwrap();
-    run(Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]));
-    vec!["env".into(), format!("LD_PRELOAD={}", library.display())]
 }
 
 fn postgresql_is_copied_live() {
@@ -189,17 +138,9 @@ fn pauses(site: &Site, server: &Server<'_>) {
 /// Saves the server as a checkpoint does, without fsnap.
 fn by_criu_alone(site: &Site) {
     let runs = site.json(["ps", "--json"]);
-    let (pid, init) = (runs[0]["pid"].to_string(), runs[0]["init"].to_string());
+    let pid = |of: &str| runs[0][of].as_i64().unwrap();
     let images = site.images();
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let inner = status.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last()).unwrap();
-    let script = r#"exec 7<"$1"; exec nsenter -t "$2" -m -p "$3" dump -R --file-locks --link-remap --ghost-limit 1073741824 \
-        -o dump.log -D /proc/self/fd/7 -t "$4""#;
-    let mut command = Command::new("sh");
-    command.args(["-c", script, "sh"]).arg(&images).arg(&init);
-    command.arg(fsnap_oracle::criu::Criu::find().program()).arg(inner);
-    let output = command.stdin(Stdio::null()).output().unwrap();
-    assert!(output.status.success(), "{}", said(&output));
+    save_by_criu_alone(fsnap_oracle::criu::Criu::find().program(), (pid("init"), pid("pid")), &images).unwrap();
     fs::remove_dir_all(images).unwrap();
 }
 
