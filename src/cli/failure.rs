@@ -126,7 +126,12 @@ fn hint(error: &Error) -> Option<String> {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
         Error::Catalog(catalog::Error::Database { .. }) => "`fsnap recover` finishes or undoes what was begun",
-        Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
+        Error::Unsealed { .. } => {
+            "`fsnap recover` seals it, or tells why it cannot; or let the engine write to another directory"
+        }
+        Error::Catalog(catalog::Error::Locked { .. } | catalog::Error::InHand { .. }) => {
+            "try again when the other command is done"
+        }
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",
