@@ -87,6 +87,12 @@ pub enum Error {
         /// The file for its answer.
         path: PathBuf,
     },
+    /// Somebody else works on what was begun, for longer than was waited for.
+    #[error("another fsnap works on what was begun, with {} locked", path.display())]
+    InHand {
+        /// The intent's lock.
+        path: PathBuf,
+    },
     /// A system call on one of the catalog's files failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

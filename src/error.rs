@@ -245,6 +245,12 @@ pub enum Error {
         /// The image directory.
         images: PathText,
     },
+    /// An earlier checkpoint was taken for these images, and could not be sealed.
+    #[error("an earlier checkpoint with the images in {images} is not sealed yet")]
+    Unsealed {
+        /// The image directory.
+        images: PathText,
+    },
     /// The checkpoint was taken without an engine.
     #[error("checkpoint {} has no process image", .id.short())]
     NoProcessImage {

@@ -233,6 +233,12 @@ impl Catalog {
         in_a_moment(|| self.lock_intent(id), || IntentFiles::of(&self.state, id).is_searched())
     }
 
+    /// Locks the intent as [`lock_intent`](Self::lock_intent) does, whoever works on it: [`Error::InHand`] after the catalog's patience.
+    pub(crate) fn lock_intent_in_turn(&self, id: IntentId) -> Result<IntentLock> {
+        let lock = within(self.patience(), || self.lock_intent(id), || true)?;
+        lock.ok_or_else(|| Error::InHand { path: IntentFiles::of(&self.state, id).lock() })
+    }
+
     /// Whether somebody finished the intent, though the catalog still has it: the end of the catalog's log was lost.
     ///
     /// The files of an intent are made before it can be seen, and removed after its record was. So in the boot in which it
@@ -285,7 +291,9 @@ impl Catalog {
     }
 }
 
-/// Finds a planned checkpoint that is `wanted` and that nobody works on, and locks it; looks at no database.
+/// Finds a planned checkpoint that is `wanted`, and locks it; looks at no database.
+///
+/// [`Error::InHand`] if somebody else works on it.
 pub fn find_plan(
     state: &Path,
     wanted: impl Fn(&PendingCheckpoint) -> bool,
@@ -294,7 +302,7 @@ pub fn find_plan(
         let Some((file, files, plan)) = plan_of(state, id, &wanted)? else { continue };
         let path = files.lock();
         let free = in_a_moment(|| Ok(try_lock(&file, &files)?.then_some(())), || files.is_searched());
-        let Some(()) = free? else { continue };
+        let Some(()) = free? else { return Err(Error::InHand { path }) };
         let lock = IntentLock { file, files, finished: false };
         // Whoever finished it before the lock was free has unlinked the file.
         if lock.file.metadata().map_err(io_error("examine", &path))?.nlink() > 0 {
@@ -328,11 +336,14 @@ fn plan_of(
 /// Such a process ends, or goes on to search for writers, by itself when the hook or the engine has ended, but takes notice of that
 /// a little later than others do.
 pub(super) fn in_a_moment<T>(get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
-    const MOMENT: Duration = Duration::from_secs(1);
+    within(Duration::from_secs(1), get, hopeful)
+}
+
+fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
     let start = Instant::now();
     loop {
         let got = get()?;
-        if got.is_some() || start.elapsed() > MOMENT || !hopeful() {
+        if got.is_some() || start.elapsed() > limit || !hopeful() {
             return Ok(got);
         }
         std::thread::sleep(PAUSE);

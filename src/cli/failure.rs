@@ -97,6 +97,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::NotKept { .. } | Error::LeftOut { .. } => {
             "the processes run on: ask `fsnap criu-args PID` again, and dump again"
         }
+        Error::Engine(fsnap::engine::Error::SharedImages { .. }) => {
+            "if they are yours all the same, make root their owner and take the others' rights away: chown, chmod"
+        }
         Error::NoProcesses { .. } => {
             "they are recorded by `fsnap checkpoint --pid`, by --cgroup, and by an engine's hook"
         }
@@ -126,7 +129,12 @@ fn hint(error: &Error) -> Option<String> {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
         Error::Catalog(catalog::Error::Database { .. }) => "`fsnap recover` finishes or undoes what was begun",
-        Error::Catalog(catalog::Error::Locked { .. }) => "try again when the other command is done",
+        Error::Unsealed { .. } => {
+            "`fsnap recover` seals it, or tells why it cannot; or let the engine write to another directory"
+        }
+        Error::Catalog(catalog::Error::Locked { .. } | catalog::Error::InHand { .. }) => {
+            "try again when the other command is done"
+        }
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",

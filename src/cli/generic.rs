@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use fsnap::catalog::Access;
 use fsnap::checkpoint::CheckpointId;
-use fsnap::coordinator::Coordinator;
 use fsnap::engine::criu::HookCall;
 use fsnap::engine::{ANSWER_NAME, GENERIC, Images, Phase};
 use serde_json::json;
@@ -90,19 +89,11 @@ fn undo(context: &Context, call: &HookCall) -> Outcome {
     let images = hook::images(call);
     attendant::dismiss(&context.state, &images);
     // Not recovered: that would seal it.
-    let coordinator: Coordinator = context.open(Access::Write)?;
-    let begun = coordinator.begun_in(&images)?;
-    let was_begun = begun.is_some();
-    if let Some(begun) = begun {
-        coordinator.cancel(begun)?;
-    }
-    if let Some(record) = call.images.record()? {
-        // Only what these images were recorded with: the file may say anything.
-        let id = record.checkpoint.parse::<CheckpointId>().ok().filter(|_| !was_begun);
-        let found = id.map(|id| coordinator.catalog().checkpoint(&id)).transpose()?.flatten();
-        if let Some(checkpoint) = found.filter(|checkpoint| checkpoint.engine.as_ref() == Some(&images)) {
-            coordinator.remove_checkpoint(&checkpoint.id)?;
-        }
+    let coordinator = context.open(Access::Write)?;
+    let record = call.images.record();
+    let id = record.as_ref().ok().and_then(|record| record.as_ref()?.checkpoint.parse().ok());
+    coordinator.take_back(&images, id)?;
+    if record?.is_some() {
         call.images.remove_record()?;
     }
     Ok(())

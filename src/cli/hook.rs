@@ -63,7 +63,17 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
     let images = images(call);
     let Some(pid) = call.tree else { return Ok(()) };
     attendant::dismiss(&context.state, &images);
-    if let Some(begun) = coordinator.begun_in(&images)? {
+    let mut begun = coordinator.begun_in(&images)?;
+    if begun.as_ref().is_some_and(Begun::may_be_taken) {
+        // An earlier dump's, with which somebody was busy a moment ago. To go on with it would call its snapshots this dump's.
+        drop(begun);
+        environment::tell(&coordinator.recover()?);
+        begun = coordinator.begun_in(&images)?;
+        if begun.as_ref().is_some_and(Begun::may_be_taken) {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
+    }
+    if let Some(begun) = begun {
         // Called twice for one dump: once more ahead.
         coordinator.prime(&begun, Some(&Tree::of_pid(pid)?))?;
         return leave(context, &coordinator, begun, call);
@@ -144,6 +154,10 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     };
     let id = window.pending().id;
     if window.taken().is_some() {
+        let (mine, pending) = ((ProcessId::of(pid).ok(), call.engine().ok()), window.pending());
+        if (pending.tree, pending.owner) != mine {
+            return Err(Error::Unsealed { images: images.images }.into());
+        }
         say_id(call, id);
         return Ok(());
     }

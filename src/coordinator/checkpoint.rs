@@ -57,6 +57,11 @@ impl Begun {
         &self.pending
     }
 
+    /// Whether everything was taken: it only has to be sealed.
+    pub fn may_be_taken(&self) -> bool {
+        self.lock.note().symlink_metadata().is_ok()
+    }
+
     /// The file for the answer to who else was writing, where that is not waited for while processes stand.
     pub fn begin_search(&self) -> Result<SearchFile> {
         Ok(self.lock.begin_search()?)
@@ -157,17 +162,36 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Finds the checkpoint that was begun for the engine's images in that directory, and locks it.
+    /// Finds the checkpoint that was begun for the engine's images in that directory, and locks it, when whoever works on it has let go.
     pub fn begun_in(&self, images: &EngineImages) -> Result<Option<Begun>> {
-        for (id, intent) in self.catalog.intents()? {
-            let Intent::Checkpoint(pending) = intent else { continue };
-            if pending.engine.as_ref() != Some(images) {
-                continue;
+        let is_wanted =
+            |intent: &Intent| matches!(intent, Intent::Checkpoint(pending) if pending.engine.as_ref() == Some(images));
+        for (id, _) in self.catalog.intents()?.into_iter().filter(|(_, intent)| is_wanted(intent)) {
+            let lock = self.catalog.lock_intent_in_turn(id)?;
+            // Whoever had the lock may have sealed it, or undone it.
+            match self.catalog.intent(id)? {
+                Some(Intent::Checkpoint(pending)) => {
+                    return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
+                }
+                _ => lock.finish(),
             }
-            let Some(lock) = self.catalog.lock_intent_in_a_moment(id)? else { continue };
-            return Ok(Some(Begun { id, lock, pending: *pending, taken: None }));
         }
         Ok(None)
+    }
+
+    /// Takes back what was begun or taken for an engine that has failed, whether it is sealed by now or not; `id` is how the engine's
+    /// hook called it.
+    ///
+    /// Requires that this coordinator has recovered nothing since: that would have sealed it.
+    pub fn take_back(&self, images: &EngineImages, id: Option<CheckpointId>) -> Result<()> {
+        if let Some(begun) = self.begun_in(images)? {
+            return self.cancel(begun);
+        }
+        let found = id.map(|id| self.catalog.checkpoint(&id)).transpose()?.flatten();
+        match found.filter(|checkpoint| checkpoint.engine.as_ref() == Some(images)) {
+            Some(checkpoint) => self.remove_checkpoint(&checkpoint.id).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// Records what fsnap is about to stop, durably, before it is stopped.
@@ -239,8 +263,7 @@ impl Coordinator {
         error.and_undo(self.undo(begun.id, begun.lock))
     }
 
-    /// Undoes a checkpoint that was begun, since its engine has failed.
-    pub fn cancel(&self, begun: Begun) -> Result<()> {
+    fn cancel(&self, begun: Begun) -> Result<()> {
         begun.lock.remove_taken()?;
         self.undo(begun.id, begun.lock)
     }

@@ -10,11 +10,12 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use super::{COPY_RECORD, Run};
-use crate::catalog::{Catalog, Intent};
+use crate::catalog::{Access, Catalog, Intent};
 use crate::checkpoint::{CheckpointId, EngineImages, PathText};
-use crate::coordinator::Window;
+use crate::coordinator::Coordinator;
 use crate::engine::criu::{self, Criu};
 use crate::engine::{Dump, Images, StageCommand, sys};
 use crate::error::IoContext;
@@ -63,21 +64,41 @@ pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
 /// What a restore of such a dump needs.
 pub const RESTORE_ARGS: [&str; 1] = ["--file-locks"];
 
+/// How long another fsnap may be at work on what is to be taken back.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 impl RunCheckpoint<'_> {
     /// Takes it; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
         let (init, root) = self.run.running()?;
         let (dir, _lock) = self.make_directory()?;
-        match self.dump(init, root, &dir) {
+        let mut id = None;
+        match self.dump(init, root, &dir, &mut id) {
             Ok(id) => Ok(id),
             Err(error) => {
-                let removed = fs::remove_dir_all(&dir).context("remove", &dir);
-                Err(error.and_undo(removed))
+                // What cannot be taken back still needs its images.
+                let undone = self.take_back(&dir, id).and_then(|()| fs::remove_dir_all(&dir).context("remove", &dir));
+                Err(error.and_undo(undone))
             }
         }
     }
 
-    fn dump(&self, init: ProcessId, root: ProcessId, dir: &Path) -> Result<CheckpointId> {
+    /// Takes back what the hook began, or took for an engine that failed afterwards.
+    fn take_back(&self, dir: &Path, id: Option<CheckpointId>) -> Result<()> {
+        let images = PathText(dir.canonicalize().context("find", dir)?);
+        let mut coordinator = Coordinator::open(self.state, Access::Write, PATIENCE)?;
+        coordinator.open_stores_with(*self.stores);
+        coordinator.take_back(&EngineImages { name: criu::NAME.into(), images }, id)
+    }
+
+    /// Has everything saved; `id` becomes what the hook called the checkpoint, also if it fails.
+    fn dump(
+        &self,
+        init: ProcessId,
+        root: ProcessId,
+        dir: &Path,
+        id: &mut Option<CheckpointId>,
+    ) -> Result<CheckpointId> {
         let record = dir.join(COPY_RECORD);
         let bytes = serde_json::to_vec_pretty(&self.run.record).map_err(std::io::Error::other);
         bytes.and_then(|bytes| fs::write(&record, bytes)).context("write", &record)?;
@@ -89,12 +110,12 @@ impl RunCheckpoint<'_> {
             args.extend(["--external".into(), terminal.key().into()]);
         }
         args.extend_from_slice(self.args);
-        let (mut id, mut failed) = (None, None);
+        let mut failed = None;
         let dump =
             Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
         let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root) {
             Ok(said) => {
-                id = id.or(said);
+                *id = id.or(said);
                 // Before the freeze it says which checkpoint it has begun; if it has not, there is nothing to save.
                 if action.name() == "pre-dump" && id.is_none() {
                     failed = Some(Error::NothingToTake { why: self.no_volume() });
@@ -106,22 +127,11 @@ impl RunCheckpoint<'_> {
                 false
             }
         });
-        match (dumped, failed, id) {
-            (_, Some(error), _) => Err(self.give_up(&images, error)),
-            (Err(error), None, _) => Err(self.give_up(&images, error.into())),
+        match (dumped, failed, *id) {
+            (_, Some(error), _) => Err(error),
+            (Err(error), None, _) => Err(error.into()),
             (Ok(()), None, Some(id)) => Ok(id),
             (Ok(()), None, None) => Err(Error::NothingToTake { why: self.no_volume() }),
-        }
-    }
-
-    /// Undoes what the hook took for an engine that failed afterwards; the next command drops the intent.
-    fn give_up(&self, images: &Images, error: Error) -> Error {
-        let Ok(path) = images.path().canonicalize() else { return error };
-        let images = EngineImages { name: criu::NAME.into(), images: PathText(path) };
-        match Window::reopen(self.state, &images, self.stores) {
-            Ok(Some(window)) => window.give_up(error),
-            Ok(None) => error,
-            Err(undo) => error.and_undo(Err(undo)),
         }
     }
 

@@ -2,18 +2,21 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
 use crate::Case;
 use crate::alone::classes;
-use crate::site::{Site, Volume, id_in, run, said};
+use crate::hook::is_asleep;
+use crate::site::{Site, Volume, id_in, run, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("another_engine_has_its_checkpoints", another_engine_has_its_checkpoints),
     ("an_engine_that_fails_leaves_none", an_engine_that_fails_leaves_none),
     ("steps_out_of_order_take_nothing", steps_out_of_order_take_nothing),
+    ("a_dump_that_failed_is_taken_back_from_who_seals_it", a_dump_that_failed_is_taken_back_from_who_seals_it),
+    ("the_next_dump_waits_for_who_seals_the_last", the_next_dump_waits_for_who_seals_the_last),
 ];
 
 fn engine(site: &Site) -> PathBuf {
@@ -26,6 +29,20 @@ fn engine(site: &Site) -> PathBuf {
 fn dump(site: &Site, pid: i32, images: &Path, more: &[&str]) -> Output {
     let mut command = site.command_of(&engine(site));
     command.arg(pid.to_string()).arg(images).arg(env!("CARGO_BIN_EXE_fsnap")).args(more).output().unwrap()
+}
+
+/// One step, of which this process is the engine.
+fn call(site: &Site, step: &str, pid: i32, images: &Path) -> Output {
+    let mut command = site.command(["hook", "generic", step, "--tree", &pid.to_string(), "--images"]);
+    command.arg(images).output().unwrap()
+}
+
+/// A command that is about to seal what was taken, and takes its time.
+fn slow_sealer(site: &Site) -> Child {
+    let mut sealer = site.command(["log"]);
+    let sealer = sealer.env("FSNAP_FAILPOINT", "seal:before=sleep:2000").stdout(Stdio::null()).spawn().unwrap();
+    wait_until("the sealer's sleep", || is_asleep(sealer.id().cast_signed()));
+    sealer
 }
 
 fn answer(images: &Path) -> Value {
@@ -80,10 +97,7 @@ fn steps_out_of_order_take_nothing() {
     let site = Site::new(&[Volume::Btrfs]);
     let oracle = site.small_oracle();
     let images = site.images();
-    let call = |step: &str| {
-        let mut command = site.command(["hook", "generic", step, "--tree", &oracle.pid.to_string(), "--images"]);
-        command.arg(&images).output().unwrap()
-    };
+    let call = |step: &str| call(&site, step, oracle.pid, &images);
     let early = call("frozen");
     assert_eq!(early.status.code(), Some(1), "{}", said(&early));
     let answered = answer(&images);
@@ -96,4 +110,40 @@ fn steps_out_of_order_take_nothing() {
     assert_eq!(call("sideways").status.code(), Some(2));
     oracle.goes_on();
     site.holds_nothing_but(0);
+}
+
+fn a_dump_that_failed_is_taken_back_from_who_seals_it() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = site.small_oracle();
+    let images = site.images();
+    for step in ["starting", "frozen"] {
+        let done = call(&site, step, oracle.pid, &images);
+        assert!(done.status.success(), "{step}: {}", said(&done));
+    }
+    let mut sealer = slow_sealer(&site);
+    let failed = call(&site, "failed", oracle.pid, &images);
+    assert!(failed.status.success(), "{}", said(&failed));
+    sealer.wait().unwrap();
+    assert!(!images.join("fsnap.json").exists());
+    site.holds_nothing_but(0);
+}
+
+fn the_next_dump_waits_for_who_seals_the_last() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = site.small_oracle();
+    let images = site.images();
+    let dump = || {
+        for step in ["starting", "frozen"] {
+            let done = call(&site, step, oracle.pid, &images);
+            assert!(done.status.success(), "{step}: {}", said(&done));
+        }
+        id_in(&images)
+    };
+    let first = dump();
+    let mut sealer = slow_sealer(&site);
+    let second = dump();
+    sealer.wait().unwrap();
+    // The newest first, and each its own.
+    assert_eq!(site.ids(), [second, first]);
+    site.holds_nothing_but(2);
 }

@@ -44,7 +44,7 @@ impl<'a> Podman<'a> {
         let storage = format!("[storage]\ndriver = 'vfs'\ngraphroot = '{dir}/storage'\nrunroot = '{dir}/run'\n");
         fs::write(site.path("containers.conf"), settings).unwrap();
         fs::write(site.path("storage.conf"), storage).unwrap();
-        // Podman hands none of its environment on to the runtime: hooks find the state directory in fsnap's settings.
+        // Podman hands nothing of its environment on to the runtime but the search path: hooks find the state directory in fsnap's settings.
         fs::create_dir_all("/etc/fsnap").unwrap();
         fs::write(
             "/etc/fsnap/config.toml",
