@@ -2,35 +2,32 @@
 //!
 //! Where the kernel has no NILFS2, every case is reported as ignored, with the reason.
 
+#[path = "support/kernel.rs"]
+mod kernel;
+
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use kernel::{Case, Done, detach, ensure, failure, is, loop_device, output, unmount_below};
+use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
-
-type Done = Result<(), Failed>;
-
-/// A name and what it runs.
-type Case = (&'static str, fn() -> Done);
 
 /// A NILFS2 on a loop device, and an fsnap with a state of its own.
 struct Site {
     dir: PathBuf,
-    device: PathBuf,
+    device: String,
     volume: PathBuf,
 }
 
 impl Site {
     fn new() -> Result<Self, Failed> {
         let dir = tempfile::tempdir()?.keep();
-        let (image, volume) = (dir.join("image"), dir.join("db"));
-        File::create(&image)?.set_len(256 << 20)?;
+        let volume = dir.join("db");
         fs::create_dir(&volume)?;
-        let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?;
-        let site = Self { device: PathBuf::from(device.trim()), volume, dir };
+        let site = Self { device: loop_device(&dir.join("image"), 256 << 20)?, volume, dir };
         output(Command::new("mkfs.nilfs2").args(["-q", "-B", "256"]).arg(&site.device))?;
         // Nothing but what a case writes makes a state.
         rustix::mount::mount(&site.device, &site.volume, "nilfs2", MountFlags::NOATIME, None)?;
@@ -47,9 +44,7 @@ impl Site {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
-        command.args(arguments).env("FSNAP_STATE", self.dir.join("state")).env_remove("FSNAP_FAILPOINT");
-        command
+        kernel::fsnap(&self.dir, arguments)
     }
 
     fn fsnap(&self, arguments: &[&str]) -> Result<String, Failed> {
@@ -57,9 +52,7 @@ impl Site {
     }
 
     fn fails(&self, arguments: &[&str]) -> Result<String, Failed> {
-        let Output { status, stderr, .. } = self.command(arguments).output()?;
-        ensure(status.code() == Some(1), &format!("{arguments:?} ended with {status}"))?;
-        Ok(String::from_utf8_lossy(&stderr).into_owned())
+        failure(&mut self.command(arguments))
     }
 
     fn branches(&self) -> PathBuf {
@@ -73,32 +66,10 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        // Also when a case fails: nothing of it stays mounted.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
-            if Path::new(point).starts_with(&self.dir) {
-                let _ = rustix::mount::unmount(point, UnmountFlags::DETACH);
-            }
-        }
-        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+        unmount_below(&self.dir);
+        detach(&self.device);
         let _ = fs::remove_dir_all(&self.dir);
     }
-}
-
-fn output(command: &mut Command) -> Result<String, Failed> {
-    let Output { status, stdout, stderr } = command.output()?;
-    let stderr = String::from_utf8_lossy(&stderr);
-    ensure(status.success(), &format!("{command:?} ended with {status}: {stderr}"))?;
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
-
-fn ensure(holds: bool, what: &str) -> Done {
-    if holds { Ok(()) } else { Err(what.to_owned().into()) }
-}
-
-fn is(path: &Path, expected: &str) -> Done {
-    let found = fs::read_to_string(path)?;
-    ensure(found == expected, &format!("{} holds {found:?} instead of {expected:?}", path.display()))
 }
 
 fn init_says_the_limits() -> Done {
@@ -303,17 +274,16 @@ fn an_unfit_place_is_refused() -> Done {
     ensure(said.contains("`branches` in the settings"), &said)
 }
 
-/// Why nothing of this can run here, if so; in a virtual machine that is made for it, it has to.
-fn why_not() -> Option<&'static str> {
-    let known: io::Result<String> = fs::read_to_string("/proc/filesystems");
-    let has = |name: &str| known.as_ref().is_ok_and(|known| known.lines().any(|line| line.ends_with(name)));
-    let in_vm = std::env::var_os("FSNAP_VM").is_some();
+/// Why nothing of this can run here, if so.
+fn lacks() -> Option<&'static str> {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let has = |name: &str| known.lines().any(|line| line.ends_with(name));
     let reason = "this kernel has no NILFS2; `cargo run -p vm-tests` runs this in a machine that has";
-    (!in_vm && (!has("\tnilfs2") || !has("\toverlay"))).then_some(reason)
+    (!has("\tnilfs2") || !has("\toverlay")).then_some(reason)
 }
 
 fn main() -> ExitCode {
-    let cases: &[Case] = &[
+    const CASES: &[Case] = &[
         ("init_says_the_limits", init_says_the_limits),
         ("a_branch_is_a_volume", a_branch_is_a_volume),
         ("a_removed_branch_leaves_nothing", a_removed_branch_leaves_nothing),
@@ -324,13 +294,5 @@ fn main() -> ExitCode {
         ("checkpoints_are_browsed", checkpoints_are_browsed),
         ("an_unfit_place_is_refused", an_unfit_place_is_refused),
     ];
-    let trial = |&(name, run): &Case| {
-        Trial::ignorable_test(name, move || match why_not() {
-            Some(reason) => Ok(Completion::ignored_with(reason)),
-            None => run().map(|()| Completion::Completed),
-        })
-    };
-    // One after the other: they look at all mounts.
-    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
-    libtest_mimic::run(&arguments, cases.iter().map(trial).collect()).exit_code()
+    kernel::run(CASES.iter(), lacks())
 }

@@ -1,13 +1,14 @@
 //! A thin pool of LVM's, made by its own tools, is left as it is, and those tools go on with it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::site::{Site, ensure, is, output};
-use crate::{Case, Done};
+use crate::kernel::{Case, Done, detach, ensure, is, loop_device, output};
+use crate::site::Site;
 
 pub(crate) const CASES: &[Case] = &[("lvm_keeps_its_pools", lvm_keeps_its_pools)];
 
@@ -19,10 +20,8 @@ struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    fn new(site: &'a Site) -> Result<Self, libtest_mimic::Failed> {
-        let image = site.dir.join("image");
-        File::create(&image)?.set_len(640 << 20)?;
-        let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+    fn new(site: &'a Site) -> Result<Self, Failed> {
+        let device = loop_device(&site.dir.join("image"), 640 << 20)?;
         // Device-mapper doubles what joins the parts of a name.
         let group = Self { name: site.pool.replace('-', "_"), device, site };
         group.lvm("vgcreate", &[&group.name, &group.device])?;
@@ -36,14 +35,14 @@ impl<'a> Group<'a> {
     }
 
     /// Calls a program of LVM's as on a machine without udev and daemons, as a virtual machine for tests is.
-    fn lvm(&self, program: &str, arguments: &[&str]) -> Result<String, libtest_mimic::Failed> {
+    fn lvm(&self, program: &str, arguments: &[&str]) -> Result<String, Failed> {
         let config = "activation { udev_sync=0 udev_rules=0 monitoring=0 } backup { backup=0 archive=0 } \
                       devices { obtain_device_list_from_udev=0 external_device_info_source=none use_devicesfile=0 }";
         output(Command::new(program).args(["--yes", "--config", config]).args(arguments))
     }
 
     /// What the kernel says of the pool: the transaction that its tools count first.
-    fn status(&self) -> Result<String, libtest_mimic::Failed> {
+    fn status(&self) -> Result<String, Failed> {
         rustix::fs::sync();
         output(Command::new("dmsetup").args(["status", &format!("{}-pool-tpool", self.name)]))
     }
@@ -53,7 +52,7 @@ impl Drop for Group<'_> {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(self.site.db(), UnmountFlags::DETACH);
         let _ = self.lvm("vgremove", &["--force", &self.name]);
-        let _ = Command::new("losetup").args(["--detach", &self.device]).status();
+        detach(&self.device);
     }
 }
 

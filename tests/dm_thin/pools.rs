@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::site::{Site, ensure, failure, is, output, pretend};
-use crate::{Case, Done};
+use crate::kernel::{Case, Done, detach, ensure, failure, is, loop_device, output};
+use crate::site::{Site, pretend};
 
 pub(crate) const CASES: &[Case] = &[
     ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
@@ -73,9 +73,7 @@ fn a_pool_is_made_shown_and_removed() -> Done {
 
 fn a_device_that_holds_something_is_refused() -> Done {
     let site = Site::new("1G")?;
-    let image = site.dir.join("image");
-    File::create(&image)?.set_len(64 << 20)?;
-    let device = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+    let device = loop_device(&site.dir.join("image"), 64 << 20)?;
     let tried = || -> Done {
         output(Command::new("mkfs.ext4").args(["-q", &device]))?;
         let other = format!("{}-device", site.pool);
@@ -89,7 +87,7 @@ fn a_device_that_holds_something_is_refused() -> Done {
         Ok(())
     };
     let done = tried();
-    output(Command::new("losetup").args(["--detach", &device]))?;
+    detach(&device);
     done
 }
 

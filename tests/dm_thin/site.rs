@@ -3,13 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::Done;
+use crate::kernel::{self, Done, failure, output, unmount_below};
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
@@ -72,9 +72,7 @@ impl Site {
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
-        command.args(arguments).env("FSNAP_STATE", self.dir.join("state")).env_remove("FSNAP_FAILPOINT");
-        command
+        kernel::fsnap(&self.dir, arguments)
     }
 
     pub(crate) fn fsnap(&self, arguments: &[&str]) -> Result<String, Failed> {
@@ -104,13 +102,7 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        // Also when a case fails: nothing of it stays mounted or set up.
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        for point in mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)) {
-            if Path::new(point).starts_with(&self.dir) {
-                let _ = rustix::mount::unmount(point, UnmountFlags::DETACH);
-            }
-        }
+        unmount_below(&self.dir);
         let list = Command::new("dmsetup").args(["ls"]).output();
         let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
@@ -123,29 +115,6 @@ impl Drop for Site {
         let _ = fs::remove_dir_all(Path::new("/var/lib/fsnap/dm-thin").join(&self.pool));
         let _ = fs::remove_dir_all(&self.dir);
     }
-}
-
-pub(crate) fn output(command: &mut Command) -> Result<String, Failed> {
-    let Output { status, stdout, stderr } = command.output()?;
-    let stderr = String::from_utf8_lossy(&stderr);
-    ensure(status.success(), &format!("{command:?} ended with {status}: {stderr}"))?;
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
-
-pub(crate) fn failure(command: &mut Command) -> Result<String, Failed> {
-    let Output { status, stderr, .. } = command.output()?;
-    let stderr = String::from_utf8_lossy(&stderr).into_owned();
-    ensure(status.code() == Some(1), &format!("{command:?} ended with {status}: {stderr}"))?;
-    Ok(stderr)
-}
-
-pub(crate) fn ensure(holds: bool, what: &str) -> Done {
-    if holds { Ok(()) } else { Err(what.to_owned().into()) }
-}
-
-pub(crate) fn is(path: &Path, expected: &str) -> Done {
-    let found = fs::read_to_string(path)?;
-    ensure(found == expected, &format!("{} holds {found:?} instead of {expected:?}", path.display()))
 }
 
 /// A program of that name that prints `text` and notes that it was called; returns the directory that holds it.

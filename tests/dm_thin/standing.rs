@@ -10,8 +10,8 @@ use std::time::Duration;
 use libtest_mimic::Failed;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 
-use crate::site::{Site, ensure, is, output};
-use crate::{Case, Done};
+use crate::kernel::{Case, Done, detach, ensure, is, loop_device, output};
+use crate::site::Site;
 
 pub(crate) const CASES: &[Case] = &[
     ("killed_while_it_stands", killed_while_it_stands),
@@ -33,9 +33,7 @@ const ALL: u64 = (1 << 30) / 512;
 
 impl Base {
     fn new(dir: &Path, name: &str) -> Result<Self, Failed> {
-        let image = dir.join("image");
-        File::create(&image)?.set_len(ALL * 512)?;
-        let lower = output(Command::new("losetup").args(["--find", "--show"]).arg(&image))?.trim().to_owned();
+        let lower = loop_device(&dir.join("image"), ALL * 512)?;
         let base = Self { name: name.to_owned(), lower };
         output(Command::new("dmsetup").args(["create", name, "--table", &base.plain()]))?;
         Ok(base)
@@ -83,7 +81,7 @@ impl Drop for Base {
         let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", &self.name]).output();
         // dmsetup or udev may have done so.
         let _ = fs::remove_file(self.named());
-        let _ = Command::new("losetup").args(["--detach", &self.lower]).output();
+        detach(&self.lower);
     }
 }
 

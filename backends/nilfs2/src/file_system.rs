@@ -165,7 +165,10 @@ pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, Uuid)> {
 /// The UUID of the NILFS2 that an open file lies on.
 pub(crate) fn uuid_of(file: impl AsFd) -> io::Result<Uuid> {
     let device = rustix::fs::fstat(file)?.st_dev;
-    let path = devices()?.into_iter().find(|path| names(path, device));
+    let path = match node_of(device) {
+        None => devices()?.into_iter().find(|path| names(path, device)),
+        found => found,
+    };
     let path = path.ok_or_else(|| io::Error::new(ErrorKind::NotFound, "its device has no node in /dev"))?;
     read_uuid(&path)?.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "its device has no superblock of NILFS2"))
 }
@@ -202,6 +205,14 @@ fn devices() -> io::Result<Vec<PathBuf>> {
     let text = std::fs::read_to_string("/proc/partitions")?;
     let name = |line: &str| line.split_whitespace().nth(3).map(|name| Path::new("/dev").join(name.replace('!', "/")));
     Ok(text.lines().skip(2).filter_map(name).collect())
+}
+
+/// The device's node under the name that the kernel has for it; looked for, it would cost a call for each device.
+fn node_of(device: u64) -> Option<PathBuf> {
+    let number = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let kernels = std::fs::read_link(number).ok()?;
+    let node = Path::new("/dev").join(kernels.file_name()?.to_str()?.replace('!', "/"));
+    names(&node, device).then_some(node)
 }
 
 fn names(path: &Path, device: u64) -> bool {
