@@ -104,6 +104,14 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Others than root and fsnap's own user could have changed the images.
+    #[error("the images in {dir:?} are not restored: {what}, who could have made them anything")]
+    SharedImages {
+        /// The directory.
+        dir: PathBuf,
+        /// What they can change.
+        what: String,
+    },
     /// The engine did not finish its dump.
     #[error("the images in {dir:?} are not complete: the dump has failed or still goes on ({reason})")]
     Incomplete {

@@ -19,11 +19,13 @@ mod armed {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
+    use rustix::process::Signal;
+
     static ARMED: OnceLock<(String, String)> = OnceLock::new();
     static HITS: AtomicUsize = AtomicUsize::new(0);
 
-    /// Arms a place: `NAME=kill`, `NAME=exit` or `NAME=sleep:MILLISECONDS`; a name of digits counts places instead, so that
-    /// `3=kill` dies at the third place whatever its name.
+    /// Arms a place: `NAME=kill`, `NAME=stop`, `NAME=exit` or `NAME=sleep:MILLISECONDS`; a name of digits counts places instead,
+    /// so that `3=kill` dies at the third place whatever its name. What is stopped goes on when somebody sends it SIGCONT.
     pub fn arm(spec: &str) {
         if let Some((name, action)) = spec.split_once('=') {
             let _ = ARMED.set((name.to_owned(), action.to_owned()));
@@ -41,8 +43,8 @@ mod armed {
             Some(("sleep", time)) => std::thread::sleep(Duration::from_millis(time.parse().unwrap_or(0))),
             _ if action == "exit" => std::process::exit(1),
             _ => {
-                let me = rustix::process::getpid();
-                let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
+                let signal = if action == "stop" { Signal::STOP } else { Signal::KILL };
+                let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
             }
         }
     }

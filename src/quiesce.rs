@@ -9,7 +9,8 @@
 //! * Nothing is stopped that a second process, the guard, has not been told of. If fsnap ends in any way without
 //!   having thawed, the guard reads the end of its pipe and thaws instead. If that is killed too,
 //!   [`FreezeRecord::thaw`] does the same from a record on disk, during recovery.
-//! * What others stopped before stays stopped: it is neither signalled nor recorded as ours.
+//! * What others stopped before stays stopped: it is neither signalled nor recorded as ours. A tracer may let run what it holds, so
+//!   that is stopped as well.
 //! * Whatever fails, and whenever the deadline passes, all that was stopped until then runs again.
 //! * A process is stopped only after its parent stands. Then a parent that waits inside `vfork(2)` for its child to exec, and
 //!   cannot be stopped before it does, gets its child's help.
@@ -225,6 +226,7 @@ impl Quiesce {
             ours: FreezeRecord::new(),
             deadline,
             stopped: Vec::new(),
+            standing: Vec::new(),
         };
         match frozen.freeze_tree(self.record.cgroup).and_then(|()| frozen.add(outsiders)) {
             Ok(()) => Ok(frozen),
@@ -245,6 +247,8 @@ pub struct Frozen {
     ours: FreezeRecord,
     deadline: Deadline,
     stopped: Vec<stop::Stopped>,
+    /// These, and who others had stopped before.
+    standing: Vec<stop::Standing>,
 }
 
 impl Frozen {
@@ -278,14 +282,15 @@ impl Frozen {
         }
     }
 
-    /// Checks that every process still stands: nobody else has set one running since it was stopped.
+    /// Checks that every process still stands, whoever stopped it: nobody else has set one running meanwhile, not for a moment either, where
+    /// the kernel counts that.
     ///
     /// To be asked after the snapshot and before it is called consistent. Processes that were killed meanwhile pass.
     pub fn check(&self) -> Result<()> {
         if let Some(freezer) = &self.freezer {
             freezer.check()?;
         }
-        self.stopped.iter().try_for_each(stop::Stopped::check)
+        self.standing.iter().try_for_each(stop::Standing::check)
     }
 
     /// Sets everything running that this freeze stopped.
@@ -315,7 +320,8 @@ impl Frozen {
         let mut stopped = std::mem::take(&mut self.stopped);
         let done = stop::stop_all(tree, &mut stopped, self.deadline, &mut |record| self.tell(record));
         self.stopped = stopped;
-        done
+        self.standing.extend(done?);
+        Ok(())
     }
 
     /// Tells the guard, before it is done, what is going to be stopped.

@@ -19,6 +19,9 @@
 //! hash. `seq` grows and is never used again; all order goes by it, because clocks go backwards. A `holder` is
 //! `checkpoint ID`, `branch NAME` or `intent SEQ`.
 //!
+//! What is kept of files without names lies in the directory `unlinked` beside it and in the stores, as `unlinked.rs` describes it; the record of
+//! the checkpoint lists it.
+//!
 //! Beside it lie SQLite's files `catalog.db-wal` and `catalog.db-shm`, while the catalog is open or after a kill, and the
 //! directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The file `lock` is held while the
 //! catalog is made.

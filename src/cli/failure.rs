@@ -97,6 +97,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::NotKept { .. } | Error::LeftOut { .. } => {
             "the processes run on: ask `fsnap criu-args PID` again, and dump again"
         }
+        Error::Engine(fsnap::engine::Error::SharedImages { .. }) => {
+            "if they are yours all the same, make root their owner and take the others' rights away: chown, chmod"
+        }
         Error::NoProcesses { .. } => {
             "they are recorded by `fsnap checkpoint --pid`, by --cgroup, and by an engine's hook"
         }

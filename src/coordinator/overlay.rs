@@ -98,6 +98,13 @@ impl Coordinator {
     /// Mounts what of branches has to be mounted and is not.
     pub(super) fn mount_branches(&self) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
+        if self.catalog.branches_to_mount()?.is_empty() {
+            return Ok(done);
+        }
+        // Of two commands that find a branch unmounted, the second would mount it over the first one's mount, which may be in use by then.
+        let path = self.catalog.state().join("mounts.lock");
+        let lock = fs::File::create(&path).context("open", &path)?;
+        lock.lock().context("lock", &path)?;
         for branch in self.catalog.branches_to_mount()? {
             let mut changed = branch.clone();
             let mounted = changed.members.iter_mut().try_fold(0, |count, member| {
@@ -152,7 +159,8 @@ pub(super) fn mount_clone(spec: &MountSpec, dir: &Path) -> Result<PathBuf> {
 /// Unmounts an overlay or a clone, and removes the directory; succeeds if it is not there.
 pub(super) fn remove(dir: &Path) -> Result<()> {
     match dir.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // Whoever removed it may have been killed before the branch's directory was, too.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return dir.parent().map_or(Ok(()), remove_if_empty),
         found => found.context("examine", dir)?,
     };
     let files = dir.join(FILES);
@@ -170,8 +178,14 @@ pub(super) fn remove(dir: &Path) -> Result<()> {
     let parent = beneath::open_root(branch).context("open", branch)?;
     beneath::remove_tree(&parent, volume).context("remove", dir)?;
     // The last one takes the branch's directory with it.
-    match fs::remove_dir(branch) {
-        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(error).context("remove", branch),
+    remove_if_empty(branch)
+}
+
+fn remove_if_empty(dir: &Path) -> Result<()> {
+    match fs::remove_dir(dir) {
+        Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound) => {
+            Err(error).context("remove", dir)
+        }
         _ => Ok(()),
     }
 }

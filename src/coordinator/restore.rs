@@ -199,7 +199,10 @@ impl Coordinator {
 fn open_images(id: CheckpointId, dir: &PathText) -> Result<Images> {
     let images = Images::open(dir.as_path())?;
     let found = match images.record()? {
-        Some(record) if record.checkpoint == id.to_string() => return Ok(images),
+        Some(record) if record.checkpoint == id.to_string() => {
+            images.check_owner()?;
+            return Ok(images);
+        }
         Some(record) => format!("checkpoint {}", crate::printable(record.checkpoint.as_ref())),
         None => "no checkpoint of fsnap".into(),
     };

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fsnap_backend::{Backend, Identity};
 
@@ -15,6 +17,9 @@ use crate::error::IoContext;
 use crate::processes::{self, AuditRules, Observation, Policy, Tree, Unlinked};
 use crate::unlinked::{Attributes, KeptFile, Room};
 use crate::{Error, Result, failpoint};
+
+/// Of files outside the volumes, which an engine saves itself, more than this is not read while processes stand.
+const MOST_OUTSIDE: u64 = 64 << 20;
 
 /// The rooms of the state directory, in the place of a store's.
 const OF_STATE: &str = "unlinked";
@@ -53,7 +58,7 @@ impl Coordinator {
         let stores: Vec<&dyn Backend> = stores.iter().map(AsRef::as_ref).collect();
         let keeper = Keeper { pending, stores: &stores, state: self.catalog.state().join(OF_STATE) };
         for unlinked in seen.unlinked().iter().filter(|unlinked| unlinked.can_be_opened()) {
-            let Ok(file) = seen.open(unlinked) else { continue };
+            let Ok(file) = open(&seen, unlinked) else { continue };
             let _ = file.sync_data();
             let (_, room) = keeper.room_for(unlinked);
             let _ = room.keep(&file, &crate::unlinked::name_of(unlinked.device, unlinked.inode));
@@ -69,7 +74,7 @@ impl Coordinator {
             let mine = kept.iter().filter(|kept| kept.store == store && kept.lost.is_none());
             let names: Vec<_> = mine.map(KeptFile::name).collect();
             match room.settle(&names) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let what = format!("a file without a name that was kept in {}", room.path().display());
                     return Err(Error::Backend(fsnap_backend::Error::NotFound { what }));
                 }
@@ -88,9 +93,7 @@ impl Coordinator {
         let Some(room) = self.room(kept.store.as_ref(), &checkpoint.id)? else { return Ok(None) };
         room.open(&kept.name()).context("open", room.path().join(kept.name())).map(Some)
     }
-}
 
-impl Coordinator {
     /// Reads what is kept of a file to its end, and makes sure that none of it is missing.
     pub(super) fn read_kept(&self, checkpoint: &Checkpoint, kept: &KeptFile) -> Result<()> {
         let Some(file) = self.open_kept(checkpoint, kept)? else { return Ok(()) };
@@ -132,8 +135,8 @@ impl Window {
 
 fn keep(
     pending: &PendingCheckpoint,
-    stores: &[std::sync::Arc<dyn Backend>],
-    state: &std::path::Path,
+    stores: &[Arc<dyn Backend>],
+    state: &Path,
     seen: Option<&Observation>,
     images: Option<&Images>,
 ) -> Result<Vec<KeptFile>> {
@@ -213,7 +216,7 @@ impl Keeper<'_> {
             kept.lost = Some("its file system belongs to a server, which is not asked while processes stand".into());
             return kept;
         }
-        let done = seen.open(unlinked).and_then(|file| {
+        let done = open(seen, unlinked).and_then(|file| {
             room.keep(&file, &kept.name())?;
             Attributes::of(&file)
         });
@@ -223,6 +226,17 @@ impl Keeper<'_> {
         }
         kept
     }
+}
+
+/// Opens a file whose content is to be kept.
+fn open(seen: &Observation, unlinked: &Unlinked) -> io::Result<File> {
+    let file = seen.open(unlinked)?;
+    let allocated = rustix::fs::fstat(&file)?.st_blocks.cast_unsigned() * 512;
+    if unlinked.place.volume.is_none() && allocated > MOST_OUTSIDE {
+        let reason = format!("it was in no volume, and has {} MiB", allocated >> 20);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
+    }
+    Ok(file)
 }
 
 fn external_key(unlinked: &Unlinked) -> Option<String> {

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Identity, Locator, beneath};
+use fsnap_backend::{FileKind, FileMeta, Identity, Locator, beneath};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use serde::{Deserialize, Serialize};
 
@@ -93,6 +93,30 @@ impl Images {
     /// The directory's path when it was opened: for messages and records.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Makes sure that nobody but root and fsnap's own user could put anything else into it: processes are made of what it holds, with all the
+    /// rights that they had.
+    ///
+    /// fsnap's record alone does not tell: whoever owns the directory can move it beside other images.
+    pub fn check_owner(&self) -> Result<()> {
+        let shared = |what: String| Error::SharedImages { dir: self.path.clone(), what };
+        let failed = |source| Error::ImageDir { dir: self.path.clone(), source };
+        let ours = |uid| uid == 0 || uid == rustix::process::geteuid().as_raw();
+        let check = |name: &OsStr, meta: FileMeta| {
+            let name = crate::printable(name);
+            if !ours(meta.uid) {
+                return Err(shared(format!("{name} belongs to user {}", meta.uid)));
+            }
+            // Of a symbolic link, which CRIU makes to older images, the mode means nothing.
+            let writable = meta.mode & 0o022 != 0 && meta.kind != FileKind::Symlink;
+            if writable { Err(shared(format!("{name} can be written by other users"))) } else { Ok(()) }
+        };
+        check(OsStr::new("the directory"), beneath::stat_fd(&self.dir).map_err(failed)?)?;
+        for name in beneath::names(&self.dir).map_err(failed)? {
+            check(&name, beneath::stat(&self.dir, &name).map_err(failed)?)?;
+        }
+        Ok(())
     }
 
     /// Opens one of its files for reading.

@@ -13,7 +13,7 @@ use nix::sched::CloneFlags;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::FdFlags;
 use rustix::mount::{MountFlags, MountPropagationFlags};
-use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use super::confine::{self, Cell, ENDED};
@@ -22,7 +22,7 @@ use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
 use crate::mount::{Prepared, Restrictions};
-use crate::processes::ProcessId;
+use crate::processes::{ProcessId, Tree};
 
 /// What the stages are told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -252,8 +252,11 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
         }
         (None, None) => None,
     };
-    // Nobody knows of the processes if this cannot be said; the end of this one is theirs, too.
-    send(output, &Report::Restored { root }).map_err(Failure::step("report the restore"))?;
+    // Nobody knows of the processes if this cannot be said: they end with this one. In namespaces of their own the kernel sees to that.
+    send(output, &Report::Restored { root }).map_err(|error| {
+        end_descendants();
+        Failure::step("report the restore")(error)
+    })?;
     let ended = reap_all(root);
     if let Some(place) = place {
         // Without it, they ended in a way that nobody knows.
@@ -263,6 +266,22 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
     // In the meantime the one who asked for the restore has usually ended.
     let _ = send(output, &Report::Ended(ended));
     Ok(())
+}
+
+/// Ends all that descends from this process, which is given every orphan among them.
+fn end_descendants() {
+    let own = std::process::id().cast_signed();
+    // What is forked meanwhile is found by the next look.
+    while let Ok(tree) = Tree::of_pid(own) {
+        let descendants: Vec<_> =
+            tree.members().map(|member| member.id).filter(|id| id.pid != own && id.is_alive()).collect();
+        if descendants.is_empty() {
+            return;
+        }
+        for id in descendants {
+            let _ = id.open().and_then(|process| Ok(pidfd_send_signal(process, Signal::KILL)?));
+        }
+    }
 }
 
 /// Makes the namespaces what the processes shall see; returns the directory of the run, if it is one.

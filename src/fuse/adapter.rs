@@ -17,11 +17,13 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::handles::{Handle, Handles};
-use super::open::Dots;
+use super::handles::{Access, Handle, Handles};
+use super::open::{Dots, with_buffer};
 use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
+const OPENING: Duration = Duration::from_millis(1);
 /// No file is ever another one's successor under the same number while the kernel knows it.
 pub(super) const GENERATION: Generation = Generation(0);
 
@@ -116,8 +118,9 @@ pub(super) fn prepare(config: &mut KernelConfig) -> bool {
         InitFlags::FUSE_DONT_MASK,
         InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         InitFlags::FUSE_ATOMIC_O_TRUNC,
+        // Always, and not only when the kernel guesses that attributes will be asked for: it guesses after the first page of names,
+        // and who lists a whole directory before the first look pays a round trip for each file of the other pages.
         InitFlags::FUSE_DO_READDIRPLUS,
-        InitFlags::FUSE_READDIRPLUS_AUTO,
         InitFlags::FUSE_PARALLEL_DIROPS,
         InitFlags::FUSE_CACHE_SYMLINKS,
         InitFlags::FUSE_ASYNC_DIO,
@@ -358,7 +361,8 @@ impl Filesystem for Adapter {
             let _ = self.overlay.drop_privileges(self.own(ino));
         }
         let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
-        let opened = self.handles.open_file(self.own(ino), file, write, may_pass, |file| reply.open_backing(file));
+        let access = if write { Access::Write } else { Access::Read };
+        let opened = self.handles.open_file(self.own(ino), file, access, may_pass, |file| reply.open_backing(file));
         match &opened.backing {
             Some(backing) => {
                 reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
@@ -385,13 +389,15 @@ impl Filesystem for Adapter {
             Err(error) => return reply.error(errno(error)),
         };
         let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
-        let opened = self.handles.open_file(attr.ino, file, true, may_pass, |file| reply.open_backing(file));
+        let access = Access::Create;
+        let opened = self.handles.open_file(attr.ino, file, access, may_pass, |file| reply.open_backing(file));
         let fuse = self.to_fuse(&attr);
         let handle = FileHandle(opened.handle);
         match &opened.backing {
             Some(backing) => {
-                // The name and the attributes share one time here. The name is looked up again; that is all.
-                reply.created_passthrough(&Duration::ZERO, &fuse, GENERATION, handle, opened.flags, backing);
+                // The name and the attributes share one time here: as long as the kernel's opening of it takes, which would
+                // else ask for the attributes once more. Afterwards the name is looked up again; that is all.
+                reply.created_passthrough(&OPENING, &fuse, GENERATION, handle, opened.flags, backing);
             }
             None => reply.created(&FOREVER, &fuse, GENERATION, handle, opened.flags),
         }
@@ -412,11 +418,10 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(error),
         };
-        let mut buffer = vec![0; size as usize];
-        match file.read(&mut buffer, offset) {
+        with_buffer(size, |buffer| match file.read(buffer, offset) {
             Ok(read) => reply.data(&buffer[..read]),
             Err(error) => reply.error(errno(error)),
-        }
+        });
     }
 
     fn write(

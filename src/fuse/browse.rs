@@ -10,8 +10,8 @@
 //! branches/<name>/<volume>/…         the files of a branch; → where they are, if `fsnap branch` made it
 //! ```
 //!
-//! The upper part is read from the catalog whenever somebody looks, so that it is never out of date; the catalog is open only while it
-//! is read. The files of checkpoints are read through [`Dir`](fsnap_backend::Dir), whatever backend keeps them. A snapshot is activated
+//! The upper part is read from the catalog whenever somebody looks and its files have changed, so that it is never out of date; the
+//! catalog is open only while it is read. The files of checkpoints are read through [`Dir`](fsnap_backend::Dir), whatever backend keeps them. A snapshot is activated
 //! when its files are first looked at, and let go when nobody did for a while; its nodes stay, for it is opened again by the same names.
 //!
 //! Architecture Invariant: nothing is computed ahead. What a call costs depends on what it asks for, and not on how many checkpoints
@@ -24,6 +24,7 @@ mod node;
 mod opened;
 mod processes;
 mod tree;
+mod unchanged;
 
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;

@@ -14,7 +14,7 @@ use fuser::{
 
 use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
 use super::browse::{Attr, Browse, Keep, Listed};
-use super::open::Dots;
+use super::open::{Dots, with_buffer};
 use super::readers::{Reader, Readers};
 
 /// How soon a removed checkpoint is seen to be gone by those who walk through its directory.
@@ -154,11 +154,10 @@ impl Filesystem for BrowseAdapter {
     ) {
         let reader = self.readers.get(fh.0);
         let Some(Reader::File { opened, .. }) = reader.as_deref() else { return reply.error(Errno::EBADF) };
-        let mut buffer = vec![0; size as usize];
-        match opened.read(&mut buffer, offset) {
+        with_buffer(size, |buffer| match opened.read(buffer, offset) {
             Ok(read) => reply.data(&buffer[..read]),
             Err(error) => reply.error(errno(error)),
-        }
+        });
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {

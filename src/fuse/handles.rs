@@ -35,6 +35,15 @@ pub(super) struct DirHandle {
     pub(super) names: Names<OsString>,
 }
 
+/// What a file is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    Read,
+    Write,
+    /// It was made at this very moment.
+    Create,
+}
+
 /// How the kernel has a file open.
 #[derive(Debug, Default)]
 struct Mode {
@@ -43,6 +52,8 @@ struct Mode {
     backing: Option<Arc<BackingId>>,
     /// Cached pages are older than what was passed through.
     stale: bool,
+    /// The kernel may have attributes from before the file was written past us.
+    told: bool,
     /// Pages may have been changed in memory, and not been written to us yet.
     dirty: bool,
 }
@@ -82,10 +93,11 @@ impl Handles {
         &self,
         ino: Ino,
         file: Arc<OpenFile>,
-        write: bool,
+        access: Access,
         may_pass: bool,
         register: impl FnOnce(&std::fs::File) -> std::io::Result<BackingId>,
     ) -> Opened {
+        let write = access != Access::Read;
         let mut modes = locked(&self.modes);
         let mode = modes.entry(ino).or_default();
         if mode.cached == 0
@@ -109,6 +121,7 @@ impl Handles {
                 mode.backing = Some(backing.clone());
                 mode.passed += 1;
                 mode.stale |= write;
+                mode.told |= access == Access::Write;
                 let handle = self.open.add(Handle::File(FileHandle { ino, file, passed: true }));
                 return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
             }
@@ -137,14 +150,15 @@ impl Handles {
         let mode = modes.get_mut(&file.ino)?;
         if file.passed {
             mode.passed -= 1;
-            if mode.passed == 0 {
-                mode.backing = None;
-            }
         } else {
             mode.cached -= 1;
         }
         mode.dirty &= mode.cached > 0 || mode.passed > 0;
-        let behind = file.passed && mode.stale;
+        let behind = file.passed && mode.stale && mode.told;
+        if mode.passed == 0 {
+            mode.backing = None;
+            mode.told = false;
+        }
         if mode.cached == 0 && mode.passed == 0 && !mode.stale {
             modes.remove(&file.ino);
         }

@@ -1,5 +1,6 @@
 //! What both adapters keep of what the kernel has open: numbered handles, and the names of directories.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +13,22 @@ use super::adapter::{GENERATION, nothing};
 /// Locks what no panic can leave half changed.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends a buffer of that length, of this thread's own. A fresh one for each reading would have to be filled with zeros, or with
+/// pages of the kernel, which takes as long as to read.
+pub(super) fn with_buffer<T>(length: u32, read: impl FnOnce(&mut [u8]) -> T) -> T {
+    BUFFER.with_borrow_mut(|buffer| {
+        let length = length as usize;
+        if buffer.len() < length {
+            buffer.resize(length, 0);
+        }
+        read(&mut buffer[..length])
+    })
 }
 
 /// Open handles by their numbers, none of which is used twice, and none of which is 0.

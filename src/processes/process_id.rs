@@ -83,6 +83,29 @@ impl ProcessId {
     }
 }
 
+impl ProcessId {
+    /// How often its threads have begun to run, all together: as long as it stands, the number stays.
+    ///
+    /// 0 where the kernel does not count (`schedstat` needs `CONFIG_SCHEDSTATS`, or delay accounting that is switched on).
+    pub(crate) fn runs(self) -> io::Result<u64> {
+        let dir = ProcDir::of(self.pid)?;
+        let mut runs = 0;
+        for thread in dir.numbers("task")? {
+            match dir.read(&format!("task/{thread}/schedstat")) {
+                // Nanoseconds run, nanoseconds waited, and how often.
+                Ok(counted) => runs += third_number(&counted).unwrap_or(0),
+                Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(runs)
+    }
+}
+
+fn third_number(line: &[u8]) -> Option<u64> {
+    std::str::from_utf8(line).ok()?.split_ascii_whitespace().nth(2)?.parse().ok()
+}
+
 fn read_error(pid: i32, source: io::Error) -> Error {
     Error::Read { object: format!("/proc/{pid}/stat").into(), source }
 }
@@ -98,14 +121,19 @@ impl fmt::Display for ProcessId {
 pub(crate) struct ThreadStates(Vec<u8>);
 
 impl ThreadStates {
-    /// Whether every thread that still lives is stopped, by a signal (`T`) or by a tracer (`t`).
+    /// Whether every thread that still lives is stopped by a signal (`T`). One that a tracer holds (`t`) may run at any moment.
     pub(crate) fn all_stopped(&self) -> bool {
-        !self.all_ended() && self.0.iter().all(|state| b"TtZXx".contains(state))
+        !self.all_ended() && self.0.iter().all(|state| b"TZXx".contains(state))
     }
 
-    /// Whether some thread is stopped by a signal.
+    /// Whether some thread is stopped, by a signal or by a tracer.
     pub(crate) fn any_stopped(&self) -> bool {
-        self.0.contains(&b'T')
+        self.0.contains(&b'T') || self.any_traced()
+    }
+
+    /// Whether a tracer holds some thread.
+    pub(crate) fn any_traced(&self) -> bool {
+        self.0.contains(&b't')
     }
 
     /// Whether no thread lives: the process can neither run nor write again.

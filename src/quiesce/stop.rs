@@ -11,6 +11,9 @@ use rustix::process::{Signal, pidfd_send_signal};
 use super::{Deadline, Error, FreezeRecord, Result};
 use crate::processes::{Member, ProcessId, Tree};
 
+/// A process that a tracer holds stands if it has not run for so long: until the signal reaches it, it stops at each system call as well.
+const QUIET: Duration = Duration::from_millis(50);
+
 /// A process that this freeze stopped.
 #[derive(Debug)]
 pub(super) struct Stopped {
@@ -18,7 +21,14 @@ pub(super) struct Stopped {
     process: OwnedFd,
 }
 
-/// Stops every process of the tree that does not stand already, until a look finds no new one.
+/// A process that stands, whoever stopped it, and how often it had run by then.
+#[derive(Debug)]
+pub(super) struct Standing {
+    member: Member,
+    runs: u64,
+}
+
+/// Stops every process of the tree that does not stand already, until a look finds no new one; returns all of them.
 ///
 /// `tell` hears of each before it is signalled. What was stopped is in `stopped`, also on failure.
 pub(super) fn stop_all(
@@ -26,7 +36,7 @@ pub(super) fn stop_all(
     stopped: &mut Vec<Stopped>,
     deadline: Deadline,
     tell: &mut dyn FnMut(FreezeRecord) -> Result<()>,
-) -> Result<()> {
+) -> Result<Vec<Standing>> {
     let mut settled: BTreeSet<ProcessId> = BTreeSet::new();
     loop {
         tree.rescan_once()?;
@@ -39,7 +49,7 @@ pub(super) fn stop_all(
             .cloned()
             .collect();
         if ready.is_empty() {
-            return Ok(());
+            return Ok(tree.members().filter_map(Standing::of).collect());
         }
         let first = stopped.len();
         let mut record = FreezeRecord::new();
@@ -91,10 +101,14 @@ impl Stopped {
     /// Only a parent or a tracer is told when a process stops, so its state is read again and again: after 20 µs first,
     /// since most stop at once, and after longer and longer pauses then. The end of the process cuts a pause short.
     fn wait_standing(&self, deadline: Deadline) -> Result<()> {
-        let mut pause = Duration::from_micros(20);
+        let (mut pause, mut quiet) = (Duration::from_micros(20), Quiet::default());
         loop {
             let Ok(states) = self.member.id.thread_states() else { return Ok(()) };
-            let Some(state) = states.running() else { return Ok(()) };
+            let running = states.running();
+            if running.is_none() && (!states.any_traced() || quiet.is_long(self.member.id)) {
+                return Ok(());
+            }
+            let state = running.unwrap_or('t');
             if Instant::now() >= deadline.at {
                 let Member { id, command, .. } = self.member.clone();
                 return Err(Error::Deadline { process: id, command, state, within: deadline.within });
@@ -103,14 +117,38 @@ impl Stopped {
             pause = (pause * 2).min(Duration::from_millis(2));
         }
     }
+}
 
-    /// Checks that no thread runs.
+impl Standing {
+    /// `None` if it has ended.
+    fn of(member: &Member) -> Option<Self> {
+        Some(Self { member: member.clone(), runs: member.id.runs().ok()? })
+    }
+
+    /// Checks that no thread runs, or has run: who can signal a process can also stop it again.
     pub(super) fn check(&self) -> Result<()> {
-        match self.member.id.thread_states() {
-            Ok(states) if states.running().is_some() => {
-                Err(Error::Resumed { process: self.member.id, command: self.member.command.clone() })
+        let Ok(states) = self.member.id.thread_states() else { return Ok(()) };
+        if states.all_ended() || states.running().is_none() && self.member.id.runs().is_ok_and(|runs| runs == self.runs)
+        {
+            return Ok(());
+        }
+        Err(Error::Resumed { process: self.member.id, command: self.member.command.clone() })
+    }
+}
+
+/// Since when a process has not run.
+#[derive(Debug, Default)]
+struct Quiet(Option<(u64, Instant)>);
+
+impl Quiet {
+    fn is_long(&mut self, process: ProcessId) -> bool {
+        let runs = process.runs().unwrap_or_default();
+        match self.0 {
+            Some((before, since)) if before == runs => since.elapsed() >= QUIET,
+            _ => {
+                self.0 = Some((runs, Instant::now()));
+                false
             }
-            _ => Ok(()),
         }
     }
 }

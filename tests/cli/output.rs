@@ -143,14 +143,14 @@ fn nothing_is_shown_while_processes_stand() {
     let site = Site::plain();
     site.run("fsnap init db");
     let mut sleeper = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-    let line = format!("FSNAP_FAILPOINT=take:opened=sleep:1000 exec fsnap checkpoint --pid {} db", sleeper.id());
+    let line = format!("FSNAP_FAILPOINT=take:opened=sleep:5000 exec fsnap checkpoint --pid {} db", sleeper.id());
     let mut watched =
         site.shell().command(&format!("TERM=xterm exec script -qefc '{line} >out' seen >/dev/null")).spawn();
     let state = || std::fs::read_to_string(format!("/proc/{}/stat", sleeper.id())).unwrap_or_default();
     while !state().contains(") T ") {
         let ended = watched.as_mut().unwrap().try_wait().unwrap();
         assert!(ended.is_none(), "it never stood: {ended:?}, {:?}", std::fs::read_to_string(site.path("seen")));
-        std::thread::yield_now();
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
     let first = std::fs::read(site.path("seen")).unwrap();
     let mut last = first.clone();

@@ -2,6 +2,7 @@
 //!
 //! Where the kernel has no device-mapper, every case is reported as ignored, with the reason.
 
+mod lvm;
 mod pools;
 mod site;
 mod standing;
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
             None => run().map(|()| Completion::Completed),
         })
     };
-    let cases = pools::CASES.iter().chain(standing::CASES);
+    let cases = pools::CASES.iter().chain(lvm::CASES).chain(standing::CASES);
     // One after the other: they look at all devices.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     libtest_mimic::run(&arguments, cases.map(trial).collect()).exit_code()

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
 
 use crate::site::{Site, ensure, is, output};
 use crate::{Case, Done};
@@ -87,7 +88,7 @@ impl Drop for Base {
 }
 
 /// Long enough to be seen: a snapshot waits for several such writes.
-const SLOW: u32 = 150;
+const SLOW: u32 = 300;
 
 /// A registered volume in a pool on such a device.
 fn on_base() -> Result<(Base, Site), Failed> {
@@ -109,8 +110,10 @@ fn on_base() -> Result<(Base, Site), Failed> {
 
 /// Waits until the volume stands.
 fn until_it_stands(site: &Site, by: &mut Child) -> Done {
-    for _ in 0..2000 {
-        if site.devices()?.1 {
+    let node = site.node(&format!("{}-volume-db", site.pool))?;
+    let suspended = Path::new("/sys/block").join(node.strip_prefix("/dev")?).join("dm/suspended");
+    for _ in 0..20_000 {
+        if fs::read_to_string(&suspended)?.trim() == "1" {
             return Ok(());
         }
         if let Some(status) = by.try_wait()? {
@@ -120,7 +123,7 @@ fn until_it_stands(site: &Site, by: &mut Child) -> Done {
             }
             return Err(format!("it ended before the volume stood: {status}: {said}").into());
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(1));
     }
     Err("the volume never stood".into())
 }
@@ -190,8 +193,8 @@ fn killed_with_its_guard() -> Done {
     let guards = guards_of(taking.id())?;
     ensure(guards.len() == 1, &format!("there is not one guard: {guards:?}"))?;
     for guard in guards {
-        let pid = rustix::process::Pid::from_raw(guard).ok_or("a guard without a pid")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        let pid = Pid::from_raw(guard).ok_or("a guard without a pid")?;
+        rustix::process::kill_process(pid, Signal::KILL)?;
     }
     taking.kill()?;
     taking.wait()?;
@@ -287,12 +290,15 @@ fn a_failing_pool_ends_the_standing() -> Done {
         // In the frozen window, after all that is done ahead; what is dirty has to be written then.
         let mut taking = site
             .command(&["checkpoint", "--tag", "meanwhile"])
-            .env("FSNAP_FAILPOINT", "take:opened=sleep:1500")
+            .env("FSNAP_FAILPOINT", "take:opened=stop")
             .stderr(Stdio::piped())
             .spawn()?;
-        thread::sleep(Duration::from_millis(700));
+        let pid = Pid::from_child(&taking);
+        let (stopped, stay) = (WaitIdOptions::STOPPED | WaitIdOptions::EXITED, WaitIdOptions::NOWAIT);
+        rustix::process::waitid(WaitId::Pid(pid), stopped | stay)?;
         fs::write(site.db().join("dirty"), vec![7; 1 << 20])?;
         base.switch(&error)?;
+        rustix::process::kill_process(pid, Signal::CONT)?;
         let ended = taking.wait_with_output_within(Duration::from_secs(120))?;
         let said = String::from_utf8_lossy(&ended.stderr);
         ensure(ended.status.code() == Some(1), &format!("metadata {metadata}: {}: {said}", ended.status))?;

@@ -12,6 +12,7 @@ mod containers;
 mod demo;
 mod generic;
 mod hook;
+mod hostile;
 mod identity;
 mod killed;
 mod oracle;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         ("attended", attended::CASES),
         ("by_hand", by_hand::CASES),
         ("identity", identity::CASES),
+        ("hostile", hostile::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
         ("tour", tour::CASES),
@@ -67,7 +69,7 @@ fn main() -> ExitCode {
         }
     }
     // What the process that stands by does not do, the hook does by itself.
-    for &(name, case) in hook::CASES.iter().chain(killed::CASES) {
+    for &(name, case) in hook::CASES.iter().chain(killed::CASES).chain(&unlinked::CASES[..1]) {
         trials.push(Trial::test(format!("unattended::{name}"), move || {
             site::unattended(case);
             Ok(())

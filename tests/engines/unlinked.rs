@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use fsnap_oracle::Kind;
+
 use crate::Case;
 use crate::runs::Running;
 use crate::site::{Site, Volume, said};
@@ -11,6 +13,7 @@ pub(crate) const CASES: &[Case] = &[
     ("every_kind_on_btrfs", || every_kind(Volume::Btrfs, 300)),
     ("every_kind_on_rsync", || every_kind(Volume::Rsync, 20)),
     ("what_is_no_file_without_a_name_is_not_left_out", what_is_no_file_without_a_name_is_not_left_out),
+    ("a_note_that_is_lost_with_the_power", a_note_that_is_lost_with_the_power),
 ];
 
 /// Has files without names in all ways that there are, changes them, and says the number of the round while all are as they must be.
@@ -36,6 +39,8 @@ def mapped(name, flags):
     return memory
 shared, private = mapped("shared", mmap.MAP_SHARED), mapped("private", mmap.MAP_PRIVATE)
 private[:3] = b"own"
+# In no volume: CRIU saves it.
+elsewhere = os.open("/tmp/elsewhere", os.O_RDWR | os.O_CREAT, 0o600); os.write(elsewhere, block(9) * 3); os.unlink("/tmp/elsewhere")
 nameless = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
 for name in ["one", "sparse", "dense", "only"]: os.unlink(name)
 # Another process has the same descriptors, and moves their common position.
@@ -66,7 +71,8 @@ while True:
         shared=shared[:8] == text and shared[8:] == b"m" * 8184,
         private=private[:4] == b"ownm",
         nameless=os.pread(nameless, 9, 0) == text,
-        gone=all(os.fstat(fd).st_nlink == 0 for fd in (one, sparse, dense, only, reader, nameless)),
+        elsewhere=os.pread(elsewhere, 4 * MIB, 0) == block(9) * 3,
+        gone=all(os.fstat(fd).st_nlink == 0 for fd in (one, sparse, dense, only, reader, nameless, elsewhere)),
     )
     wrong = [name for name, right in checks.items() if not right]
     print(("wrong: %s in round %d" % (wrong, n)) if wrong else n, flush=True)
@@ -89,14 +95,14 @@ fn every_kind(volume: Volume, blocks: u32) {
     start(&site, "one", blocks);
     running.says("one", "3");
     let first = site.ok(["checkpoint", "one"]);
-    left_to_fsnap(&site, &first, 7);
+    left_to_fsnap(&site, &first);
     running.counts_on("one");
     site.ok(["branch", &first, "copy", "--run", "--count", "2"]);
     for name in ["one", "copy-1", "copy-2"] {
         running.counts_on(name);
     }
     let second = site.ok(["checkpoint", "copy-1"]);
-    left_to_fsnap(&site, &second, 7);
+    left_to_fsnap(&site, &second);
     site.ok(["branch", &second, "grandchild", "--run"]);
     let names = ["one", "copy-1", "copy-2", "grandchild"];
     for name in names {
@@ -118,19 +124,18 @@ fn every_kind(volume: Volume, blocks: u32) {
     site.holds_nothing_but(0);
 }
 
-/// Makes sure that the engine left so many files to fsnap, and saved none of them itself.
-fn left_to_fsnap(site: &Site, id: &str, count: usize) {
+/// Makes sure that the engine left the volume's files to fsnap, and saved only the other one itself.
+fn left_to_fsnap(site: &Site, id: &str) {
     let shown = site.json(["show", id, "--json"]);
     let unlinked = shown["unlinked"].as_array().unwrap();
-    let left = unlinked.iter().filter(|one| one["kept"] == true && one["external"].is_string()).count();
-    assert_eq!((left, unlinked.len()), (count, count), "{shown:#}");
+    assert!(unlinked.iter().all(|one| one["kept"] == true), "{shown:#}");
+    let left = unlinked.iter().filter(|one| one["external"].is_string()).count();
+    assert_eq!((left, unlinked.len()), (7, 8), "{shown:#}");
     let images = Path::new(shown["engine"]["images"].as_str().unwrap());
-    let files = fs::read_dir(images).unwrap().map(|entry| entry.unwrap());
-    let large = files.filter(|file| {
-        file.file_name().to_string_lossy().starts_with("ghost-file") || file.metadata().unwrap().len() > 100 << 20
-    });
-    let large: Vec<_> = large.map(|file| file.file_name()).collect();
-    assert!(large.is_empty(), "{large:?}");
+    let files: Vec<_> = fs::read_dir(images).unwrap().map(|entry| entry.unwrap()).collect();
+    let ghosts = files.iter().filter(|file| file.file_name().to_string_lossy().starts_with("ghost-file-"));
+    assert_eq!(ghosts.count(), 1, "{files:?}");
+    assert!(files.iter().all(|file| file.metadata().unwrap().len() < 100 << 20), "{files:?}");
     assert!(site.ok(["show", id]).contains("bytes, kept here alone"));
 }
 
@@ -162,4 +167,26 @@ fn a_named_file(pid: i32, dir: &Path) -> String {
     let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).unwrap().trim().parse::<u32>().unwrap();
     let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(fd.path()).unwrap());
     format!("file[{mount:x}:{inode:x}]")
+}
+
+/// Without the note nobody knows which files the engine left to fsnap: then there is no checkpoint. What it saved itself is whole.
+fn a_note_that_is_lost_with_the_power() {
+    for (dump, sealed) in [(Site::checkpoint as fn(&Site, i32) -> _, 1), (Site::checkpoint_as_told, 0)] {
+        let site = Site::new(&[Volume::Btrfs]);
+        let oracle = site.oracle(&[Kind::Append, Kind::Unlinked], 1000);
+        dump(&site, oracle.pid);
+        let intents = fs::read_dir(site.path("state/intents")).unwrap().map(|file| file.unwrap().path());
+        let notes: Vec<_> = intents.filter(|path| path.extension().is_some_and(|end| end == "taken")).collect();
+        assert_eq!(notes.len(), 1);
+        fs::remove_file(&notes[0]).unwrap();
+        let boot = site.path("boot");
+        fs::write(&boot, "00000000-0000-0000-0000-000000000000\n").unwrap();
+        let script = r#"mount --bind "$1" /proc/sys/kernel/random/boot_id && exec "$2" recover"#;
+        let mut recover = site.command_of(Path::new("unshare"));
+        recover.args(["--mount", "sh", "-c", script, "sh"]).arg(boot).arg(env!("CARGO_BIN_EXE_fsnap"));
+        let output = recover.output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        site.holds_nothing_but(sealed);
+        oracle.goes_on();
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::Stdio;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
 
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 
 use crate::Case;
@@ -20,6 +22,7 @@ pub(crate) const CASES: &[Case] = &[
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
     ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
+    ("set_user_id_and_devices_mean_nothing_to_others", set_user_id_and_devices_mean_nothing_to_others),
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
 ];
 
@@ -353,5 +356,41 @@ fn both_kinds_live_together() {
             assert_eq!(read(past.at(&format!("branches/{branch}/{volume}/file"))), branch);
         }
     }
+    past.unmount();
+}
+
+/// A file that gives whoever starts it root's rights, and the node of a device: on the volume they work, and nowhere that a stranger can get to.
+fn set_user_id_and_devices_mean_nothing_to_others() {
+    let past = Past::new();
+    let db = past.volume("db", "btrfs");
+    fs::copy("/usr/bin/id", db.join("id")).unwrap();
+    fs::set_permissions(db.join("id"), fs::Permissions::from_mode(0o4755)).unwrap();
+    let null = rustix::fs::makedev(1, 3);
+    rustix::fs::mknodat(CWD, db.join("null"), FileType::CharacterDevice, Mode::from_raw_mode(0o666), null).unwrap();
+    fs::set_permissions(db.join("null"), fs::Permissions::from_mode(0o666)).unwrap();
+    past.checkpoint();
+    past.fsnap(["branch", "@latest", "native"]);
+    past.mount_for_others();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    // Where it is entered through a directory that is open already, no directory above is in the way.
+    let as_stranger = |dir: &Path, line: &str| {
+        let enter = format!("cd \"$1\" && exec setpriv --reuid 65534 --regid 65534 --clear-groups sh -c '{line}'");
+        let output = Command::new("bash").args(["-c", &enter, "bash"]).arg(dir).stdin(Stdio::null()).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    };
+    // On the volume itself they are what they are, unless this program was forbidden to gain any rights.
+    let forbidden = read("/proc/self/status").contains("NoNewPrivs:\t1");
+    assert_eq!(as_stranger(&db, "./id -u"), (true, if forbidden { "65534" } else { "0" }.into()));
+    for shown in ["latest/db", "branches/try/db"] {
+        assert_eq!(as_stranger(&past.at(shown), "./id -u"), (true, "65534".into()), "{shown}");
+        assert!(!as_stranger(&past.at(shown), "exec <null").0, "{shown}: a device can be opened");
+        assert_eq!(fs::File::open(past.at(shown).join("null")).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+    // A branch of the file system's own lies where no stranger gets in.
+    let native = past.fsnap(["branches", "--json"]);
+    let branches: serde_json::Value = serde_json::from_str(&native).unwrap();
+    let branch = branches.as_array().unwrap().iter().find(|branch| branch["name"] == "native").unwrap();
+    let store = Path::new(branch["members"][0]["path"].as_str().unwrap()).parent().unwrap().parent().unwrap();
+    assert_eq!(fs::metadata(store).unwrap().permissions().mode() & 0o077, 0, "{store:?}");
     past.unmount();
 }

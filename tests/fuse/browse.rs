@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ use crate::tree;
 pub(crate) const CASES: &[Case] = &[
     ("the_layout", the_layout),
     ("processes_are_shown_as_they_stood", processes_are_shown_as_they_stood),
+    ("a_file_without_a_name_on_a_branch_is_kept", a_file_without_a_name_on_a_branch_is_kept),
     ("what_is_new_shows_up", what_is_new_shows_up),
     ("every_kind_of_file_is_as_it_was_in_btrfs", || every_kind_of_file_is_as_it_was("btrfs")),
     ("every_kind_of_file_is_as_it_was_in_rsync", || every_kind_of_file_is_as_it_was("rsync")),
@@ -122,13 +123,8 @@ fn processes_are_shown_as_they_stood() {
     let db = past.volume("db", "btrfs");
     fs::create_dir(db.join("sub")).unwrap();
     fs::write(db.join("sub/file"), "one").unwrap();
-    let script =
-        "cd sub; exec 5<>file 6>gone 7</etc/passwd; chmod 640 gone; echo kept >&6; rm gone; echo ready; read line";
-    let mut command = Command::new("setsid");
-    command.args(["bash", "-c", script]).current_dir(&db).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let mut ready = [0; 6];
-    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    let lines = "cd sub; exec 5<>file 6>gone 7</etc/passwd; chmod 640 gone; echo kept >&6; rm gone";
+    let mut child = working_in(&db, lines);
     let pid = child.id();
     let id = past.fsnap(["checkpoint", "--pid", &pid.to_string()]);
     fs::write(db.join("sub/file"), "two").unwrap();
@@ -141,7 +137,7 @@ fn processes_are_shown_as_they_stood() {
     assert_eq!(names(at(&pid.to_string())), ["cmdline", "cwd", "exe", "fd", "root"]);
     let of = |name: &str| at(&format!("{pid}/{name}"));
     let link = |name: &str| fs::read_link(of(name)).unwrap().into_os_string().into_string().unwrap();
-    let arguments = format!("bash\0-c\0{script}\0");
+    let arguments = format!("bash\0-c\0{lines}; echo ready; read line\0");
     assert_eq!(read(of("cmdline")), arguments);
     assert_eq!(fs::metadata(of("cmdline")).unwrap().len(), arguments.len() as u64);
     // The links lead to the files as they were.
@@ -163,6 +159,41 @@ fn processes_are_shown_as_they_stood() {
     for bad in ["0", "x", "+1", &format!("0{pid}")] {
         assert_eq!(fs::metadata(at(bad)).unwrap_err().kind(), ErrorKind::NotFound, "{bad}");
     }
+}
+
+/// A process that works in `dir`, and runs these lines before this returns.
+fn working_in(dir: &Path, lines: &str) -> Child {
+    let script = format!("{lines}; echo ready; read line");
+    let mut command = Command::new("setsid");
+    command.args(["bash", "-c", &script]).current_dir(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut ready = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    child
+}
+
+/// The server of the branch is asked for it while the process stands, which has it open for writing only.
+fn a_file_without_a_name_on_a_branch_is_kept() {
+    let past = Past::new();
+    past.volume("db", "btrfs");
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/idea@latest")).unwrap();
+    let mut child =
+        working_in(&past.at("branches/idea/db"), "exec 6>gone; truncate -s 1G gone; echo kept >&6; rm gone");
+    let pid = child.id();
+    let id = past.fsnap(["checkpoint", "--branch", "idea", "--pid", &pid.to_string()]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let kept = past.at(&format!("ids/{id}/.fsnap/processes/{pid}/fd/6"));
+    assert_eq!(fs::metadata(&kept).unwrap().len(), 1 << 30);
+    let mut start = [1; 8];
+    fs::File::open(&kept).unwrap().read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"kept\n\0\0\0");
+    past.fsnap(["verify"]);
+    // It goes with its checkpoint.
+    past.fsnap(["rm", &id]);
+    assert_eq!(names(past.state().join("unlinked")), [""; 0]);
 }
 
 fn what_is_new_shows_up() {

@@ -10,6 +10,7 @@ mod copies;
 mod differential;
 mod faults;
 mod past;
+mod programs;
 mod semantics;
 mod site;
 mod sys;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),
+        ("programs", programs::CASES),
         ("semantics", semantics::CASES),
         ("union", union::CASES),
     ];

@@ -77,8 +77,16 @@ impl Past {
     }
 
     pub(crate) fn mount(&self) {
+        self.mount_with(&[]);
+    }
+
+    pub(crate) fn mount_for_others(&self) {
+        self.mount_with(&["--allow-other"]);
+    }
+
+    fn mount_with(&self, options: &[&str]) {
         let mut command = self.command();
-        command.args(["mount", "--foreground"]).arg(self.path("mnt"));
+        command.args(["mount", "--foreground"]).args(options).arg(self.path("mnt"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
         until("it is mounted", || {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fsnap::processes::{Cgroup, ProcessId, Tree};
@@ -26,6 +26,8 @@ pub(crate) const CASES: &[Case] = &[
     ("a_record_of_another_boot_thaws_nothing", a_record_of_another_boot_thaws_nothing),
     ("without_a_guard_nothing_is_stopped", without_a_guard_nothing_is_stopped),
     ("a_stranger_who_resumes_is_noticed", a_stranger_who_resumes_is_noticed),
+    ("who_ran_and_stands_again_is_noticed", who_ran_and_stands_again_is_noticed),
+    ("a_traced_process_stands", a_traced_process_stands),
     ("further_writers_stand_too", further_writers_stand_too),
     ("a_unified_cgroup_is_frozen_by_its_freezer", a_unified_cgroup_is_frozen_by_its_freezer),
     ("an_older_cgroup_is_frozen_by_its_freezer", an_older_cgroup_is_frozen_by_its_freezer),
@@ -72,10 +74,21 @@ fn a_fork_storm_stands() {
     }
     let frozen = freeze(&live);
     // Children whose parent ended before the freeze belong to nobody in the tree and may write their last byte.
-    std::thread::sleep(Duration::from_millis(20));
+    wait_until("the end of the orphans", || !somebody_runs_with(&file));
     assert_still(&file);
     frozen.thaw().unwrap();
     wait_for_growth(&file);
+}
+
+/// Whether a process has the file open and is not stopped.
+fn somebody_runs_with(file: &Path) -> bool {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.any(|pid| {
+        let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.any(|fd| fs::read_link(fd.path()).is_ok_and(|opened| opened == *file))
+            && ProcessId::of(pid).is_ok_and(|id| id.is_alive() && !is_stopped(id))
+    })
 }
 
 fn a_process_that_spawns_all_the_time_stands() {
@@ -205,6 +218,58 @@ fn a_stranger_who_resumes_is_noticed() {
     signal(live.id, "CONT");
     wait_for_growth(temp.path());
     assert!(matches!(frozen.check(), Err(Error::Resumed { process, .. }) if process == live.id));
+}
+
+/// Whether this kernel counts how often a process has run.
+fn runs_are_counted() -> bool {
+    let counted = fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    !matches!(counted.split_whitespace().last(), None | Some("0"))
+}
+
+fn who_ran_and_stands_again_is_noticed() {
+    if !runs_are_counted() {
+        return skip("this kernel does not count how often a process has run");
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("file");
+    let live = Live::start(&["append", file.to_str().unwrap()]);
+    for stopped_before in [false, true] {
+        if stopped_before {
+            signal(live.id, "STOP");
+            wait_until("its stop", || is_stopped(live.id));
+        }
+        let frozen = freeze(&live);
+        frozen.check().unwrap();
+        signal(live.id, "CONT");
+        wait_for_growth(&file);
+        signal(live.id, "STOP");
+        wait_until("its stop", || is_stopped(live.id));
+        assert!(matches!(frozen.check(), Err(Error::Resumed { process, .. }) if process == live.id));
+        frozen.thaw().unwrap();
+        assert_eq!(is_stopped(live.id), stopped_before);
+    }
+}
+
+fn a_traced_process_stands() {
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("file");
+    let mut command = Command::new("strace");
+    let live = Live::run(command.args(["-o", "/dev/null"]).arg(Live::program()).arg("append").arg(&file));
+    let traced = live.tree().members().map(|member| member.id).find(|&id| id != live.id).unwrap();
+    // It stands, or that it did not is noticed, and the tracer needs its time for the former.
+    wait_until("a freeze that holds", || {
+        wait_for_growth(&file);
+        let frozen = Quiesce::prepare(Tree::of_processes([traced]), &guard()).unwrap().freeze(LONG).unwrap();
+        let before = fs::metadata(&file).unwrap().len();
+        std::thread::sleep(Duration::from_millis(5));
+        let stood = frozen.check().is_ok();
+        if stood {
+            assert_eq!(fs::metadata(&file).unwrap().len(), before);
+        }
+        frozen.thaw().unwrap();
+        stood
+    });
+    wait_for_growth(&file);
 }
 
 fn further_writers_stand_too() {

@@ -88,7 +88,15 @@ impl Drop for Companions {
         self.end_engine();
         end(&mut self.writer);
         if let Some(dir) = &self.cgroup {
-            let removed = fs::remove_dir(dir);
+            // Whoever has ended leaves it a little later.
+            let mut removed = fs::remove_dir(dir);
+            for _ in 0..1000 {
+                if removed.is_ok() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+                removed = fs::remove_dir(dir);
+            }
             assert!(removed.is_ok() || std::thread::panicking(), "{}: {removed:?}", dir.display());
         }
     }

@@ -14,14 +14,14 @@ criu_dir=$top/target/criu
 PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
 
 to_build=(make gcc libc6-dev pkg-config libclang-dev libbtrfsutil-dev libdevmapper-dev)
-to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin faketime fuse3)
+to_test=(btrfs-progs e2fsprogs xfsprogs rsync restic attr acl libcap2-bin strace faketime fuse3)
 # A kernel to test on, and the tools of what only it has.
-to_test+=(user-mode-linux dmsetup nilfs-tools thin-provisioning-tools kmod util-linux mount)
+to_test+=(user-mode-linux dmsetup lvm2 nilfs-tools thin-provisioning-tools kmod util-linux mount)
 to_test+=(qemu-system-x86 iproute2)
 # What benchmarks compare with, and what suites run.
 to_test+=(fuse-overlayfs unionfs-fuse)
-# What a tour on real programs shows.
-to_test+=(postgresql sqlite3 python3 runc crun podman busybox-static)
+# What a tour on real programs shows, and what is done on a branch.
+to_test+=(git postgresql sqlite3 python3 runc crun podman busybox-static)
 to_unpack=(mmdebstrap)
 # The suites of others: programs of Debian, and crates.
 to_suite=(stress-ng)

@@ -32,8 +32,8 @@
 //! # Limits
 //!
 //! * Only root can use this backend.
-//! * The volume must be the root of its file system, and ext4 or xfs. btrfs on a thin device is refused: the kernel confuses two
-//!   file systems of one UUID, and btrfs takes snapshots of its own, which the btrfs backend uses.
+//! * The volume must be the root of its file system, and ext4 or xfs. btrfs on a thin device is refused: suspending the device does
+//!   not freeze it, the kernel confuses two of one UUID, and it takes snapshots of its own, which the btrfs backend uses.
 //! * `list` shows thin devices that others made only while they are in use: the kernel does not tell of those that are not.
 //! * ext4 and xfs have no checksums of contents: `verify` finds what cannot be read, not what was changed.
 

@@ -44,8 +44,8 @@ impl Live {
         };
         if file_system == FileSystem::Btrfs {
             return Err(refused(
-                "it is btrfs, which confuses two devices of one UUID, as every copy would be; its own snapshots do better: choose the \
-                 btrfs backend",
+                "it is btrfs, which does not stand still with its device, and confuses two devices of one UUID, as every copy would \
+                 be; its own snapshots do better: choose the btrfs backend",
             ));
         }
         if mount.read_only {

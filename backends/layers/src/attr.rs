@@ -199,8 +199,12 @@ impl Tree {
             Some(value) => std::str::from_utf8(&value).ok().and_then(|text| u64::from_str_radix(text, 16).ok()),
             None => None,
         };
-        let own = ((stat.st_ino ^ self.store.salt) & (UPPER_NUMBERS - 1)) | UPPER_NUMBERS;
-        Ok(origin.unwrap_or(own))
+        Ok(origin.unwrap_or_else(|| self.own_number(stat)))
+    }
+
+    /// The number of a file that was made here.
+    pub(super) fn own_number(&self, stat: &Stat) -> Ino {
+        ((stat.st_ino ^ self.store.salt) & (UPPER_NUMBERS - 1)) | UPPER_NUMBERS
     }
 
     /// The number of a file of the lower.

@@ -54,7 +54,8 @@ pub(super) fn stat(meta: &FileMeta, template: Stat) -> Stat {
 /// The content of a file of the lower.
 #[derive(Debug)]
 pub(super) enum LowerContent {
-    File(File),
+    /// With its length, which never changes.
+    File(File, u64),
     Content(Box<dyn Content>),
 }
 
@@ -62,25 +63,29 @@ impl LowerContent {
     /// The file that has exactly these bytes, if there is one.
     pub(super) fn as_file(&self) -> Option<&File> {
         match self {
-            Self::File(file) => Some(file),
+            Self::File(file, _) => Some(file),
             Self::Content(content) => content.as_file(),
         }
     }
 
-    pub(super) fn length(&self) -> Result<u64> {
+    pub(super) fn length(&self) -> u64 {
         match self {
-            Self::File(file) => Ok(file.metadata().map_err(|error| io_errno(&error))?.len()),
-            Self::Content(content) => Ok(content.len()),
+            Self::File(_, length) => *length,
+            Self::Content(content) => content.len(),
         }
     }
 
     /// Reads at `offset` as much as there is, up to the buffer's length.
     pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        // Its end is known: nothing is asked for behind it.
+        let rest = usize::try_from(self.length().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let wanted = rest.min(buffer.len());
+        let buffer = &mut buffer[..wanted];
         let mut done = 0;
         while done < buffer.len() {
             let at = offset + done as u64;
             let read = match self {
-                Self::File(file) => file.read_at(&mut buffer[done..], at),
+                Self::File(file, _) => file.read_at(&mut buffer[done..], at),
                 Self::Content(content) => content.read_at(&mut buffer[done..], at),
             };
             match read {
@@ -101,7 +106,7 @@ impl LowerContent {
     /// The first offset at or after `at` that is no hole.
     pub(super) fn data(&self, at: u64) -> Result<Option<u64>> {
         match self {
-            Self::File(file) => match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Self::File(file, _) => match rustix::fs::seek(file, SeekFrom::Data(at)) {
                 Err(Errno::NXIO) => Ok(None),
                 found => found.map(Some),
             },
@@ -115,7 +120,7 @@ impl LowerContent {
     /// The first offset at or after `at`, which is before the end, that is a hole; the end counts as one.
     pub(super) fn hole(&self, at: u64) -> Result<u64> {
         match self {
-            Self::File(file) => rustix::fs::seek(file, SeekFrom::Hole(at)),
+            Self::File(file, _) => rustix::fs::seek(file, SeekFrom::Hole(at)),
             Self::Content(content) => {
                 let (mut at, length) = (at, content.len());
                 loop {

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -10,9 +11,9 @@ use rustix::io::Errno;
 use rustix::thread::CapabilitiesSecureBits;
 
 use super::attr::Attr;
-use super::data::OpenFile;
-use super::look::is_whiteout;
-use super::node::Ino;
+use super::data::{OpenFile, Source};
+use super::look::{Seen, is_whiteout};
+use super::node::{Ino, Node};
 use super::object::{Object, SAFE};
 use super::{Caller, Overlay, Result, Tree};
 
@@ -54,15 +55,7 @@ impl Overlay {
         umask: u32,
         by: Caller,
     ) -> Result<(Attr, Arc<OpenFile>)> {
-        let mut tree = self.tree();
-        let attr = tree.make(parent, name, What::Node(FileType::RegularFile, 0), mode, umask, by)?;
-        match tree.open_file(attr.ino, true, false) {
-            Ok(file) => Ok((attr, file)),
-            Err(error) => {
-                tree.nodes.forget(attr.ino, 1);
-                Err(error)
-            }
-        }
+        self.tree().create(parent, name, mode, umask, by)
     }
 }
 
@@ -73,39 +66,87 @@ pub(super) fn check_length(name: &OsStr) -> Result<()> {
 
 impl Tree {
     fn make(&mut self, parent: Ino, name: &OsStr, what: What<'_>, mode: u32, umask: u32, by: Caller) -> Result<Attr> {
-        check_length(name)?;
-        if self.look(parent, name)?.is_some() {
-            return Err(Errno::EXIST);
-        }
-        self.copy_up(parent, true)?;
-        let dir = self.upper_dir(parent)?;
-        let above = Object::of(dir.clone());
-        // As the kernel has it: a default ACL takes the place of the umask.
-        let masked = !matches!(what, What::Symlink(_)) && umask != 0;
-        let keeps = masked && above.xattr("system.posix_acl_default")?.is_some();
-        let mode = Mode::from_raw_mode(mode & 0o7777 & if keeps { !0 } else { !umask });
-        if self.upper_at(parent, name)?.is_some_and(|stat| is_whiteout(&stat)) {
-            self.make_over_whiteout(&dir, name, what, mode, by)?;
-        } else {
-            self.make_at(&dir, name, what, mode, by)?;
-        }
+        self.place(parent, name, what, mode, umask, by)?;
         let seen = self.look(parent, name)?.ok_or(Errno::IO)?;
         Ok(self.remember(parent, name, seen))
     }
 
-    fn make_at(&mut self, dir: &Arc<OwnedFd>, name: &OsStr, what: What<'_>, mode: Mode, by: Caller) -> Result<()> {
+    /// Makes a regular file. What it is like is known without a look at the marks that older ones may bear.
+    fn create(
+        &mut self,
+        parent: Ino,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        by: Caller,
+    ) -> Result<(Attr, Arc<OpenFile>)> {
+        let what = What::Node(FileType::RegularFile, 0);
+        let file = self.place(parent, name, what, mode, umask, by)?.ok_or(Errno::IO)?;
+        let stat = rustix::fs::fstat(&file)?;
+        let file = Arc::new(OpenFile::new(Source::Whole(Arc::new(File::from(file))), self.store.gate.clone()));
+        let mut node = Node::new(FileType::RegularFile);
+        node.upper = true;
+        let ino = self.own_number(&stat);
+        let attr = Attr { ino, kind: node.kind, rdev: 0, nlink: 1, stat, upper: true };
+        let attr = self.remember(parent, name, Seen { ino, attr, node, upper_name: true });
+        let node = self.node_mut(ino)?;
+        node.opens += 1;
+        node.file = Some(file.clone());
+        Ok((attr, file))
+    }
+
+    /// Puts something new under a name that nothing has; returns the file if it is a regular one.
+    fn place(
+        &mut self,
+        parent: Ino,
+        name: &OsStr,
+        what: What<'_>,
+        mode: u32,
+        umask: u32,
+        by: Caller,
+    ) -> Result<Option<OwnedFd>> {
+        check_length(name)?;
+        let white = match self.upper_at(parent, name)? {
+            Some(stat) if is_whiteout(&stat) => true,
+            None if self.lower_at(parent, name)?.is_none() => false,
+            _ => return Err(Errno::EXIST),
+        };
+        self.copy_up(parent, true)?;
+        let dir = self.upper_dir(parent)?;
+        // As the kernel has it: a default ACL takes the place of the umask.
+        let masked = !matches!(what, What::Symlink(_)) && umask != 0;
+        let keeps = masked && Object::of(dir.clone()).xattr("system.posix_acl_default")?.is_some();
+        let mode = Mode::from_raw_mode(mode & 0o7777 & if keeps { !0 } else { !umask });
+        if white {
+            self.make_over_whiteout(&dir, name, what, mode, by)
+        } else {
+            self.make_at(&dir, name, what, mode, by)
+        }
+    }
+
+    fn make_at(
+        &mut self,
+        dir: &Arc<OwnedFd>,
+        name: &OsStr,
+        what: What<'_>,
+        mode: Mode,
+        by: Caller,
+    ) -> Result<Option<OwnedFd>> {
+        let nothing = |made: Result<()>| made.map(|()| None);
         match what {
-            What::Dir => as_caller(by, dir, name, || rustix::fs::mkdirat(dir, name, mode)),
-            What::Symlink(target) => as_caller(by, dir, name, || rustix::fs::symlinkat(target, dir, name)),
+            What::Dir => nothing(as_caller(by, dir, name, || rustix::fs::mkdirat(dir, name, mode))),
+            What::Symlink(target) => nothing(as_caller(by, dir, name, || rustix::fs::symlinkat(target, dir, name))),
             What::Node(FileType::CharacterDevice, 0) => {
                 as_caller(by, dir, name, || rustix::fs::mknodat(dir, name, FileType::RegularFile, mode, 0))?;
-                self.mark(&Object::at(dir.clone(), name), self.store.keys().node(), b"c 0 0")
+                nothing(self.mark(&Object::at(dir.clone(), name), self.store.keys().node(), b"c 0 0"))
             }
             What::Node(FileType::RegularFile, _) => as_caller(by, dir, name, || {
-                let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | SAFE;
-                rustix::fs::openat(dir, name, flags, mode).map(drop)
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | SAFE;
+                rustix::fs::openat(dir, name, flags, mode).map(Some)
             }),
-            What::Node(kind, rdev) => as_caller(by, dir, name, || rustix::fs::mknodat(dir, name, kind, mode, rdev)),
+            What::Node(kind, rdev) => {
+                nothing(as_caller(by, dir, name, || rustix::fs::mknodat(dir, name, kind, mode, rdev)))
+            }
         }
     }
 
@@ -117,7 +158,7 @@ impl Tree {
         what: What<'_>,
         mode: Mode,
         by: Caller,
-    ) -> Result<()> {
+    ) -> Result<Option<OwnedFd>> {
         let (work, nest, child) = (self.store.work(), self.store.fresh(), OsString::from("n"));
         rustix::fs::mkdirat(&work, &nest, Mode::RWXU)?;
         let nested = Arc::new(super::object::open_dir(&work, &nest)?);
@@ -130,7 +171,7 @@ impl Tree {
         if let Some(acl) = from.xattr("system.posix_acl_default")? {
             to.set_xattr("system.posix_acl_default", &acl, XattrFlags::empty())?;
         }
-        self.make_at(&nested, &child, what, mode, by)?;
+        let made = self.make_at(&nested, &child, what, mode, by)?;
         if let What::Dir = what {
             self.mark(&Object::at(nested.clone(), child.clone()), self.store.keys().opaque(), b"y")?;
             rustix::fs::renameat_with(&nested, &child, dir, name, RenameFlags::EXCHANGE)?;
@@ -138,7 +179,8 @@ impl Tree {
         } else {
             rustix::fs::renameat(&nested, &child, dir, name)?;
         }
-        rustix::fs::unlinkat(&work, &nest, AtFlags::REMOVEDIR)
+        rustix::fs::unlinkat(&work, &nest, AtFlags::REMOVEDIR)?;
+        Ok(made)
     }
 }
 
@@ -177,7 +219,7 @@ fn ability() -> Ability {
 }
 
 /// Makes a file as its owner, so that it is never there with another one.
-fn as_caller(by: Caller, dir: &OwnedFd, name: &OsStr, make: impl FnOnce() -> Result<()>) -> Result<()> {
+fn as_caller<T>(by: Caller, dir: &OwnedFd, name: &OsStr, make: impl FnOnce() -> Result<T>) -> Result<T> {
     use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
     if (by.uid, by.gid) == (0, 0) {
         return make();
@@ -185,10 +227,11 @@ fn as_caller(by: Caller, dir: &OwnedFd, name: &OsStr, make: impl FnOnce() -> Res
     match ability() {
         Ability::Unknown | Ability::Own => make(),
         Ability::Give => {
-            make()?;
+            let made = make()?;
             let (uid, gid) = (rustix::fs::Uid::from_raw(by.uid), rustix::fs::Gid::from_raw(by.gid));
             let inherits = rustix::fs::statat(dir, ".", AtFlags::empty())?.st_mode & 0o2000 != 0;
-            rustix::fs::chownat(dir, name, Some(uid), (!inherits).then_some(gid), AtFlags::SYMLINK_NOFOLLOW)
+            rustix::fs::chownat(dir, name, Some(uid), (!inherits).then_some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+            Ok(made)
         }
         Ability::Become => {
             setfsgid(Gid::from_raw(by.gid));

@@ -99,7 +99,7 @@ fn io_errno(error: io::Error) -> Errno {
 
 /// Copies a whole content, holes left out.
 pub(super) fn copy_all(from: &LowerContent, to: &OwnedFd) -> Result<()> {
-    rustix::fs::ftruncate(to, from.length()?)?;
+    rustix::fs::ftruncate(to, from.length())?;
     let mut at = 0;
     while let Some(data) = from.data(at)? {
         at = data;
@@ -282,7 +282,7 @@ impl Source {
     fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
         match self {
             Self::Lower(content) if hole => {
-                if offset < content.length()? {
+                if offset < content.length() {
                     content.hole(offset)
                 } else {
                     Err(Errno::NXIO)
@@ -320,7 +320,7 @@ impl Source {
 
     pub(super) fn length(&self) -> Result<u64> {
         match self {
-            Self::Lower(content) => content.length(),
+            Self::Lower(content) => Ok(content.length()),
             Self::Whole(file) => Ok(file.metadata().map_err(io_errno)?.len()),
             Self::Partial(partial) => Ok(partial.file.metadata().map_err(io_errno)?.len()),
             Self::Sealed(sealed) => sealed.length(),

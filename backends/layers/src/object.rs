@@ -139,7 +139,8 @@ impl Object {
             return Ok(LowerContent::Content(dir.open_file(name).map_err(errno)?));
         }
         let file = File::from(self.open(OFlags::RDONLY)?);
-        if file.metadata().is_ok_and(|meta| meta.is_file()) { Ok(LowerContent::File(file)) } else { Err(Errno::IO) }
+        let meta = file.metadata().map_err(|error| below::io_errno(&error))?;
+        if meta.is_file() { Ok(LowerContent::File(file, meta.len())) } else { Err(Errno::IO) }
     }
 
     pub(super) fn read_link(&self) -> Result<OsString> {

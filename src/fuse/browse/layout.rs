@@ -11,6 +11,7 @@ use std::time::Duration;
 use fsnap_backend::{FileKind, FileMeta, Timestamp};
 
 use super::tree::{Tree, Trees};
+use super::unchanged::Remembered;
 use super::{Keep, processes};
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
@@ -89,7 +90,7 @@ impl Records {
 }
 
 /// A file or directory of the upper part.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Place {
     Root,
     Readme,
@@ -162,6 +163,8 @@ pub(super) struct Layout {
     records: Records,
     branches: Arc<Branches>,
     changed: Mutex<HashMap<(CheckpointId, CheckpointId), String>>,
+    /// What has which name in the uppermost directories.
+    recorded: Remembered<(Place, String), Option<Place>>,
     since: Timestamp,
     owner: (u32, u32),
 }
@@ -169,7 +172,8 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) fn new(records: Records, branches: Arc<Branches>) -> Self {
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Self { records, branches, changed: Mutex::default(), since: timestamp(jiff::Timestamp::now()), owner }
+        let (changed, recorded, since) = (Mutex::default(), Remembered::default(), timestamp(jiff::Timestamp::now()));
+        Self { records, branches, changed, recorded, since, owner }
     }
 
     /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
@@ -197,7 +201,34 @@ impl Layout {
     /// What a directory has under this name.
     pub(super) fn child(&self, place: &Place, name: &OsStr, trees: &Trees) -> Result<Option<Found>> {
         let Some(name) = name.to_str() else { return Ok(None) };
-        let place = match place {
+        let recorded = match place {
+            Place::Root | Place::Ids | Place::Snapshots | Place::Tags | Place::Branches => {
+                let asked = (place.clone(), name.to_owned());
+                self.recorded.ask(&self.records.state, asked, || self.recorded_child(place, name))?
+            }
+            Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
+            Place::Checkpoint(_)
+            | Place::Extras(_)
+            | Place::Branch(_)
+            | Place::Processes(_)
+            | Place::Process(..)
+            | Place::Descriptors(..) => {
+                let listed = self.children(place, trees)?;
+                return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
+            }
+            Place::Readme
+            | Place::Meta(_)
+            | Place::Changed(..)
+            | Place::CommandLine(..)
+            | Place::Kept(..)
+            | Place::Link(_) => None,
+        };
+        Ok(recorded.map(Found::Place))
+    }
+
+    /// What one of the uppermost directories has under this name.
+    fn recorded_child(&self, place: &Place, name: &str) -> Result<Option<Place>> {
+        Ok(match place {
             Place::Root => match name {
                 "README" => Some(Place::Readme),
                 "ids" => Some(Place::Ids),
@@ -224,24 +255,8 @@ impl Layout {
                 Ok(branch) => self.records.open()?.catalog().branch(&branch)?.map(|_| Place::Branch(branch)),
                 Err(_) => None,
             },
-            Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
-            Place::Checkpoint(_)
-            | Place::Extras(_)
-            | Place::Branch(_)
-            | Place::Processes(_)
-            | Place::Process(..)
-            | Place::Descriptors(..) => {
-                let listed = self.children(place, trees)?;
-                return Ok(listed.into_iter().find(|(listed, _)| listed == name).map(|(_, found)| found));
-            }
-            Place::Readme
-            | Place::Meta(_)
-            | Place::Changed(..)
-            | Place::CommandLine(..)
-            | Place::Kept(..)
-            | Place::Link(_) => None,
-        };
-        Ok(place.map(Found::Place))
+            _ => None,
+        })
     }
 
     /// What a directory has, sorted by name.

@@ -52,6 +52,10 @@ impl Opened {
 
     /// Reads at `offset` as much as there is, up to the buffer's length.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        // Its end is known: nothing is asked for behind it.
+        let wanted =
+            usize::try_from(self.length().saturating_sub(offset)).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+        let buffer = &mut buffer[..wanted];
         let mut filled = 0;
         while filled < buffer.len() {
             match self.read_some(&mut buffer[filled..], offset + filled as u64) {

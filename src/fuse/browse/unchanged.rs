@@ -1,0 +1,80 @@
+//! What the catalog has said, remembered for as long as its files are what they were.
+//!
+//! To open the catalog takes most of a millisecond, which each look through `latest` would take again. Whoever commits to it writes its
+//! file or its log, and that shows in their times and lengths. Times tell only ticks of the clock apart: an answer is
+//! remembered only if the last change lies so far back that no later one can have the same time.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use crate::catalog::format;
+
+/// Many times longer than a tick.
+const SETTLED: Duration = Duration::from_millis(200);
+
+/// How a file is, if it is there: which one, its length, and when it was last changed.
+type State = Option<(u64, u64, u64, i64, i64)>;
+
+/// How the catalog's file and its log are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct States([State; 2]);
+
+impl States {
+    fn of(dir: &Path) -> Self {
+        let log = format!("{}-wal", format::FILE);
+        Self([format::FILE, &log].map(|name| {
+            let meta = std::fs::symlink_metadata(dir.join(name)).ok()?;
+            Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
+        }))
+    }
+
+    /// Whether every later change will show.
+    fn are_settled(&self) -> bool {
+        let since =
+            SystemTime::now().checked_sub(SETTLED).and_then(|then| then.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let is_old = |state: &State| {
+            let Some((_, _, _, seconds, nanoseconds)) = *state else { return true };
+            let changed = u64::try_from(seconds).map(|seconds| Duration::new(seconds, nanoseconds as u32));
+            since.zip(changed.ok()).is_some_and(|(since, changed)| changed < since)
+        };
+        self.0.iter().all(is_old)
+    }
+}
+
+/// Answers by what was asked.
+#[derive(Debug)]
+pub(super) struct Remembered<Q, A>(Mutex<(States, HashMap<Q, A>)>);
+
+impl<Q, A> Default for Remembered<Q, A> {
+    fn default() -> Self {
+        Self(Mutex::new((States::default(), HashMap::new())))
+    }
+}
+
+impl<Q: Eq + Hash, A: Clone> Remembered<Q, A> {
+    /// The answer of the catalog in `dir`; `read` reads it there.
+    pub(super) fn ask<E>(&self, dir: &Path, asked: Q, read: impl FnOnce() -> Result<A, E>) -> Result<A, E> {
+        let now = States::of(dir);
+        let locked = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (states, answers) = &*locked()
+            && *states == now
+            && let Some(answer) = answers.get(&asked)
+        {
+            return Ok(answer.clone());
+        }
+        let answer = read()?;
+        if now.are_settled() {
+            let (states, answers) = &mut *locked();
+            if *states != now {
+                *states = now;
+                answers.clear();
+            }
+            answers.insert(asked, answer.clone());
+        }
+        Ok(answer)
+    }
+}
