@@ -229,8 +229,15 @@ impl Catalog {
 
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a process of a hook that is about to let go
     /// of it: one that searches for writers, or has stood by for a hook that was never called.
+    ///
+    /// As long as the catalog's patience, for another command that seals what was taken: who asks for this checkpoint next finds it sealed.
     pub(crate) fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
-        in_a_moment(|| self.lock_intent(id), || IntentFiles::of(&self.state, id).is_searched())
+        let files = IntentFiles::of(&self.state, id);
+        let is_sealed = || self.may_be_taken(id) && !files.is_searched();
+        match in_a_moment(|| self.lock_intent(id), || files.is_searched())? {
+            None if is_sealed() => within(self.patience(), || self.lock_intent(id), is_sealed),
+            lock => Ok(lock),
+        }
     }
 
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, whoever works on it: [`Error::InHand`] after the catalog's patience.
