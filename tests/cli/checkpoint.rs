@@ -125,7 +125,8 @@ fn the_fields_that_others_rely_upon() {
           "a",
           "b"
         ],
-        "time": "TIME"
+        "time": "TIME",
+        "unlinked": []
       }
     ]
     "#);
@@ -341,6 +342,7 @@ fn wrong_usage_is_told_from_failure() {
     !  install-hooks  Make CRIU call fsnap, whoever calls CRIU: a user, or a container runtime
     !  engine  Save a container from outside, or restore it as a second one on a branch
     !  hook  Be called by a checkpoint engine
+    !  criu-args  Print what CRIU is to be told when it dumps a process: one argument a line
     !  completions  Print the completion script for a shell
     !  man  Print the manual page, or write the pages of all commands into a directory
     !  help  Print this message or the help of the given subcommand(s)
