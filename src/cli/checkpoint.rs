@@ -16,7 +16,7 @@ use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
 use super::failure::say;
-use super::{Context, Failure, Outcome, Output, environment, internal, json};
+use super::{Context, Failure, Outcome, Output, attendant, environment, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
@@ -177,6 +177,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         message: &args.message,
+        dismiss: attendant::dismiss,
         stores: &context.config.stores(),
     }
     .take();

@@ -50,6 +50,8 @@ pub struct RunCheckpoint<'a> {
     pub hook: &'a HookCommand,
     /// What to say of it.
     pub message: &'a str,
+    /// How to send away the process that a hook left to stand by for these images.
+    pub dismiss: fn(&Path, &EngineImages),
     /// How stores are opened.
     pub stores: &'a stores::Options,
 }
@@ -85,10 +87,13 @@ impl RunCheckpoint<'_> {
 
     /// Takes back what the hook began, or took for an engine that failed afterwards.
     fn take_back(&self, dir: &Path, id: Option<CheckpointId>) -> Result<()> {
-        let images = PathText(dir.canonicalize().context("find", dir)?);
+        let images =
+            EngineImages { name: criu::NAME.into(), images: PathText(dir.canonicalize().context("find", dir)?) };
+        // It ends with the engine, which this program is, and has the lock until then.
+        (self.dismiss)(self.state, &images);
         let mut coordinator = Coordinator::open(self.state, Access::Write, PATIENCE)?;
         coordinator.open_stores_with(*self.stores);
-        coordinator.take_back(&EngineImages { name: criu::NAME.into(), images }, id)
+        coordinator.take_back(&images, id)
     }
 
     /// Has everything saved; `id` becomes what the hook called the checkpoint, also if it fails.
