@@ -1,11 +1,16 @@
 //! Removes checkpoints and branches.
 
+use std::time::{Duration, Instant};
+
 use super::Coordinator;
 use crate::catalog::{Doomed, IntentId, IntentLock, Removal};
 use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::failpoint;
 use crate::name::Name;
 use crate::{Error, Result};
+
+/// What has waited for restored processes lets go of their branch a moment after they have ended.
+const LETTING_GO: Duration = Duration::from_secs(2);
 
 impl Coordinator {
     /// Fails with [`Error::Needed`] if branches grew from one of these checkpoints.
@@ -39,9 +44,16 @@ impl Coordinator {
     /// Checkpoints that were taken on it stay.
     pub fn remove_branch(&self, name: &Name) -> Result<()> {
         let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
-        let users = self.users(&branch)?;
-        if !users.is_empty() {
-            return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
+        let start = Instant::now();
+        loop {
+            let users = self.users(&branch)?;
+            if users.is_empty() {
+                break;
+            }
+            if start.elapsed() > LETTING_GO {
+                return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
         self.remove_unchanged_branch(name)
     }
