@@ -12,6 +12,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use fsnap_backend::{Error, IoContext, Result};
 
@@ -30,14 +31,14 @@ impl Lock {
         Self::take(path, |file| retry(|| file.lock_shared()).context("lock", path))
     }
 
-    /// Locks `path` if nobody else does; else `what` is busy: `by`.
+    /// Locks `path` if nobody else does, or only for a moment longer; else `what` is busy: `by`.
     pub(crate) fn try_exclusive(path: &Path, what: impl Fn() -> String, by: &str) -> Result<Self> {
-        Self::take(path, |file| answer(file.try_lock(), path, &what, by))
+        Self::take(path, |file| answer(in_a_moment(|| file.try_lock()), path, &what, by))
     }
 
-    /// Locks `path` if nobody does so exclusively; else `what` is busy: `by`.
+    /// Locks `path` if nobody does so exclusively, or only for a moment longer; else `what` is busy: `by`.
     pub(crate) fn try_shared(path: &Path, what: impl Fn() -> String, by: &str) -> Result<Self> {
-        Self::take(path, |file| answer(file.try_lock_shared(), path, &what, by))
+        Self::take(path, |file| answer(in_a_moment(|| file.try_lock_shared()), path, &what, by))
     }
 
     fn take(path: &Path, lock: impl Fn(&File) -> Result<()>) -> Result<Self> {
@@ -58,6 +59,19 @@ impl Drop for Lock {
     fn drop(&mut self) {
         // It cannot fail for a descriptor that was locked; if it did, closing would still do it.
         let _ = self.0.unlock();
+    }
+}
+
+/// Tries for a while. A process that was killed has its descriptors closed one after the other: whoever learns of its end by one of them
+/// finds another one's lock still held.
+fn in_a_moment(lock: impl Fn() -> std::result::Result<(), TryLockError>) -> std::result::Result<(), TryLockError> {
+    const MOMENT: Duration = Duration::from_millis(500);
+    let start = Instant::now();
+    loop {
+        match lock() {
+            Err(TryLockError::WouldBlock) if start.elapsed() < MOMENT => std::thread::sleep(Duration::from_millis(1)),
+            locked => return locked,
+        }
     }
 }
 
