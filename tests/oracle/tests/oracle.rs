@@ -162,15 +162,24 @@ fn an_old_state_is_found() {
         let mut oracle = Running::start(1, &[kind], 100);
         let copies = oracle.frozen(|| oracle.copy("old"));
         after(&mut oracle, 100);
-        oracle.frozen(|| {
-            for entry in std::fs::read_dir(&copies[0]).unwrap() {
-                let from = entry.unwrap().path();
-                put_back(&from, &oracle.dirs[0].join(from.file_name().unwrap()));
+        let between_steps = || {
+            // A file that is about to be renamed would hide what is put back under its new name.
+            if names(&oracle.dirs[0]).any(|name| name.extension().is_some_and(|end| end == "new")) {
+                return false;
             }
-        });
+            for name in names(&copies[0]) {
+                put_back(&copies[0].join(&name), &oracle.dirs[0].join(&name));
+            }
+            true
+        };
+        while !oracle.frozen(between_steps) {}
         let verdict = oracle.ask();
         assert_eq!(verdict.faulty(), [kind.writer_name(0)], "{kind}: {verdict:?}");
     }
+}
+
+fn names(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into())
 }
 
 /// Gives `to` the content of `from`, in the same inode where it is a file.
