@@ -103,13 +103,12 @@ impl Site {
 impl Drop for Site {
     fn drop(&mut self) {
         unmount_below(&self.dir);
-        // Those of this pool: others may be in use.
-        let of = |arguments: &[&str]| output(Command::new("dmsetup").args(arguments)).unwrap_or_default();
-        let number = of(&["info", "-c", "--noheadings", "-o", "major,minor", &self.pool]);
-        let tables = of(&["table", "--target", "thin"]);
-        let mine = tables.lines().filter(|line| line.split(' ').nth(4) == Some(number.trim()));
+        let list = Command::new("dmsetup").args(["ls"]).output();
+        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        let thin = names.iter().filter(|name| name.starts_with("fsnap-") || name.contains("-volume-"));
         let parts = [self.pool.clone(), format!("{}-data", self.pool), format!("{}-metadata", self.pool)];
-        for name in mine.filter_map(|line| Some(line.split_once(": ")?.0)).chain(parts.iter().map(String::as_str)) {
+        for name in thin.copied().chain(parts.iter().map(String::as_str)) {
             let _ = Command::new("dmsetup").args(["resume", name]).output();
             let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output();
         }
