@@ -16,7 +16,7 @@ use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
 use super::failure::say;
-use super::{Context, Failure, Outcome, Output, attendant, environment, internal, json};
+use super::{Context, Failure, Outcome, Output, attendant, environment, hook, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
@@ -161,11 +161,8 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     coordinator.refuse_taken(&args.tags)?;
     sweep_images(coordinator.catalog())?;
     let tree = Tree::of_pid(run.running()?.1.pid)?;
-    let external = match coordinator.targets_reached(&tree) {
-        // The hook says so, too.
-        Err(Error::NothingReached { .. }) => Vec::new(),
-        targets => coordinator.external_files(&tree, &targets?)?,
-    };
+    // If the run can write to no volume, the hook says so.
+    let external = hook::external_files(context, &coordinator, &tree)?;
     // The hook and this process would wait for each other.
     drop(coordinator);
     let taken = RunCheckpoint {

@@ -1,10 +1,9 @@
 //! `fsnap criu-args`
 
-use fsnap::Error;
 use fsnap::processes::Tree;
 use fsnap::run::UNLINKED;
 
-use super::{Context, Outcome, Output, environment};
+use super::{Context, Outcome, Output, hook};
 
 /// Print what CRIU is to be told when it dumps a process: one argument a line
 ///
@@ -23,15 +22,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.read()?;
     let tree = Tree::of_pid(args.pid)?;
-    let named = environment::volumes(&context.config);
-    let targets = match named.is_empty() {
-        true => coordinator.targets_reached(&tree),
-        false => coordinator.targets_named(&named),
-    };
-    let external = match targets {
-        Err(Error::NothingReached { .. }) => Vec::new(),
-        targets => coordinator.external_files(&tree, &targets?)?,
-    };
+    let external = hook::external_files(&context, &coordinator, &tree)?;
     let out = Output::new();
     for argument in UNLINKED {
         out.line(argument)?;

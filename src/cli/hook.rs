@@ -73,12 +73,12 @@ pub(crate) fn start(context: &Context, call: &HookCall) -> Outcome {
             return Err(Error::Unsealed { images: images.images }.into());
         }
     }
+    let tree = Tree::of_pid(pid)?;
     if let Some(begun) = begun {
         // Called twice for one dump: once more ahead.
-        coordinator.prime(&begun, Some(&Tree::of_pid(pid)?))?;
+        coordinator.prime(&begun, Some(&tree))?;
         return leave(context, &coordinator, begun, call);
     }
-    let tree = Tree::of_pid(pid)?;
     let Some(targets) = targets(context, &coordinator, &tree)? else {
         say("note", "the processes can write to no registered volume: nothing to take a snapshot of");
         return Ok(());
@@ -125,6 +125,18 @@ fn targets(context: &Context, coordinator: &Coordinator, tree: &Tree) -> Result<
     match coordinator.targets_reached(tree) {
         Err(Error::NothingReached { .. }) => Ok(None),
         targets => Ok(Some(targets?)),
+    }
+}
+
+/// What CRIU is told to leave to a hook that takes those volumes.
+pub(crate) fn external_files(
+    context: &Context,
+    coordinator: &Coordinator,
+    tree: &Tree,
+) -> Result<Vec<String>, Failure> {
+    match targets(context, coordinator, tree)? {
+        Some(targets) => Ok(coordinator.external_files(tree, &targets)?),
+        None => Ok(Vec::new()),
     }
 }
 
