@@ -7,7 +7,7 @@ use fsnap_oracle::Kind;
 
 use crate::Case;
 use crate::runs::Running;
-use crate::site::{Site, Volume, said};
+use crate::site::{Site, Volume, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("every_kind_on_btrfs", || every_kind(Volume::Btrfs, 300)),
@@ -175,6 +175,8 @@ fn a_note_that_is_lost_with_the_power() {
         let site = Site::new(&[Volume::Btrfs]);
         let oracle = site.oracle(&[Kind::Append, Kind::Unlinked], 1000);
         dump(&site, oracle.pid);
+        // A process that stands by takes back what has no note, and after a power cut there is none.
+        wait_until("the end of all others", || site.fsnaps().is_empty());
         let intents = fs::read_dir(site.path("state/intents")).unwrap().map(|file| file.unwrap().path());
         let notes: Vec<_> = intents.filter(|path| path.extension().is_some_and(|end| end == "taken")).collect();
         assert_eq!(notes.len(), 1);
