@@ -20,6 +20,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use fsnap_backend::mounts::{self, Mount};
 use fsnap_backend::{FileKind, MountSpec, beneath};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags};
 use rustix::mount::{
@@ -200,12 +201,13 @@ impl Prepared {
     }
 }
 
-/// The type of what fsnap itself serves, in `/proc/self/mountinfo`.
+/// The file system's type of what fsnap itself serves.
 pub const SERVED: &str = "fuse.fsnap";
 
 /// Where this mount namespace shows what fsnap serves from `source`; the uppermost last.
 pub fn served(source: &Path) -> io::Result<Vec<PathBuf>> {
-    crate::processes::mounted_from(SERVED, source)
+    let ours = |mount: &Mount| mount.fstype == SERVED.as_bytes() && mount.source == source;
+    Ok(mounts::own()?.into_iter().filter(ours).map(|mount| mount.point).collect())
 }
 
 /// Carries out a recipe at a directory: [`Prepared::new`] and [`Prepared::attach`].
