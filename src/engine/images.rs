@@ -281,15 +281,15 @@ mod tests {
         let names = || fs::read_dir(temp.path()).unwrap().count();
         let images = Images::open(temp.path()).unwrap();
         images.prepare();
-        assert!(images.blank.borrow().is_some(), "the file system knows no O_TMPFILE");
         assert_eq!(names(), 0);
-        let prepared = images.blank.borrow().as_ref().unwrap().metadata().unwrap().ino();
+        // None where the file system cannot do it.
+        let prepared = images.blank.borrow().as_ref().map(|file| file.metadata().unwrap().ino());
         for (number, record) in [ImageRecord::new("first", vec![]), record()].iter().enumerate() {
             images.write_record(record).unwrap();
             assert_eq!(images.record().unwrap().as_ref(), Some(record));
             assert_eq!(names(), 1);
             let written = fs::metadata(temp.path().join(RECORD_NAME)).unwrap();
-            assert_eq!(written.ino() == prepared, number == 0);
+            assert_eq!(Some(written.ino()) == prepared, number == 0 && prepared.is_some());
             assert_eq!(written.mode() & 0o777, RECORD_MODE);
         }
         images.prepare();
