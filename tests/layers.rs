@@ -85,6 +85,12 @@ impl Fixture for In {
             "clone_can_be_snapshotted",
             "clone_checks_identity",
             "verify_names_damage",
+            "history_is_in_order",
+            "pin_is_of_that_state",
+            "pin_repeats",
+            "pin_is_counted",
+            "pin_missing",
+            "differences_miss_nothing",
         ]
     }
 

@@ -131,9 +131,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///   below fsnap is found, and the file it belongs to is named.
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>>;
 
-    /// Lists the past states of `volume` that its file system keeps by itself, asked or not; the oldest first.
+    /// Lists the past states of `volume` that its file system keeps by itself, asked or not.
     ///
-    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if it keeps none.
+    /// * `history_is_in_order`: the oldest is first, and numbers rise; what was written to the volume and synced is in the last
+    ///   one.
+    /// * `history_needs_a_keeper`: where the file system keeps no states, this and `pin` fail with
+    ///   [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported), and nothing is made.
     fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
         let _ = volume;
         Err(no_history(self.store().kind))
@@ -141,8 +144,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// Makes a past state of `volume` the snapshot at `at`, so that it stays: what `snapshot` is for the present one.
     ///
-    /// Repeatable. [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if the state is not there any more. Several snapshots of one state are
-    /// held by themselves: it stays until the last is deleted.
+    /// * `pin_is_of_that_state`: the snapshot equals the volume as it was in that state, whatever was written since.
+    /// * `pin_repeats`: called again with the same arguments, it succeeds with the same snapshot.
+    /// * `pin_is_counted`: of several snapshots of one state, `history` names each as the reason why it stays, and each is whole until
+    ///   it is deleted itself.
+    /// * `pin_missing`: where the state is not there any more, or never was, it fails with
+    ///   [`ErrorKind::NotFound`](crate::ErrorKind::NotFound), and nothing is made.
     fn pin(&self, volume: &Volume, number: u64, at: &Locator) -> Result<Snapshot> {
         let _ = (volume, number, at);
         Err(no_history(self.store().kind))
@@ -152,6 +159,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///
     /// `new` is another state of the same line of work: a snapshot, or a volume as it is now. `None`: it is not known, and
     /// everything has to be read.
+    ///
+    /// * `differences_miss_nothing`: outside of the [ranges](Differences::ranges) told for a file, its bytes are equal in both
+    ///   states; written a moment before or long ago, flushed or not.
     fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
         let _ = (old, new);
         Ok(None)
@@ -207,7 +217,7 @@ pub enum Kept {
 
 /// Where two states of a volume can differ: what [`Backend::differences`] found out.
 pub trait Differences: fmt::Debug + Send + Sync {
-    /// The parts in which the content of a file can differ, in order; `None`: anywhere.
+    /// The parts in which the content of a file can differ, in order; `None`: anywhere, as where its length differs.
     ///
     /// `old` and `new` are the file in the two states, mounted by the kernel. Outside of the parts both have the same bytes.
     fn ranges(&self, old: &File, new: &File) -> io::Result<Option<Vec<Range<u64>>>>;

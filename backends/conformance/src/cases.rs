@@ -4,6 +4,8 @@ mod activate;
 mod adopt;
 mod clone;
 mod delete;
+mod differences;
+mod history;
 mod list;
 mod reserve;
 mod settle;
@@ -66,6 +68,13 @@ pub const CASES: &[Case] = &[
     case!(activate::deactivate_is_idempotent),
     case!(verify::verify_passes_whole_images),
     case!(verify::verify_names_damage, needs damage),
+    case!(history::history_is_in_order, needs history),
+    case!(history::history_needs_a_keeper, needs no_history),
+    case!(history::pin_is_of_that_state, needs history),
+    case!(history::pin_repeats, needs history),
+    case!(history::pin_is_counted, needs history),
+    case!(history::pin_missing, needs history),
+    case!(differences::differences_miss_nothing, needs differences),
     case!(delete::delete_is_idempotent),
     case!(delete::delete_leaves_relatives),
     case!(delete::delete_frees_the_locator),
@@ -82,6 +91,18 @@ fn clones(fixture: &dyn Fixture) -> Option<&'static str> {
 
 fn no_clones(fixture: &dyn Fixture) -> Option<&'static str> {
     fixture.capabilities().clones.then_some("the store can clone")
+}
+
+fn history(fixture: &dyn Fixture) -> Option<&'static str> {
+    (!fixture.keeps_history()).then_some("the file system keeps no states by itself")
+}
+
+fn no_history(fixture: &dyn Fixture) -> Option<&'static str> {
+    fixture.keeps_history().then_some("the file system keeps states by itself")
+}
+
+fn differences(fixture: &dyn Fixture) -> Option<&'static str> {
+    (!fixture.tells_differences()).then_some("the store does not know where two states differ")
 }
 
 fn damage(fixture: &dyn Fixture) -> Option<&'static str> {

@@ -55,6 +55,16 @@ pub trait Fixture: Send + Sync {
         true
     }
 
+    /// Whether the file system of the volumes keeps past states by itself.
+    fn keeps_history(&self) -> bool {
+        false
+    }
+
+    /// Whether the store knows where two states of a volume differ.
+    fn tells_differences(&self) -> bool {
+        false
+    }
+
     /// How to damage a content below fsnap, if that can be done; [`flip_a_byte_below`](crate::flip_a_byte_below) does
     /// it for stores that keep contents as plain files.
     fn damage(&self) -> Option<Damage> {

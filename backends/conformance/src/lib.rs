@@ -28,7 +28,13 @@
 //!
 //! impl Fixture for OnTemp {
 //!     fn capabilities(&self) -> Capabilities { CAPABILITIES }
-//!     fn ignored(&self) -> &'static [&'static str] { &["clone_needs_the_capability"] }
+//!     fn ignored(&self) -> &'static [&'static str] {
+//!         &[
+//!             "clone_needs_the_capability",
+//!             "history_is_in_order", "pin_is_of_that_state", "pin_repeats", "pin_is_counted", "pin_missing",
+//!             "differences_miss_nothing",
+//!         ]
+//!     }
 //!     fn workplace(&self) -> io::Result<Workplace> { Ok(Box::new(tempfile::tempdir()?)) }
 //!     fn create_store(&self, place: &Path) -> Result<Arc<dyn Backend>> { Ok(Store::create(place)?) }
 //!     fn open_store(&self, place: &Path) -> Result<Arc<dyn Backend>> { Ok(Store::open(place)?) }

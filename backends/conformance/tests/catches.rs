@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use broken::Broken;
-use copy_store::{CAPABILITIES, CopyStore};
+use copy_store::{CAPABILITIES, CopyStore, keeps_history};
 use faults::Fault;
 use fsnap_backend::{Backend, Capabilities, Result};
 use fsnap_conformance::{
@@ -59,6 +59,14 @@ impl Fixture for Copies {
         Ok(self.wrap(CopyStore::open(place, self.capabilities)?, place))
     }
 
+    fn keeps_history(&self) -> bool {
+        keeps_history(self.capabilities)
+    }
+
+    fn tells_differences(&self) -> bool {
+        keeps_history(self.capabilities)
+    }
+
     fn damage(&self) -> Option<Damage> {
         Some(flip_a_byte_below)
     }
@@ -71,7 +79,8 @@ impl Fixture for Copies {
 
 /// The correct one, once with all capabilities and once with few, so that no case is ignored in both.
 fn correct() -> [Suite; 2] {
-    let able = Copies { capabilities: CAPABILITIES, ignored: &["clone_needs_the_capability"], fault: None };
+    let ignored = &["clone_needs_the_capability", "history_needs_a_keeper"];
+    let able = Copies { capabilities: CAPABILITIES, ignored, fault: None };
     let few = Copies {
         capabilities: Capabilities { clones: false, ownership: false, xattrs: false, acls: false, ..CAPABILITIES },
         ignored: &[
@@ -80,6 +89,12 @@ fn correct() -> [Suite; 2] {
             "clone_outlives_its_snapshot",
             "clone_can_be_snapshotted",
             "clone_checks_identity",
+            "history_is_in_order",
+            "pin_is_of_that_state",
+            "pin_repeats",
+            "pin_is_counted",
+            "pin_missing",
+            "differences_miss_nothing",
         ],
         fault: None,
     };

@@ -38,7 +38,21 @@ impl Fixture for OnPool {
 
     fn ignored(&self) -> &'static [&'static str] {
         // The store can clone; it has no checksums; and there is nothing in a file system that its copy does not keep.
-        &["clone_needs_the_capability", "snapshot_omits_aloud", "verify_names_damage"]
+        // No pool keeps states by itself.
+        &[
+            "clone_needs_the_capability",
+            "snapshot_omits_aloud",
+            "verify_names_damage",
+            "history_is_in_order",
+            "pin_is_of_that_state",
+            "pin_repeats",
+            "pin_is_counted",
+            "pin_missing",
+        ]
+    }
+
+    fn tells_differences(&self) -> bool {
+        true
     }
 
     fn histories(&self) -> u32 {

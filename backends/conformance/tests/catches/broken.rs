@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use fsnap_backend::{
-    Backend, Content, Damage, Dir, DirTree, Entry, Error, ErrorKind, FileKind, FileMeta, Identity, Image, ImageKind,
-    IoContext, Locator, MountSpec, Result, Snapshot, Source, StoreInfo, Timestamp, Volume, Xattrs,
+    Backend, Content, Damage, Differences, Dir, DirTree, Entry, Error, ErrorKind, FileKind, FileMeta, Identity, Image,
+    ImageKind, IoContext, Locator, Moment, MountSpec, Result, Snapshot, Source, StoreInfo, Timestamp, Volume, Xattrs,
 };
 use fsnap_conformance::{Item, Listing, Live, Op};
 
@@ -410,6 +411,34 @@ impl Backend for Broken {
         Ok(damage)
     }
 
+    fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
+        let mut history = self.store.history(volume)?;
+        if self.fault == Fault::HistoryFallsBack {
+            history.reverse();
+        }
+        Ok(history)
+    }
+
+    fn pin(&self, volume: &Volume, number: u64, at: &Locator) -> Result<Snapshot> {
+        match self.fault {
+            Fault::PinsWithoutHistory | Fault::PinsThePresent => self.store.snapshot(volume, at),
+            Fault::PinsOnce if self.store.settle(at).is_ok() => Err(Error::Exists { what: at.to_string() }),
+            Fault::PinsTheLast => {
+                let last = self.store.history(volume)?.last().map_or(number, |last| last.number);
+                self.store.pin(volume, number.min(last), at)
+            }
+            _ => self.store.pin(volume, number, at),
+        }
+    }
+
+    fn differences(&self, old: &Snapshot, new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        let told = self.store.differences(old, new)?;
+        Ok(match told {
+            Some(all) if self.fault == Fault::TellsOneDifference => Some(Box::new(First(all))),
+            told => told,
+        })
+    }
+
     fn delete(&self, at: &Locator) -> Result<()> {
         let there = self.place.join(at.as_str());
         match self.fault {
@@ -435,6 +464,12 @@ impl Backend for Broken {
                 clones.try_for_each(|image| self.store.delete(&image.at))?;
                 self.store.delete(at)
             }
+            Fault::UnpinsAll => {
+                let Ok(gone) = self.store.settle(at) else { return self.store.delete(at) };
+                let images = self.store.list()?.into_iter().map(|image| image.at);
+                let same = images.filter(|at| self.store.settle(at).is_ok_and(|one| one.identity == gone.identity));
+                same.collect::<Vec<_>>().iter().try_for_each(|at| self.store.delete(at))
+            }
             Fault::DeletesTheMarkOnly if there.exists() => {
                 fs::remove_file(there.join("whole")).or_else(ignore_missing).context("unmark", &there)
             }
@@ -444,6 +479,17 @@ impl Backend for Broken {
             }
             _ => self.store.delete(at),
         }
+    }
+}
+
+/// No difference but the first.
+#[derive(Debug)]
+struct First(Box<dyn Differences>);
+
+impl Differences for First {
+    fn ranges(&self, old: &fs::File, new: &fs::File) -> io::Result<Option<Vec<Range<u64>>>> {
+        let all = self.0.ranges(old, new)?;
+        Ok(all.map(|all| all.into_iter().take(1).collect()))
     }
 }
 

@@ -7,21 +7,23 @@
 //! s-7/tree          a snapshot, or what there is of it
 //! s-7/whole         written last: its identity, a sum of its content, and one omission per line
 //! v-8/...           a clone, in the same way
+//! h-9               the files of a past state, which a look at the history takes
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use fsnap_backend::{
-    Backend, Capabilities, Consistency, Damage, Dir, DirTree, Entry, Error, FileKind, FileMeta, Identity, Image,
-    ImageKind, ImageState, IoContext, Locator, MountSpec, Omission, Result, Snapshot, Source, StoreInfo, Volume,
-    Xattrs, beneath,
+    Backend, Capabilities, Consistency, Damage, Differences, Dir, DirTree, Entry, Error, FileKind, FileMeta, Identity,
+    Image, ImageKind, ImageState, IoContext, Kept, Locator, Moment, MountSpec, Omission, Result, Snapshot, Source,
+    StoreInfo, Volume, Xattrs, beneath,
 };
 use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid};
 
@@ -36,6 +38,11 @@ pub(crate) const CAPABILITIES: Capabilities = Capabilities {
     verifies_contents: true,
     live: Consistency::Fuzzy,
 };
+
+/// Whether such a store keeps past states: one that can do little does not.
+pub(crate) fn keeps_history(capabilities: Capabilities) -> bool {
+    capabilities.clones
+}
 
 /// A directory of copies.
 #[derive(Debug)]
@@ -102,18 +109,17 @@ impl CopyStore {
         Ok(mark)
     }
 
-    /// Copies `source` to the image at `at`, and marks it as whole when all is there.
-    fn copy(&self, source: &dyn Dir, at: &Locator) -> Result<()> {
+    /// Copies `source`, which may be a past state, to the image at `at`, and marks it as whole when all is there.
+    fn copy(&self, source: &dyn Dir, state: Option<u64>, at: &Locator) -> Result<()> {
         let missing = || Error::NotFound { what: format!("the locator {at}") };
         let dir = self.image_dir(at).ok_or_else(missing)?;
         self.remove(at)?;
         fs::create_dir_all(dir.join("tree")).context("make", &dir)?;
-        let root = beneath::open_root(&dir.join("tree")).context("open", &dir)?;
-        let ownership = self.info.capabilities.ownership;
-        let mut copier = Copier { ownership, links: BTreeMap::new(), sums: BTreeMap::new(), omissions: Vec::new() };
-        copier.dir(source, Rc::new(root), Path::new(""))?;
-
-        let mut text = format!("image-{}\n", identity_of(&dir.join("tree"))?);
+        let copier = self.copy_to(source, &dir.join("tree"))?;
+        let mut text = match state {
+            Some(number) => format!("state-{number}\n"),
+            None => format!("image-{}\n", identity_of(&dir.join("tree"))?),
+        };
         for (path, sum) in &copier.sums {
             text += &format!("sum {sum} {}\n", escape(path.as_os_str()));
         }
@@ -122,6 +128,24 @@ impl CopyStore {
         }
         fs::write(dir.join("whole.new"), text).context("write the mark of", &dir)?;
         fs::rename(dir.join("whole.new"), dir.join("whole")).context("mark", &dir)
+    }
+
+    fn copy_to(&self, source: &dyn Dir, to: &Path) -> Result<Copier> {
+        let root = beneath::open_root(to).context("open", to)?;
+        let ownership = self.info.capabilities.ownership;
+        let mut copier = Copier { ownership, links: BTreeMap::new(), sums: BTreeMap::new(), omissions: Vec::new() };
+        copier.dir(source, Rc::new(root), Path::new(""))?;
+        Ok(copier)
+    }
+
+    fn state(&self, number: u64) -> PathBuf {
+        self.place.join(format!("h-{number}"))
+    }
+
+    fn check_history(&self) -> Result<()> {
+        let (kind, reason) = ("copies", "it was told not to".to_owned());
+        let refused = Error::Unsupported { kind, action: "show the history of a volume", reason };
+        if keeps_history(self.info.capabilities) { Ok(()) } else { Err(refused) }
     }
 
     fn remove(&self, at: &Locator) -> Result<()> {
@@ -224,9 +248,7 @@ impl Backend for CopyStore {
         if let Ok(whole) = self.settle(at) {
             return Ok(whole);
         }
-        // "." again: the descriptor of a volume may have been read from before.
-        let root = volume.as_fd().try_clone_to_owned().context("open", volume.dir())?;
-        self.copy(&DirTree::from_descriptor(root, volume.dir()), at)?;
+        self.copy(&tree_of(volume)?, None, at)?;
         self.settle(at)
     }
 
@@ -245,7 +267,7 @@ impl Backend for CopyStore {
             let expected = snapshot.identity.clone();
             return Err(Error::WrongIdentity { what: snapshot.at.to_string(), expected, found });
         }
-        self.copy(&DirTree::open(&self.tree(&snapshot.at))?, at)
+        self.copy(&DirTree::open(&self.tree(&snapshot.at))?, None, at)
     }
 
     fn list(&self) -> Result<Vec<Image>> {
@@ -281,8 +303,64 @@ impl Backend for CopyStore {
         Ok(damaged.map(damage).collect())
     }
 
+    fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
+        self.check_history()?;
+        let last = (1..).take_while(|number| self.state(*number).exists()).last().unwrap_or_default() + 1;
+        fs::create_dir(self.state(last)).context("make", self.state(last))?;
+        self.copy_to(&tree_of(volume)?, &self.state(last))?;
+        let mut snapshots: BTreeMap<String, Vec<Locator>> = BTreeMap::new();
+        for image in self.list()?.into_iter().filter(|image| image.state == ImageState::Whole) {
+            snapshots.entry(self.mark(&image.at)?.identity.as_str().to_owned()).or_default().push(image.at);
+        }
+        let moment = |number| {
+            let kept = snapshots.remove(&format!("state-{number}")).map_or(Kept::Not, Kept::ByStore);
+            Moment { number, seconds: 0, same: false, kept }
+        };
+        Ok((1..=last).map(moment).collect())
+    }
+
+    fn pin(&self, _volume: &Volume, number: u64, at: &Locator) -> Result<Snapshot> {
+        self.check_history()?;
+        if let Ok(whole) = self.settle(at) {
+            return Ok(whole);
+        }
+        let state = self.state(number);
+        if !state.exists() {
+            return Err(Error::NotFound { what: format!("the state {number}") });
+        }
+        self.copy(&DirTree::open(&state)?, Some(number), at)?;
+        self.settle(at)
+    }
+
+    fn differences(&self, _old: &Snapshot, _new: Source<'_>) -> Result<Option<Box<dyn Differences>>> {
+        Ok(Some(Box::new(Bytes)))
+    }
+
     fn delete(&self, at: &Locator) -> Result<()> {
         self.remove(at)
+    }
+}
+
+fn tree_of(volume: &Volume) -> Result<DirTree> {
+    // "." again: the descriptor of a volume may have been read from before.
+    let root = volume.as_fd().try_clone_to_owned().context("open", volume.dir())?;
+    Ok(DirTree::from_descriptor(root, volume.dir()))
+}
+
+/// Tells every byte that differs, by itself.
+#[derive(Debug)]
+struct Bytes;
+
+impl Differences for Bytes {
+    fn ranges(&self, old: &File, new: &File) -> io::Result<Option<Vec<Range<u64>>>> {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let (mut old, mut new) = (old, new);
+        old.read_to_end(&mut a)?;
+        new.read_to_end(&mut b)?;
+        if a.len() != b.len() {
+            return Ok(None);
+        }
+        Ok(Some((0..a.len()).filter(|&at| a[at] != b[at]).map(|at| at as u64..at as u64 + 1).collect()))
     }
 }
 

@@ -137,6 +137,21 @@ faults! {
     VerifiesNothing: "verify_names_damage" says "verify found []";
     NamesNoFile: "verify_names_damage" says "path: \"\"";
 
+    /// The last state comes first.
+    HistoryFallsBack: "history_is_in_order" says "do not rise";
+    /// The present is taken for a past state where none are kept.
+    PinsWithoutHistory: "history_needs_a_keeper" says "pin: expected Unsupported, but it succeeded";
+    /// The present is taken for every past state.
+    PinsThePresent: "pin_is_of_that_state" says "a pinned state";
+    /// A repeated pin fails.
+    PinsOnce: "pin_repeats" says "exists already";
+    /// Deleting one snapshot of a state deletes all.
+    UnpinsAll: "pin_is_counted" says "there should be";
+    /// For a state that is gone, another one is taken.
+    PinsTheLast: "pin_missing" says "it succeeded";
+    /// Only the first difference is told.
+    TellsOneDifference: "differences_miss_nothing" says "is in no range";
+
     /// Deleting nothing fails.
     DeletesOnce: "delete_is_idempotent" says "only reserved";
     /// Older snapshots go too.
@@ -163,7 +178,7 @@ impl Fault {
     pub(crate) fn capabilities(self) -> Capabilities {
         match self {
             Self::OmitsSilently | Self::SettleForgetsOmissions => Capabilities { ownership: false, ..CAPABILITIES },
-            Self::ClonesAnyway => Capabilities { clones: false, ..CAPABILITIES },
+            Self::ClonesAnyway | Self::PinsWithoutHistory => Capabilities { clones: false, ..CAPABILITIES },
             _ => CAPABILITIES,
         }
     }
