@@ -97,7 +97,7 @@ impl Site {
 
     /// How many images the volume's own store has.
     pub(crate) fn stored(&self) -> usize {
-        self.images(&self.store()).len()
+        self.images(self.store()).len()
     }
 
     /// Where that store is.
