@@ -8,7 +8,9 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::proc_dir::{parse, unescape};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use super::proc_dir::{parse, read_all, unescape};
 
 /// The device of a file system, as the mount table gives it.
 pub(crate) type Device = (u32, u32);
@@ -104,6 +106,12 @@ pub(crate) fn mounted_from(fstype: &str, source: &Path) -> io::Result<Vec<PathBu
     Ok(found.map(|mount| mount.point.clone()).collect())
 }
 
+/// The table of the calling thread, as the kernel writes it.
+pub(crate) fn own_mountinfo() -> io::Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    read_all(rustix::fs::openat(CWD, "/proc/thread-self/mountinfo", flags, Mode::empty())?)
+}
+
 /// All mounts that a process sees.
 #[derive(Debug)]
 pub(crate) struct MountTable {
@@ -116,7 +124,7 @@ pub(crate) struct MountTable {
 impl MountTable {
     /// The table of the calling thread.
     pub(crate) fn of_self() -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read("/proc/thread-self/mountinfo")?))
+        Ok(Self::parse(&own_mountinfo()?))
     }
 
     /// Parses the content of a `mountinfo` file.
