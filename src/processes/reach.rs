@@ -131,19 +131,20 @@ pub(super) struct Survey<'a> {
     places: Vec<Option<Place>>,
     devices: Vec<Device>,
     pub(super) views: Views,
-    pub(super) user_namespace: PathBuf,
     /// Processes that see and may do the same reach the same: most of a tree does.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
 }
 
 impl<'a> Survey<'a> {
     pub(super) fn new(candidates: &'a [Candidate], doubt: Doubt) -> Result<Self> {
-        let own = |source| Error::Read { object: "/proc/thread-self".into(), source };
-        let views = Views::new().map_err(own)?;
-        let user_namespace = std::fs::read_link("/proc/thread-self/ns/user").map_err(own)?;
+        Ok(Self::seen_from(views()?, candidates, doubt))
+    }
+
+    /// With fsnap's own view, read a moment ago.
+    pub(super) fn seen_from(views: Views, candidates: &'a [Candidate], doubt: Doubt) -> Self {
         let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
         let devices = places.iter().flatten().map(|place| place.device).collect();
-        Ok(Self { candidates, doubt, places, devices, views, user_namespace, seen: HashSet::new() })
+        Self { candidates, doubt, places, devices, views, seen: HashSet::new() }
     }
 
     /// For a look at the files of a process that has this view.
@@ -161,7 +162,7 @@ impl<'a> Survey<'a> {
             }
             true
         })?;
-        let credentials = Credentials::of(&dir, &self.user_namespace)?;
+        let credentials = Credentials::of(&dir, &self.views.user_namespace)?;
         if self.seen.insert((view.namespace.clone(), view.root.clone(), credentials.clone())) {
             for candidate in 0..self.candidates.len() {
                 if let Some(point) = self.mount_reaching(candidate, &dir, &view, &credentials) {
@@ -231,6 +232,11 @@ impl<'a> Survey<'a> {
         }
         None
     }
+}
+
+/// fsnap's own view.
+pub(super) fn views() -> Result<Views> {
+    Views::new().map_err(|source| Error::Read { object: "/proc/thread-self".into(), source })
 }
 
 /// Opens the directory of a process, or of one of its threads that lives, if it is still the same one.
