@@ -1,14 +1,12 @@
 //! Opens the files of a checkpoint for reading.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Dir, DirTree, MountSpec, Snapshot};
 
 use super::Coordinator;
-use crate::Result;
 use crate::checkpoint::Member;
-use crate::mount::{Prepared, Restrictions};
+use crate::{Result, mount};
 
 impl Coordinator {
     /// The store that holds the member's snapshot.
@@ -35,9 +33,7 @@ pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn
         MountSpec::Tree(tree) => Ok(tree),
         MountSpec::Bind { dir, .. } => Ok(Arc::new(DirTree::open(&dir)?)),
         spec @ MountSpec::Mount { .. } => {
-            let shown = PathBuf::from(snapshot.at.as_str());
-            let root = Prepared::new(&spec, Restrictions::default())?.open()?;
-            Ok(Arc::new(DirTree::from_descriptor(root, shown)))
+            Ok(Arc::new(DirTree::from_descriptor(mount::open(&spec)?, snapshot.at.as_str())))
         }
     }
 }

@@ -212,14 +212,7 @@ impl Images {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut file = match self.blank.take() {
-            Some(file) => {
-                let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-                rustix::fs::linkat(CWD, link, &self.dir, unfinished, AtFlags::SYMLINK_FOLLOW)?;
-                file
-            }
-            None => beneath::create_file(&self.dir, unfinished, RECORD_MODE)?,
-        };
+        let mut file = self.make(unfinished)?;
         let written = file.write_all(content).and_then(|()| {
             Ok(rustix::fs::renameat_with(&self.dir, unfinished, &self.dir, name, RenameFlags::empty())?)
         });
@@ -227,6 +220,18 @@ impl Images {
             let _ = rustix::fs::unlinkat(&self.dir, unfinished, AtFlags::empty());
         }
         written
+    }
+
+    /// The file that was prepared, or a new one, under that name.
+    fn make(&self, name: &OsStr) -> io::Result<File> {
+        if let Some(file) = self.blank.take() {
+            // linkat(2): for AT_EMPTY_PATH, kernels before 6.10 want a capability. Without /proc, the file stays without a name.
+            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+            if rustix::fs::linkat(CWD, link, &self.dir, name, AtFlags::SYMLINK_FOLLOW).is_ok() {
+                return Ok(file);
+            }
+        }
+        beneath::create_file(&self.dir, name, RECORD_MODE)
     }
 
     /// Removes fsnap's record, if there is one: its checkpoint was undone.
@@ -255,7 +260,7 @@ impl AsFd for Images {
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     fn record() -> ImageRecord {
         let member = MemberRecord {
@@ -268,6 +273,28 @@ mod tests {
             snapshot: Identity::new("n"),
         };
         ImageRecord::new("c0ffee", vec![member])
+    }
+
+    #[test]
+    fn what_was_prepared_is_used_once_and_leaves_nothing() {
+        let temp = tempfile::tempdir().unwrap();
+        let names = || fs::read_dir(temp.path()).unwrap().count();
+        let images = Images::open(temp.path()).unwrap();
+        images.prepare();
+        assert_eq!(names(), 0);
+        // None where the file system cannot do it.
+        let prepared = images.blank.borrow().as_ref().map(|file| file.metadata().unwrap().ino());
+        for (number, record) in [ImageRecord::new("first", vec![]), record()].iter().enumerate() {
+            images.write_record(record).unwrap();
+            assert_eq!(images.record().unwrap().as_ref(), Some(record));
+            assert_eq!(names(), 1);
+            let written = fs::metadata(temp.path().join(RECORD_NAME)).unwrap();
+            assert_eq!(Some(written.ino()) == prepared, number == 0 && prepared.is_some());
+            assert_eq!(written.mode() & 0o777, RECORD_MODE);
+        }
+        images.prepare();
+        drop(images);
+        assert_eq!(names(), 1);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use nix::sched::CloneFlags;
 
-use super::mounts::{Device, Mount, MountTable, Place, own_mountinfo};
+use super::mounts::{Device, Mount, MountTable, Place};
 use super::proc_dir::ProcDir;
 
 /// A process's mounts, and how the kernel's link texts are to be read with them.
@@ -42,8 +42,6 @@ pub(crate) enum Located {
 #[derive(Debug)]
 pub(crate) struct Views {
     own: View,
-    /// What the own table was read from.
-    own_text: Vec<u8>,
     /// The name of fsnap's own user namespace: the text of the link `ns/user`.
     pub(crate) user_namespace: PathBuf,
     known: HashMap<(PathBuf, PathBuf), View>,
@@ -52,22 +50,17 @@ pub(crate) struct Views {
 impl Views {
     /// Starts with fsnap's own view.
     pub(crate) fn new() -> io::Result<Self> {
-        let own_text = own_mountinfo()?;
-        let table = Rc::new(MountTable::parse(&own_text));
+        let table = Rc::new(MountTable::of_self()?);
         let namespace = std::fs::read_link("/proc/thread-self/ns/mnt")?;
         let own = View { table, base: "/".into(), root: "/".into(), namespace };
         let user_namespace = std::fs::read_link("/proc/thread-self/ns/user")?;
         let known = HashMap::from([(own.key(), own.clone())]);
-        Ok(Self { own, own_text, user_namespace, known })
+        Ok(Self { own, user_namespace, known })
     }
 
-    /// Starts once more, with what is mounted by now. Only a table that has changed is taken apart again.
+    /// Starts once more, with what is mounted by now.
     pub(crate) fn renew(&mut self) -> io::Result<()> {
-        let text = own_mountinfo()?;
-        if text != self.own_text {
-            self.own.table = Rc::new(MountTable::parse(&text));
-            self.own_text = text;
-        }
+        self.own.table = Rc::new(MountTable::of_self()?);
         self.known = HashMap::from([(self.own.key(), self.own.clone())]);
         Ok(())
     }
@@ -97,7 +90,7 @@ impl Views {
         let view = match self.known.get(&top) {
             Some(whole) => View { root: key.1.clone(), ..whole.clone() },
             None => View {
-                table: Rc::new(MountTable::parse(&process.read("mountinfo")?)),
+                table: Rc::new(MountTable::of(process)?),
                 base: key.1.clone(),
                 root: "/".into(),
                 namespace: key.0.clone(),
@@ -108,7 +101,7 @@ impl Views {
     }
 
     /// Locates a file by its link's text and its mount's id, if that is known.
-    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<i32>) -> Located {
+    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<u64>) -> Located {
         let Some(id) = mount else {
             return view.resolve(text).map_or(Located::Unknown, |mount| place_on(mount, view, text));
         };
@@ -151,7 +144,7 @@ impl View {
 /// All mounts of the process's namespace, read from the root of it; `None` if that is not permitted.
 fn whole_table(process: &ProcDir, root: &Path) -> Option<MountTable> {
     if root == Path::new("/") {
-        return Some(MountTable::parse(&process.read("mountinfo").ok()?));
+        return MountTable::of(process).ok();
     }
     let namespace = process.open("ns/mnt").ok()?;
     // A thread of its own that nobody else's paths depend on.
