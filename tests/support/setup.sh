@@ -85,7 +85,12 @@ install() {
 
 rust_is_there() {
     command -v cargo >/dev/null || die "no cargo in PATH or ~/.cargo/bin: install Rust first"
-    local part
+    local part wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$top/Cargo.toml")
+    found=$(cargo --version | cut -d ' ' -f 2)
+    # The older one comes first.
+    [ "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n 1)" = "$wanted" ] ||
+        die "fsnap needs Rust $wanted or later, and cargo is $found: update it, such as by rustup update stable"
     for part in clippy fmt; do
         cargo "$part" --version >/dev/null 2>&1 && continue
         [ "$part" = fmt ] && part=rustfmt
