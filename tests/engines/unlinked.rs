@@ -16,6 +16,12 @@ pub(crate) const CASES: &[Case] = &[
     ("a_note_that_is_lost_with_the_power", a_note_that_is_lost_with_the_power),
 ];
 
+/// What other kernels than most hosts' are needed for.
+pub(crate) const ON_OTHER_KERNELS: &[(&str, &[Volume], fn(&[Volume]))] = &[
+    ("every_kind_on_dm_thin", &[Volume::DmThin], |volumes| every_kind(volumes[0], 20)),
+    ("every_kind_on_nilfs2", &[Volume::Nilfs2], |volumes| every_kind(volumes[0], 20)),
+];
+
 /// Has files without names in all ways that there are, changes them, and says the number of the round while all are as they must be.
 const PROGRAM: &str = r#"
 import fcntl, mmap, os, sys, time
@@ -41,7 +47,8 @@ shared, private = mapped("shared", mmap.MAP_SHARED), mapped("private", mmap.MAP_
 private[:3] = b"own"
 # In no volume: CRIU saves it.
 elsewhere = os.open("/tmp/elsewhere", os.O_RDWR | os.O_CREAT, 0o600); os.write(elsewhere, block(9) * 3); os.unlink("/tmp/elsewhere")
-nameless = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
+try: nameless = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600)
+except OSError: nameless = make("nameless"); os.unlink("nameless")
 for name in ["one", "sparse", "dense", "only"]: os.unlink(name)
 # Another process has the same descriptors, and moves their common position.
 there, here = os.pipe(), os.pipe()
