@@ -7,9 +7,8 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Dir, DirTree, Locator, MountSpec, Snapshot};
 
 use super::Coordinator;
-use crate::Result;
 use crate::checkpoint::Member;
-use crate::mount::{Prepared, Restrictions};
+use crate::{Result, mount};
 
 /// How often an image is activated anew that others deactivate meanwhile.
 const ATTEMPTS: usize = 8;
@@ -67,18 +66,16 @@ pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn
         (MountSpec::Tree(tree), _) => Ok(tree),
         (MountSpec::Bind { dir, .. }, _) => Ok(Arc::new(DirTree::open(&dir)?)),
         (spec @ MountSpec::Mount { .. }, _held) => {
-            let shown = PathBuf::from(snapshot.at.as_str());
-            let root = Prepared::new(&spec, Restrictions::default())?.open()?;
-            Ok(Arc::new(DirTree::from_descriptor(root, shown)))
+            Ok(Arc::new(DirTree::from_descriptor(mount::open(&spec)?, snapshot.at.as_str())))
         }
     }
 }
 
-/// Activates an image that others may deactivate, and holds its device until it is mounted.
+/// Activates an image that others may deactivate, and holds its device, if it has one, until it is mounted.
 ///
 /// Nobody can deactivate it while the device is open. Before that somebody may have, and the device's number may be another image's
 /// by now: so it is asked for again, until the answer is the device that is open.
-fn activate(store: &dyn Backend, at: &Locator) -> Result<(MountSpec, Option<File>)> {
+pub(crate) fn activate(store: &dyn Backend, at: &Locator) -> Result<(MountSpec, Option<File>)> {
     let mut held: Option<(PathBuf, File)> = None;
     for _ in 0..ATTEMPTS {
         let spec = store.activate(at)?;

@@ -350,7 +350,9 @@ fn removed_while_browsed(backend: &str) {
     let sealed = past.fsnap(["checkpoint", "--branch", "try"]);
     past.fsnap(["rm", "--branch", "try"]);
     past.unmount();
-    assert_eq!(past.ground().snapshots_in_use(), 0);
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after the branch");
+    past.fsnap(["verify"]);
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after a verification");
 
     past.mount();
     let mut open = fs::File::open(past.at(&format!("ids/{sealed}/db/below"))).unwrap();
@@ -364,6 +366,7 @@ fn removed_while_browsed(backend: &str) {
     assert_eq!(text, "of the volume");
     drop(open);
     past.unmount();
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after browsing");
     assert!(past.fsnap(["recover"]).contains("finished: a removal"));
     assert_eq!(past.fsnap(["recover"]), "nothing is half done");
     assert_eq!(past.fsnap(["log"]), "");
