@@ -230,7 +230,7 @@ fn hung_up(ended: io::Result<usize>) -> io::Error {
     ended.err().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
 }
 
-/// A thread that reads who belongs to the tree while the snapshots are taken; started ahead, for that takes a tenth of a millisecond.
+/// A thread that reads who belongs to the tree while the snapshots are taken; started ahead, with all that does not depend on the tree.
 struct TreeReader {
     thread: Pid,
     ask: mpsc::Sender<(i32, Vec<i32>)>,
@@ -246,9 +246,10 @@ impl TreeReader {
         let (told, tell) = mpsc::channel();
         let (begun, begins) = mpsc::channel();
         std::thread::Builder::new().spawn(move || {
+            let outlook = WriterSearch::outlook(&pending);
             let _ = begun.send(rustix::thread::gettid());
             if let Ok((tree, ignore)) = asked.recv() {
-                let _ = told.send(search::among_standing(&pending, tree, ignore));
+                let _ = told.send(search::among_standing(outlook, tree, ignore));
             }
         })?;
         let thread = begins.recv().map_err(io::Error::other)?;

@@ -131,19 +131,20 @@ pub(super) struct Survey<'a> {
     places: Vec<Option<Place>>,
     devices: Vec<Device>,
     pub(super) views: Views,
-    pub(super) user_namespace: PathBuf,
     /// Processes that see and may do the same reach the same: most of a tree does.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
 }
 
 impl<'a> Survey<'a> {
     pub(super) fn new(candidates: &'a [Candidate], doubt: Doubt) -> Result<Self> {
-        let own = |source| Error::Read { object: "/proc/thread-self".into(), source };
-        let views = Views::new().map_err(own)?;
-        let user_namespace = std::fs::read_link("/proc/thread-self/ns/user").map_err(own)?;
+        Ok(Self::seen_from(views()?, candidates, doubt))
+    }
+
+    /// With fsnap's own view, read a moment ago.
+    pub(super) fn seen_from(views: Views, candidates: &'a [Candidate], doubt: Doubt) -> Self {
         let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
         let devices = places.iter().flatten().map(|place| place.device).collect();
-        Ok(Self { candidates, doubt, places, devices, views, user_namespace, seen: HashSet::new() })
+        Self { candidates, doubt, places, devices, views, seen: HashSet::new() }
     }
 
     /// For a look at the files of a process that has this view.
@@ -161,7 +162,7 @@ impl<'a> Survey<'a> {
             }
             true
         })?;
-        let credentials = Credentials::of(&dir, &self.user_namespace)?;
+        let credentials = Credentials::of(&dir, &self.views.user_namespace)?;
         if self.seen.insert((view.namespace.clone(), view.root.clone(), credentials.clone())) {
             for candidate in 0..self.candidates.len() {
                 if let Some(point) = self.mount_reaching(candidate, &dir, &view, &credentials) {
@@ -233,6 +234,11 @@ impl<'a> Survey<'a> {
     }
 }
 
+/// fsnap's own view.
+pub(super) fn views() -> Result<Views> {
+    Views::new().map_err(|source| Error::Read { object: "/proc/thread-self".into(), source })
+}
+
 /// Opens the directory of a process, or of one of its threads that lives, if it is still the same one.
 pub(super) fn open(process: ProcessId) -> io::Result<ProcDir> {
     let dir = ProcDir::of(process.pid)?;
@@ -264,12 +270,12 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
 
 /// Whether the process may search every directory from its root to `path`, that one included.
 ///
-/// One name at a time and without following links: the directories may belong to hostile processes. A mount that may never
-/// answer is not looked at, and is taken to permit.
+/// Who may search every directory need not be asked about any. For others, one name at a time and without following links: the directories
+/// may belong to hostile processes. A mount that may never answer is not looked at, and is taken to permit.
 pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Credentials) -> bool {
     let may_hang_at = |path: &Path| view.table.resolve(path).is_none_or(may_hang);
     let Ok(below) = path.strip_prefix(&view.root) else { return false };
-    if may_hang_at(&view.root) {
+    if who.searches_all() || may_hang_at(&view.root) {
         return true;
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -78,10 +78,8 @@ fn main() -> ExitCode {
             Ok(())
         }));
     }
-    let consistency = consistency::ON_OTHER_KERNELS.iter().map(|case| ("consistency", case));
-    let unlinked = unlinked::ON_OTHER_KERNELS.iter().map(|case| ("unlinked", case));
-    for (module, &(name, volumes, case)) in consistency.chain(unlinked) {
-        trials.push(Trial::ignorable_test(format!("{module}::{name}"), move || {
+    for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
+        trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {
             match volumes.iter().find_map(|volume| volume.why_not()) {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
                 None => {
