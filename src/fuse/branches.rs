@@ -142,7 +142,7 @@ impl Branches {
             |member: &&BranchMember| member.layers.as_ref().is_some_and(|layers| layers.dir.as_path() == slot.dir);
         let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
         let store = coordinator.store_at(&member.store)?;
-        let below = lower::of_recipe(store.activate(&member.at)?)?;
+        let below = lower::of_image(store.as_ref(), &member.at)?;
         let at = member.at.clone();
         if let Some(home) = slot.dir.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(home).context("make the directory", home)?;

@@ -28,7 +28,7 @@ use fsnap_backend::{
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
-use super::origin::{self, OpenOrigin};
+use super::origin::{self, Origins};
 use super::{Overlay, object, seal, store, verify};
 
 /// The backend's name.
@@ -48,7 +48,7 @@ const ABANDONED: &str = "abandoned";
 pub struct Store {
     place: PathBuf,
     info: StoreInfo,
-    open_origin: OpenOrigin,
+    origins: Origins,
 }
 
 /// What an image's file says.
@@ -89,11 +89,11 @@ impl Store {
 
     /// Opens the store at `place`; changes nothing.
     pub fn open(place: &Path) -> Result<Self> {
-        Self::open_with(place, origin::open_dir)
+        Self::open_with(place, origin::DIRS)
     }
 
-    /// The same; what trees began with is opened by `open_origin`.
-    pub fn open_with(place: &Path, open_origin: OpenOrigin) -> Result<Self> {
+    /// The same; what trees began with is opened by `origins`.
+    pub fn open_with(place: &Path, origins: Origins) -> Result<Self> {
         let identity = fs::read_to_string(place.join(IDENTITY));
         let identity = match identity {
             Err(error) if error.kind() == IoKind::NotFound => {
@@ -114,7 +114,7 @@ impl Store {
         };
         let identity = Identity::new(format!("{KIND}:{}", identity.trim()));
         let info = StoreInfo { kind: KIND, identity, capabilities };
-        Ok(Self { place: place.to_owned(), info, open_origin })
+        Ok(Self { place: place.to_owned(), info, origins })
     }
 
     fn images(&self) -> PathBuf {
@@ -159,7 +159,7 @@ impl Store {
             let (expected, found) = (Identity::new(record.identity), Identity::new(found));
             return Err(Error::WrongIdentity { what: format!("the store {}", record.tree.display()), expected, found });
         }
-        let below = (self.open_origin)(&origin::read(&record.tree)?)?;
+        let below = (self.origins.open)(&origin::read(&record.tree)?)?;
         let opened = Overlay::sealed(below, &record.tree, record.layer);
         opened.map_err(|error| Error::Io {
             action: "open the layers of",
@@ -273,12 +273,20 @@ impl Backend for Store {
     }
 
     fn deactivate(&self, at: &Locator) -> Result<()> {
-        // Nothing is held for an active image.
-        if is_ours(at) { Ok(()) } else { Err(Error::NotFound { what: format!("the image {at}") }) }
+        if !is_ours(at) {
+            return Err(Error::NotFound { what: format!("the image {at}") });
+        }
+        // Nothing is held for an active image but what its tree began with.
+        if let Ok(origin) = self.record(at).and_then(|record| origin::read(&record.tree)) {
+            (self.origins.let_go)(&origin);
+        }
+        Ok(())
     }
 
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>> {
-        verify::verify(self.open_image(&snapshot.at)?.as_ref())
+        let damage = self.open_image(&snapshot.at).and_then(|opened| verify::verify(opened.as_ref()));
+        self.deactivate(&snapshot.at)?;
+        damage
     }
 
     fn delete(&self, at: &Locator) -> Result<()> {

@@ -44,7 +44,7 @@ pub use data::OpenFile;
 pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
-pub use origin::{OpenOrigin, Origin, note};
+pub use origin::{Origin, Origins, note};
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
 pub use store::{Error, is_unchanged};
