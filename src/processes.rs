@@ -43,7 +43,6 @@ use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use diff::{ProcessChange, process_changes};
 pub use files::How;
-pub(crate) use mounts::mounted_from;
 pub use observer::{Observation, observe};
 pub use pattern::{InvalidPattern, Pattern};
 pub use process_id::{BootTicks, ProcessId};

@@ -99,8 +99,7 @@ impl Searcher<'_> {
         learn(&mut search);
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
-        // The end of the pipe, and so of the hook.
-        let _ = self.hook_lives.read(&mut [0]);
+        let _ = sys::wait_for_end(&mut self.hook_lives);
         if self.note.symlink_metadata().is_err() {
             return;
         }

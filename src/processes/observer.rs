@@ -14,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use fsnap_backend::mounts::unescape;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::credentials::Credentials;
 use super::files::{Mapping, Target, target_of};
 use super::mounts::Mount;
-use super::proc_dir::{ProcDir, link_in, numbers_in, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, unless_gone};
 use super::reach::{self, Candidate, Doubt, Survey};
 use super::sockets::Sockets;
 use super::view::{Located, View};
@@ -197,7 +198,7 @@ struct Observer<'a> {
     /// Processes that see and may do the same can write to the same mounts.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
     /// The mounts that were named.
-    named: HashSet<(PathBuf, i32)>,
+    named: HashSet<(PathBuf, u64)>,
     /// The device and inode of files that have no name any more.
     gone: HashSet<(u64, u64)>,
     /// The device of memory that has no name.
@@ -252,7 +253,7 @@ impl Observer<'_> {
         Ok(Some(self.place(view, dir.link(name)?, target.mount, target.unlinked)))
     }
 
-    fn place(&self, view: &View, text: PathBuf, mount: Option<i32>, unlinked: bool) -> FilePlace {
+    fn place(&self, view: &View, text: PathBuf, mount: Option<u64>, unlinked: bool) -> FilePlace {
         let path = if unlinked { without_mark(text) } else { text };
         let located = match path.is_absolute() {
             true => self.survey.views.locate(view, &path, mount),
@@ -313,7 +314,7 @@ impl Observer<'_> {
         let content = dir.read("maps")?;
         let mut known: HashMap<(u64, u64), usize> = HashMap::new();
         for mapping in content.split(|&byte| byte == b'\n').filter_map(Mapping::parse) {
-            let device = rustix::fs::makedev(mapping.device.0, mapping.device.1);
+            let device = mapping.device.number();
             if let Some(&index) = known.get(&(device, mapping.inode)) {
                 let file: &mut MappedFile = &mut record.mapped[index];
                 file.shared |= mapping.shared;
@@ -326,7 +327,7 @@ impl Observer<'_> {
             if !self.take_one() {
                 break;
             }
-            let text = unescape(mapping.name);
+            let text = PathBuf::from(unescape(mapping.name));
             // A file may be *named* so; whether it is gone is asked of the file.
             let marked = text.as_os_str().as_bytes().ends_with(MARK);
             let link = || format!("map_files/{}", mapping.range);
@@ -372,7 +373,7 @@ impl Observer<'_> {
     }
 
     /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
-    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<i32>) -> Option<(String, Medium)> {
+    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<u64>) -> Option<(String, Medium)> {
         let by_path = || view.resolve(place.path.as_path());
         let found: Option<&Mount> = mount.map_or_else(by_path, |id| view.table.by_id(id));
         match found {

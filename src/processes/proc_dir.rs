@@ -3,11 +3,10 @@
 //! Not by the `procfs` crate: it reads `maps` and `mountinfo` as UTF-8 and leaves their octal escapes as they are, so
 //! that one mount point with a byte of its own in a hostile process's namespace would hide the whole table.
 
-use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use rustix::buffer::spare_capacity;
@@ -215,26 +214,6 @@ fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-/// Undoes the escapes that the kernel writes for blanks, tabs, newlines and backslashes: `\040` and so on.
-pub(crate) fn unescape(escaped: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(escaped.len());
-    let mut rest = escaped;
-    while let Some((&first, tail)) = rest.split_first() {
-        let octal = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok();
-        match (first, tail.get(..3).and_then(octal)) {
-            (b'\\', Some(byte)) => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    OsStr::from_bytes(&bytes).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,12 +232,6 @@ mod tests {
         for line in ["", "42", "42 (a", "42 (a)", "42 (a) S", "42 (a) S 7 42 x"] {
             assert!(Stat::parse(line.as_bytes()).is_err(), "{line:?}");
         }
-    }
-
-    #[test]
-    fn escapes_are_undone_and_other_bytes_kept() {
-        let path = unescape(b"/a\\040b\\134\\012\xff\\0");
-        assert_eq!(path.as_os_str().as_bytes(), b"/a b\\\n\xff\\0");
     }
 
     #[test]

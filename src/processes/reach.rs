@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 
 use super::credentials::Credentials;
 use super::files::{How, InUse, Lens, visit_all};
-use super::mounts::{Device, Place};
+use super::mounts::{Device, Place, may_hang};
 use super::proc_dir::{ProcDir, is_gone};
 use super::view::{Located, View, Views};
 use super::{Error, Member, ProcessId, Result, Tree};
@@ -218,7 +218,7 @@ impl<'a> Survey<'a> {
                     mount.point.clone()
                 }
                 CandidateKind::Registered => match root.path.strip_prefix(&mount.root.path) {
-                    Ok(below) => super::mounts::join(&mount.point, below),
+                    Ok(below) => fsnap_backend::mounts::join(&mount.point, below),
                     // It shows a part of the volume.
                     Err(_) if self.owner(&mount.root) == Some(at) => mount.point.clone(),
                     Err(_) => continue,
@@ -255,7 +255,7 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
     }
     use std::os::fd::AsRawFd;
     let text = std::fs::read_link(format!("/proc/thread-self/fd/{}", root.as_raw_fd())).ok()?;
-    let mount = i32::try_from(found.stx_mnt_id).ok();
+    let mount = Some(found.stx_mnt_id);
     match views.locate(views.own(), &text, mount) {
         Located::At(place) => Some(place),
         Located::In(_) | Located::Unknown => None,
@@ -267,9 +267,9 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
 /// One name at a time and without following links: the directories may belong to hostile processes. A mount that may never
 /// answer is not looked at, and is taken to permit.
 pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Credentials) -> bool {
-    let may_hang = |path: &Path| view.table.resolve(path).is_none_or(|mount| mount.may_hang());
+    let may_hang_at = |path: &Path| view.table.resolve(path).is_none_or(may_hang);
     let Ok(below) = path.strip_prefix(&view.root) else { return false };
-    if may_hang(&view.root) {
+    if may_hang_at(&view.root) {
         return true;
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -281,7 +281,7 @@ pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Crede
     for component in below.components() {
         let Component::Normal(name) = component else { return false };
         reached.push(name);
-        if may_hang(&reached) {
+        if may_hang_at(&reached) {
             return true;
         }
         match beneath::open_handle(&at, name) {

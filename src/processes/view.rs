@@ -83,7 +83,7 @@ impl Views {
         let view = match self.known.get(&top) {
             Some(whole) => View { root: key.1.clone(), ..whole.clone() },
             None => View {
-                table: Rc::new(MountTable::parse(&process.read("mountinfo")?)),
+                table: Rc::new(MountTable::of(process)?),
                 base: key.1.clone(),
                 root: "/".into(),
                 namespace: key.0.clone(),
@@ -94,7 +94,7 @@ impl Views {
     }
 
     /// Locates a file by its link's text and its mount's id, if that is known.
-    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<i32>) -> Located {
+    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<u64>) -> Located {
         let Some(id) = mount else {
             return view.resolve(text).map_or(Located::Unknown, |mount| place_on(mount, view, text));
         };
@@ -133,7 +133,7 @@ impl View {
 /// All mounts of the process's namespace, read from the root of it; `None` if that is not permitted.
 fn whole_table(process: &ProcDir, root: &Path) -> Option<MountTable> {
     if root == Path::new("/") {
-        return Some(MountTable::parse(&process.read("mountinfo").ok()?));
+        return MountTable::of(process).ok();
     }
     let namespace = process.open("ns/mnt").ok()?;
     // A thread of its own that nobody else's paths depend on.

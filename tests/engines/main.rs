@@ -22,8 +22,11 @@ mod postgresql;
 mod runs;
 mod sandbox;
 mod site;
+#[path = "../support/thin.rs"]
+mod thin;
 mod tour;
 mod unlinked;
+#[path = "../support/volumes.rs"]
 mod volumes;
 
 use std::process::ExitCode;
