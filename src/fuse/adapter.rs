@@ -17,8 +17,9 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use super::given::Given;
 use super::handles::{Access, Handle, Handles};
-use super::open::{Dots, with_buffer};
+use super::open::{Dots, locked, with_buffer};
 use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -32,6 +33,7 @@ pub(super) const GENERATION: Generation = Generation(0);
 pub struct Adapter {
     overlay: Arc<Overlay>,
     handles: Arc<Handles>,
+    given: Given,
     notifier: Arc<OnceLock<Notifier>>,
     /// The directory of its layers.
     store: PathBuf,
@@ -42,7 +44,9 @@ pub struct Adapter {
 impl Adapter {
     /// Serves this tree, whose layers lie in the directory `store`. The notifier is set once the session has one.
     pub fn new(overlay: Overlay, store: &Path, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { overlay: Arc::new(overlay), handles: Arc::default(), notifier, store: store.to_owned(), base: 0 }
+        let given = Given::new(notifier.clone());
+        let (overlay, store) = (Arc::new(overlay), store.to_owned());
+        Self { overlay, handles: Arc::default(), given, notifier, store, base: 0 }
     }
 
     /// Serves this tree as one of several in a mount, all of whose numbers have `base` added.
@@ -245,6 +249,7 @@ impl Filesystem for Adapter {
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
         self.handles.forgotten(self.own(ino));
+        self.given.forgotten(ino);
         self.overlay.forget(self.own(ino), nlookup);
     }
 
@@ -279,6 +284,7 @@ impl Filesystem for Adapter {
         let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
         let drop_privileges = request.uid() != 0;
         let change = Change { mode, uid, gid, size, atime, mtime, drop_privileges };
+        let _resizing = size.map(|_| locked(&self.handles.resizing));
         match self.overlay.change(self.own(ino), &change) {
             Ok(attr) => {
                 let (attr, ttl) = self.attr_of(&attr);
@@ -362,16 +368,30 @@ impl Filesystem for Adapter {
         }
         let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
         let access = if write { Access::Write } else { Access::Read };
-        let opened = self.handles.open_file(self.own(ino), file, access, may_pass, |file| reply.open_backing(file));
-        match &opened.backing {
-            Some(backing) => {
-                reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
-                if write {
-                    self.attributes_changed(self.own(ino));
+        // Read before anything is locked: it may come from a disk.
+        let length = if write { None } else { file.unwritten() };
+        let wanted = length.and_then(|length| self.given.wanted(ino, length));
+        with_buffer(wanted.unwrap_or(0), |content| {
+            let whole = wanted.is_some() && file.read(content, 0) == Ok(content.len());
+            let give = |file: &OpenFile| {
+                // Who makes it shorter or longer right now has not told the kernel yet.
+                let kept = self.handles.resizing.try_lock();
+                if whole && kept.is_ok() && file.unwritten().is_some() {
+                    self.given.give(ino, content);
                 }
+            };
+            let register = |file: &_| reply.open_backing(file);
+            let opened = self.handles.open_file(self.own(ino), file, access, may_pass, register, give);
+            match &opened.backing {
+                Some(backing) => {
+                    reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
+                    if write {
+                        self.attributes_changed(self.own(ino));
+                    }
+                }
+                None => reply.opened(FileHandle(opened.handle), opened.flags),
             }
-            None => reply.opened(FileHandle(opened.handle), opened.flags),
-        }
+        });
     }
 
     fn create(
@@ -390,7 +410,8 @@ impl Filesystem for Adapter {
         };
         let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
         let access = Access::Create;
-        let opened = self.handles.open_file(attr.ino, file, access, may_pass, |file| reply.open_backing(file));
+        let register = |file: &_| reply.open_backing(file);
+        let opened = self.handles.open_file(attr.ino, file, access, may_pass, register, |_| {});
         let fuse = self.to_fuse(&attr);
         let handle = FileHandle(opened.handle);
         match &opened.backing {

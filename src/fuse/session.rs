@@ -109,7 +109,8 @@ pub fn serve_all(
         branches.close();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
-    let served = serve_by(MountAdapter::new(browse, branches), &notifier, source, dir, options, ready);
+    let adapter = MountAdapter::new(browse, branches, notifier.clone());
+    let served = serve_by(adapter, &notifier, source, dir, options, ready);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
     let _ = keeper.join();

@@ -403,6 +403,14 @@ impl OpenFile {
         }
     }
 
+    /// The length of a content that nobody has written to.
+    pub fn unwritten(&self) -> Option<u64> {
+        match &*self.source() {
+            Source::Lower(content) => Some(content.length()),
+            _ => None,
+        }
+    }
+
     /// Reads at `offset`; fewer bytes than asked for only at the end.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
         self.source().read(buffer, offset)
