@@ -17,6 +17,7 @@ mod intent;
 mod lock;
 mod query;
 mod search;
+mod sys;
 mod tree;
 mod wal;
 
@@ -164,6 +165,9 @@ impl Catalog {
             Access::Write | Access::Create => {
                 self.db.pragma_update(None, "synchronous", "FULL")?;
                 self.db.pragma_update(None, "foreign_keys", true)?;
+                // An empty log that stays is cheaper than one that each command makes and removes: its name need not be made durable.
+                self.db.pragma_update(None, "journal_size_limit", 0)?;
+                sys::keep_log(&self.db)?;
             }
         }
         Ok(())

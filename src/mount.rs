@@ -20,6 +20,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use fsnap_backend::mounts::{self, Mount};
 use fsnap_backend::{FileKind, MountSpec, beneath};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags};
 use rustix::mount::{
@@ -81,7 +82,7 @@ impl std::fmt::Display for Detail<'_> {
     }
 }
 
-fn failed(action: &'static str, object: &Path) -> impl Fn(rustix::io::Errno) -> Error {
+fn failed<E: Into<io::Error>>(action: &'static str, object: &Path) -> impl Fn(E) -> Error {
     move |error| Error::Io { action, object: object.into(), source: error.into(), detail: String::new() }
 }
 
@@ -172,20 +173,13 @@ impl Prepared {
         let refuse = |reason| Error::NotAMountPoint { dir: at.into(), reason };
         let name = at.file_name().ok_or_else(|| refuse("it has no name of its own"))?;
         let parent = at.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let parent = beneath::open_root(parent).map_err(|source| Error::Io {
-            action: "open",
-            object: parent.into(),
-            source,
-            detail: String::new(),
-        })?;
-        self.attach_beneath(parent, name, at)
+        self.attach_beneath(open_dir(parent)?, name, at)
     }
 
     /// Attaches it at the directory `name` in `parent`; `shown` is what messages call it.
     pub fn attach_beneath(self, parent: OwnedFd, name: &OsStr, shown: &Path) -> Result<Mounted> {
         let open = beneath::open_handle(&parent, name).and_then(|dir| Ok((beneath::stat_fd(&dir)?.kind, dir)));
-        let (kind, dir) =
-            open.map_err(|source| Error::Io { action: "open", object: shown.into(), source, detail: String::new() })?;
+        let (kind, dir) = open.map_err(failed("open", shown))?;
         match kind {
             FileKind::Dir => {}
             FileKind::Symlink => {
@@ -200,17 +194,29 @@ impl Prepared {
     }
 }
 
-/// The type of what fsnap itself serves, in `/proc/self/mountinfo`.
+/// The file system's type of what fsnap itself serves.
 pub const SERVED: &str = "fuse.fsnap";
 
 /// Where this mount namespace shows what fsnap serves from `source`; the uppermost last.
 pub fn served(source: &Path) -> io::Result<Vec<PathBuf>> {
-    crate::processes::mounted_from(SERVED, source)
+    let ours = |mount: &Mount| mount.fstype == SERVED.as_bytes() && mount.source == source;
+    Ok(mounts::own()?.into_iter().filter(ours).map(|mount| mount.point).collect())
 }
 
 /// Carries out a recipe at a directory: [`Prepared::new`] and [`Prepared::attach`].
 pub fn mount(spec: &MountSpec, at: &Path, restrictions: Restrictions) -> Result<Mounted> {
     Prepared::new(spec, restrictions)?.attach(at)
+}
+
+/// Opens the root of what a snapshot's recipe shows, for reading. What is mounted for that is attached nowhere.
+///
+/// A directory is bound read-only, so that not even its access times change, and shows nothing that is mounted in it. Who
+/// may not mount gets it as it is.
+pub fn open(spec: &MountSpec) -> Result<OwnedFd> {
+    match spec {
+        MountSpec::Bind { dir, .. } if !rustix::process::geteuid().is_root() => open_dir(dir),
+        spec => Prepared::new(spec, Restrictions::default())?.open(),
+    }
 }
 
 /// Something that is mounted; dropped, it is taken off, at the latest when its last user is gone.
@@ -280,15 +286,13 @@ fn fd_path(descriptor: &OwnedFd) -> PathBuf {
     format!("/proc/thread-self/fd/{}", descriptor.as_raw_fd()).into()
 }
 
+fn open_dir(dir: &Path) -> Result<OwnedFd> {
+    beneath::open_root(dir).map_err(failed("open", dir))
+}
+
 /// Makes a detached copy of the mount that `dir` lies on, with `dir` as its root.
 fn bind(dir: &Path, read_only: bool, restrictions: Restrictions) -> Result<OwnedFd> {
-    let root = beneath::open_root(dir).map_err(|source| Error::Io {
-        action: "open",
-        object: dir.into(),
-        source,
-        detail: String::new(),
-    })?;
-    let copy = clone_tree(&root, "").map_err(failed("copy the mount of", dir))?;
+    let copy = clone_tree(open_dir(dir)?, "").map_err(failed("copy the mount of", dir))?;
     let flagged = std::thread::scope(|scope| scope.spawn(|| with_flags(&copy, read_only, restrictions)).join());
     match flagged {
         Ok(flagged) => flagged.map_err(failed("restrict the mount of", dir)),

@@ -99,28 +99,19 @@ fn open_layers(place: &Path, _: &Options) -> Opened {
 /// Opens what a copy-on-write tree began with, whatever backend keeps it.
 #[cfg(feature = "fuse")]
 fn open_origin(origin: &layers::Origin) -> fsnap_backend::Result<layers::Below> {
-    use fsnap_backend::{IoContext, MountSpec, beneath};
+    use crate::fuse::lower;
     let failed = |at: &dyn std::fmt::Display, error: String| BackendError::Io {
         action: "open what the tree began with,",
         object: at.to_string(),
         source: std::io::Error::other(error),
     };
-    let open = |dir: &Path| Ok(layers::Below::Dir(beneath::open_root(dir).context("open", dir)?));
     match origin {
-        layers::Origin::Dir(dir) => open(dir),
+        layers::Origin::Dir(dir) => lower::of_dir(dir).map_err(|error| failed(&dir.display(), error.to_string())),
         layers::Origin::Image { backend, place, store, at } => {
             let place = crate::checkpoint::PathText(place.clone());
             let record = StoreRecord { identity: store.clone(), backend: backend.clone(), place };
             let store = self::open(&record, &Options::default()).map_err(|error| failed(at, error.to_string()))?;
-            match store.activate(at)? {
-                MountSpec::Tree(tree) => Ok(layers::Below::Tree(tree)),
-                MountSpec::Bind { dir, .. } => open(&dir),
-                spec @ MountSpec::Mount { .. } => {
-                    let mounted = crate::mount::Prepared::new(&spec, Default::default());
-                    let root = mounted.and_then(crate::mount::Prepared::open);
-                    Ok(layers::Below::Dir(root.map_err(|error| failed(at, error.to_string()))?))
-                }
-            }
+            lower::of_recipe(store.activate(at)?).map_err(|error| failed(at, error.to_string()))
         }
     }
 }

@@ -12,14 +12,15 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use fsnap_backend::{Content, Identity, Timestamp, WholeFile, beneath};
-use rustix::fs::{FallocateFlags, Gid, Mode, Uid};
+use rustix::fs::{FallocateFlags, Gid, Mode, Uid, XattrFlags};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::CheckpointId;
+use crate::checkpoint::{CheckpointId, PathText};
 use crate::processes::FilePlace;
 
 /// A file that had no name any more at a checkpoint, and what became of its content.
@@ -59,7 +60,7 @@ pub(crate) fn name_of(device: u64, inode: u64) -> String {
 }
 
 /// What a file without a name was like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Attributes {
     /// Its length in bytes.
     pub size: u64,
@@ -73,7 +74,23 @@ pub struct Attributes {
     pub accessed: (i64, u32),
     /// Last change of the content.
     pub modified: (i64, u32),
+    /// The extended attributes, access control lists and capabilities included; not the labels of security modules, which are the machine's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extended: Vec<ExtendedAttribute>,
 }
+
+/// One extended attribute of a file ([xattr(7)](https://man7.org/linux/man-pages/man7/xattr.7.html)).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExtendedAttribute {
+    /// Its name, such as `user.comment`.
+    pub name: PathText,
+    /// Its value, which is any bytes.
+    #[serde(with = "hex::serde")]
+    pub value: Vec<u8>,
+}
+
+/// So many bytes of extended attributes are more than any file has that is not out to make fsnap's records long.
+const MOST_EXTENDED: usize = 1 << 20;
 
 impl Attributes {
     /// Those of an open file.
@@ -81,16 +98,48 @@ impl Attributes {
         let meta = beneath::stat_fd(file)?;
         let pair = |time: Timestamp| (time.seconds, time.nanoseconds);
         let (accessed, modified) = (pair(meta.atime), pair(meta.mtime));
-        Ok(Self { size: meta.size, mode: meta.mode, uid: meta.uid, gid: meta.gid, accessed, modified })
+        let extended = ExtendedAttribute::all_of(file)?;
+        Ok(Self { size: meta.size, mode: meta.mode, uid: meta.uid, gid: meta.gid, accessed, modified, extended })
     }
 
     /// Gives them to an open file, whose content has to be there already.
-    pub(crate) fn give_to(self, file: &File) -> io::Result<()> {
+    pub(crate) fn give_to(&self, file: &File) -> io::Result<()> {
         rustix::fs::fchown(file, Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)))?;
         // After the owner: a change of that takes set-id bits away.
         rustix::fs::fchmod(file, Mode::from_raw_mode(self.mode))?;
+        // After both: they change lists, and take capabilities away.
+        self.extended.iter().try_for_each(|attribute| attribute.give_to(file))?;
         let time = |(seconds, nanoseconds)| Timestamp { seconds, nanoseconds };
         beneath::set_times_fd(file, time(self.accessed), time(self.modified))
+    }
+}
+
+impl ExtendedAttribute {
+    /// Those of an open file that belong to it wherever it is.
+    fn all_of(file: &File) -> io::Result<Vec<Self>> {
+        let belongs = |name: &OsStr| {
+            let name = name.as_bytes();
+            name.starts_with(b"user.")
+                || name.starts_with(b"trusted.")
+                || [&b"security.capability"[..], b"system.posix_acl_access"].contains(&name)
+        };
+        let found = beneath::xattrs_fd(file)?.into_iter().filter(|(name, _)| belongs(name));
+        let found: Vec<Self> = found.map(|(name, value)| Self { name: PathText(name.into()), value }).collect();
+        let length: usize = found.iter().map(|one| one.name.as_path().as_os_str().len() + one.value.len()).sum();
+        if length > MOST_EXTENDED {
+            let reason = format!("its extended attributes have {} KiB", length >> 10);
+            return Err(io::Error::new(ErrorKind::FileTooLarge, reason));
+        }
+        Ok(found)
+    }
+
+    fn give_to(&self, file: &File) -> io::Result<()> {
+        let name = self.name.as_path().as_os_str();
+        let set = rustix::fs::fsetxattr(file, name, &self.value, XattrFlags::empty());
+        set.map_err(|source| {
+            let source = io::Error::from(source);
+            io::Error::new(source.kind(), format!("set the extended attribute {}: {source}", crate::printable(name)))
+        })
     }
 }
 

@@ -22,9 +22,9 @@
 //! What is kept of files without names lies in the directory `unlinked` beside it and in the stores, as `unlinked.rs` describes it; the record of
 //! the checkpoint lists it.
 //!
-//! Beside it lie SQLite's files `catalog.db-wal` and `catalog.db-shm`, while the catalog is open or after a kill, and the
-//! directory `intents`, with the files of each pending intent, as `lock.rs` describes them. The file `lock` is held while the
-//! catalog is made.
+//! Beside it lie SQLite's files `catalog.db-wal`, the log, and `catalog.db-shm`. The last command to close the catalog empties the log; after a
+//! kill it may hold changes. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
+//! held while the catalog is made.
 //!
 //! A catalog of a release that did not record processes has no table `tree` until it is needed.
 //!

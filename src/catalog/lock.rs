@@ -120,9 +120,18 @@ impl IntentLock {
     /// Writes the note that everything was taken. It counts once it [appears](HiddenNote::appear).
     pub fn write_taken(&self, taken: &Taken) -> Result<HiddenNote> {
         let path = self.files.unfinished();
-        let written = options().create(true).truncate(true).write(true).mode(0o600).open(&path);
-        written.and_then(|mut file| file.write_all(&to_bytes(taken))).map_err(io_error("write", &path))?;
+        let written = self.open_unfinished().and_then(|mut file| file.write_all(&to_bytes(taken)));
+        written.map_err(io_error("write", &path))?;
         Ok(HiddenNote(self.files.clone()))
+    }
+
+    /// Makes the file for that note, which takes longer than to write it.
+    pub fn prepare_taken(&self) -> Result<()> {
+        self.open_unfinished().map(drop).map_err(io_error("make", &self.files.unfinished()))
+    }
+
+    fn open_unfinished(&self) -> io::Result<File> {
+        options().create(true).truncate(true).write(true).mode(0o600).open(self.files.unfinished())
     }
 
     /// Where a process listens that stands by for this intent.

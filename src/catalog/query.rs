@@ -78,9 +78,20 @@ impl Catalog {
     }
 
     fn all<T: DeserializeOwned>(&self, what: &str, query: &str, key: impl Params) -> Result<Vec<T>> {
+        self.each(what, query, key, |record| record)
+    }
+
+    /// What `told` makes of each record: so that of a record that is read for a line of a list, only the line is kept.
+    fn each<T: DeserializeOwned, U>(
+        &self,
+        what: &str,
+        query: &str,
+        key: impl Params,
+        mut told: impl FnMut(T) -> U,
+    ) -> Result<Vec<U>> {
         let mut statement = self.db.prepare_cached(query).map_err(|e| self.failed(e))?;
         let rows = statement.query_map(key, stored).map_err(|e| self.failed(e))?;
-        rows.map(|row| self.decode(what, row.map_err(|e| self.failed(e))?)).collect()
+        rows.map(|row| Ok(told(self.decode(what, row.map_err(|e| self.failed(e))?)?))).collect()
     }
 
     fn column<T: std::str::FromStr>(&self, query: &str, key: impl Params) -> Result<Vec<T>> {
@@ -150,7 +161,13 @@ impl Catalog {
 
     /// Every checkpoint, newest first.
     pub fn checkpoints(&self) -> Result<Vec<Checkpoint>> {
-        self.all("a checkpoint", "SELECT body, digest FROM checkpoint ORDER BY seq DESC", [])
+        self.newest(usize::MAX, |checkpoint| checkpoint)
+    }
+
+    /// What `told` makes of the newest checkpoints, at most `limit`, newest first.
+    pub fn newest<T>(&self, limit: usize, told: impl FnMut(Checkpoint) -> T) -> Result<Vec<T>> {
+        let query = "SELECT body, digest FROM checkpoint ORDER BY seq DESC LIMIT ?1";
+        self.each("a checkpoint", query, [i64::try_from(limit).unwrap_or(i64::MAX)], told)
     }
 
     /// When each checkpoint was taken, oldest first: for listings, so that no record is read as a whole.

@@ -24,6 +24,7 @@ use fsnap::engine::Images;
 use fsnap::volume::StoreRecord;
 use fsnap::{Error, catalog, failpoint, stores};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::deadline::Deadline;
@@ -147,6 +148,8 @@ impl Attendant<'_> {
         let Some(engine) = begun.pending().owner.and_then(|owner| owner.open().ok()) else { return };
         let Ok(window) = Window::open(begun, self.stores, &self.options) else { return };
         let Ok(reader) = TreeReader::start(window.pending().clone()) else { return };
+        self.images.prepare();
+        let _ = window.prepare();
         failpoint::hit("attendant:ready");
         let Some((caller, tree, ignore)) = self.wait(&engine, window.pending().engine.as_ref()) else { return };
         drop(engine);
@@ -204,7 +207,7 @@ impl Attendant<'_> {
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
         search::learn(&mut search);
-        let ended = told.and_then(|()| hook.read(&mut [0]));
+        let ended = told.and_then(|()| sys::wait_for_end(&mut hook));
         if window.note().symlink_metadata().is_err() {
             let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };
             let _ = hook::take_back(window, self.images, error);
@@ -227,8 +230,9 @@ fn hung_up(ended: io::Result<usize>) -> io::Error {
     ended.err().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
 }
 
-/// A thread that reads who belongs to the tree while the snapshots are taken; started ahead, for that takes a tenth of a millisecond.
+/// A thread that reads who belongs to the tree while the snapshots are taken; started ahead, with all that does not depend on the tree.
 struct TreeReader {
+    thread: Pid,
     ask: mpsc::Sender<(i32, Vec<i32>)>,
     tell: mpsc::Receiver<fsnap::Result<WriterSearch>>,
 }
@@ -240,17 +244,30 @@ impl TreeReader {
     fn start(pending: PendingCheckpoint) -> io::Result<Self> {
         let (ask, asked) = mpsc::channel();
         let (told, tell) = mpsc::channel();
+        let (begun, begins) = mpsc::channel();
         std::thread::Builder::new().spawn(move || {
+            let outlook = WriterSearch::outlook(&pending);
+            let _ = begun.send(rustix::thread::gettid());
             if let Ok((tree, ignore)) = asked.recv() {
-                let _ = told.send(search::among_standing(&pending, tree, ignore));
+                let _ = told.send(search::among_standing(outlook, tree, ignore));
             }
         })?;
-        Ok(Self { ask, tell })
+        let thread = begins.recv().map_err(io::Error::other)?;
+        Ok(Self { thread, ask, tell })
     }
 
     fn read(self, tree: i32, ignore: Vec<i32>) -> Reading {
+        self.keep_off_this_processor();
         let _ = self.ask.send((tree, ignore));
         Reading(self.tell)
+    }
+
+    /// Processors that share no cache are not thought of when a thread is woken: it would begin where this one works, and the snapshot, whose
+    /// caller sleeps and wakes several times, would wait for it. Where there is one processor only, or this is not allowed, nothing changes.
+    fn keep_off_this_processor(&self) {
+        let Ok(mut others) = rustix::thread::sched_getaffinity(Some(self.thread)) else { return };
+        others.unset(rustix::thread::sched_getcpu());
+        let _ = rustix::thread::sched_setaffinity(Some(self.thread), &others);
     }
 }
 

@@ -177,7 +177,6 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     deadline.removes(&window.note()).map_err(cannot)?;
     let search = Search::start(&window, pid, ignore, limit);
     let taken = take_all(&mut window, &call.images).and_then(|()| {
-        let mut note = window.write_note()?;
         say_id(call, id);
         let unlinked = match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,
@@ -192,8 +191,8 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
         };
         if unlinked || window.pending().external {
             search::look_and_keep(&mut window, &call.images, pid)?;
-            note = window.write_note()?;
         }
+        let note = window.write_note()?;
         // Last of all: a hook that is killed before has failed, and so has the dump; one that was not must have noted it.
         hold_off_signals().map_err(cannot)?;
         Ok(note.appear()?)

@@ -36,21 +36,19 @@ pub(crate) fn run(args: Args) -> Outcome {
     if let Some(volume) = &args.all {
         return history(&coordinator, volume, &args);
     }
-    let mut checkpoints = coordinator.catalog().checkpoints()?;
-    checkpoints.truncate(args.limit.unwrap_or(usize::MAX));
-    let tags = coordinator.catalog().tags()?;
+    let (catalog, limit) = (coordinator.catalog(), args.limit.unwrap_or(usize::MAX));
+    let tags = catalog.tags()?;
     let tags_of = |id: &CheckpointId| tags.get(id).map_or(&[][..], Vec::as_slice);
     let out = Output::new();
     if args.json {
-        let list: Vec<_> = checkpoints.iter().map(|one| json::checkpoint(one, tags_of(&one.id))).collect();
-        return out.json(&list);
+        return out.json(&catalog.newest(limit, |one| json::checkpoint(&one, tags_of(&one.id)))?);
     }
     let branches = branches_by_checkpoint(&coordinator)?;
     let grown = |id: &CheckpointId| branches.get(id).map_or(&[][..], Vec::as_slice);
     if args.graph {
-        return graph(&out, &checkpoints, tags_of, grown);
+        return graph(&out, &catalog.newest(limit, |one| one)?, tags_of, grown);
     }
-    let rows = checkpoints.iter().map(|one| {
+    let row = |one: Checkpoint| {
         let parent = one.parent.map(|parent| parent.short()).unwrap_or_default();
         let volumes = names(one.members.iter().map(|member| &member.volume));
         vec![
@@ -59,10 +57,10 @@ pub(crate) fn run(args: Args) -> Outcome {
             parent,
             one.branch.as_ref().map(ToString::to_string).unwrap_or_default(),
             volumes,
-            decorated(one, tags_of(&one.id), grown(&one.id)),
+            decorated(&one, tags_of(&one.id), grown(&one.id)),
         ]
-    });
-    out.table(&["ID", "TIME", "PARENT", "BRANCH", "VOLUMES", "MESSAGE"], rows.collect())
+    };
+    out.table(&["ID", "TIME", "PARENT", "BRANCH", "VOLUMES", "MESSAGE"], catalog.newest(limit, row)?)
 }
 
 fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use fsnap::fuse::lower::open_lower;
+use fsnap::fuse::lower;
 use fsnap::fuse::overlay::{Origin, Overlay, note};
 use fsnap::fuse::session::{self, Options};
 
@@ -50,10 +50,10 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn serve(args: &Args) -> Outcome {
-    let overlay = Overlay::open(open_lower(&args.lower)?, &args.store).map_err(session::Error::from)?;
+    let overlay = Overlay::open(lower::of_dir(&args.lower)?, &args.store).map_err(session::Error::from)?;
     let source = server::absolute(&args.store)?;
-    let lower = server::absolute(&args.lower)?;
-    note(&source, &Origin::Dir(lower.canonicalize().unwrap_or(lower)))?;
+    let below = server::absolute(&args.lower)?;
+    note(&source, &Origin::Dir(below.canonicalize().unwrap_or(below)))?;
     let options = Options {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,

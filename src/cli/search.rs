@@ -15,7 +15,7 @@ use std::time::Duration;
 use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
 use fsnap::coordinator::{Window, WriterSearch};
 use fsnap::engine::Images;
-use fsnap::processes::{AuditRules, Policy, Tree};
+use fsnap::processes::{AuditRules, Outlook, Policy, Standing};
 use fsnap::{Error, failpoint};
 
 use super::sys;
@@ -90,7 +90,8 @@ impl Searcher<'_> {
         if sys::end_after(self.limit).and_then(|()| sys::detach(&kept)).is_err() {
             return;
         }
-        let mut search = among_standing(self.pending, self.tree, std::mem::take(&mut self.ignore));
+        let outlook = WriterSearch::outlook(self.pending);
+        let mut search = among_standing(outlook, self.tree, std::mem::take(&mut self.ignore));
         let seen = search.as_ref().ok().and_then(WriterSearch::observation);
         let _ = self.tree_is_known.write(&match objection(&search, &self.pending.audit) {
             None if seen.is_some_and(|seen| seen.unlinked().is_empty()) => format!("{ALL_NAMED}\n").into_bytes(),
@@ -99,8 +100,7 @@ impl Searcher<'_> {
         learn(&mut search);
         // The hook's end wakes this process up, and must not have to wait for it.
         sys::give_way();
-        // The end of the pipe, and so of the hook.
-        let _ = self.hook_lives.read(&mut [0]);
+        let _ = sys::wait_for_end(&mut self.hook_lives);
         if self.note.symlink_metadata().is_err() {
             return;
         }
@@ -110,21 +110,27 @@ impl Searcher<'_> {
 }
 
 /// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands, and what they have in use.
-pub(crate) fn among_standing(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
+///
+/// `outlook` is [what that needs](WriterSearch::outlook), made ahead where somebody stood by.
+pub(crate) fn among_standing(
+    outlook: fsnap::Result<Outlook>,
+    tree: i32,
+    ignore: Vec<i32>,
+) -> fsnap::Result<WriterSearch> {
     failpoint::hit("search:started");
-    let search = look(pending, tree, ignore);
+    let search = look(outlook, tree, ignore);
     failpoint::hit("search:tree");
     search
 }
 
-fn look(pending: &PendingCheckpoint, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
-    let tree = Tree::of_standing(tree)?;
-    WriterSearch::new(pending, tree.clone(), ignore).map(|search| search.observing(&tree))
+fn look(outlook: fsnap::Result<Outlook>, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
+    let standing = Standing::of(tree)?;
+    Ok(WriterSearch::of_standing(outlook?, standing, ignore))
 }
 
 /// Looks at the tree with the root `tree` once more, and [keeps](keep) what has no name: for who has no other look at hand.
 pub(crate) fn look_and_keep(window: &mut Window, images: &Images, tree: i32) -> fsnap::Result<()> {
-    let seen = look(window.pending(), tree, Vec::new());
+    let seen = look(WriterSearch::outlook(window.pending()), tree, Vec::new());
     keep(&seen, window, images)
 }
 

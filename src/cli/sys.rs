@@ -4,7 +4,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
@@ -109,6 +109,19 @@ pub(super) fn give_way() {
     // SAFETY: the parameter is valid for the call. If it is refused, the process merely does not give way.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
     let _ = rustix::process::nice(10);
+}
+
+/// How long the end of a hook may take, once its files are closed, until the engine has been woken by it.
+const HANDOVER: Duration = Duration::from_millis(5);
+
+/// Waits for the end of the process that holds the other end of `its`; and then for whoever waits for that process, who is to run first.
+///
+/// A process that ends closes its files before it wakes its parent. So who was woken by the former runs by then, perhaps where the parent
+/// ran last, and need not be preempted for it: the engine, and all that stands, would wait for a time slice, some milliseconds.
+pub(super) fn wait_for_end(its: &mut impl Read) -> io::Result<usize> {
+    let ended = its.read(&mut [0]);
+    std::thread::sleep(HANDOVER);
+    ended
 }
 
 /// Sets what is done when `signal` comes.

@@ -4,11 +4,11 @@ use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use fsnap_backend::{Content, Differences, Dir, DirTree, Entry, FileKind, Source};
+use fsnap_backend::{Content, Differences, Dir, Entry, FileKind, Source};
 
 use super::Coordinator;
+use super::open::Reading;
 use crate::checkpoint::{Checkpoint, Member};
 use crate::name::Name;
 use crate::progress::{Underway, Work};
@@ -57,24 +57,24 @@ impl Coordinator {
         let work = self.begin_work(Work::Comparing, None);
         for member in &old.members {
             let differences = self.differences(old, member, new)?;
-            let before = self.read(self.store(&member.store)?.as_ref(), &member.snapshot)?;
-            let after: Arc<dyn Dir> = match new {
+            let before = self.read(&self.store(&member.store)?, &member.snapshot)?;
+            let after = match new {
                 Side::Now => match self.live_path(old, &member.volume)? {
-                    Some(path) => Arc::new(DirTree::open(&path)?),
+                    Some(path) => Reading::live(&path)?,
                     None => {
                         skipped.push(member.volume.clone());
                         continue;
                     }
                 },
                 Side::Checkpoint(other) => match other.members.iter().find(|m| m.volume == member.volume) {
-                    Some(found) => self.read(self.store(&found.store)?.as_ref(), &found.snapshot)?,
+                    Some(found) => self.read(&self.store(&found.store)?, &found.snapshot)?,
                     None => {
                         skipped.push(member.volume.clone());
                         continue;
                     }
                 },
             };
-            let roots = [before.as_ref(), after.as_ref()];
+            let roots = [before.root.as_ref(), after.root.as_ref()];
             let volume = &member.volume;
             Comparison { volume, roots, levels: Vec::new(), differences, work: &work, report: &mut *report }.run()?;
         }

@@ -1,14 +1,17 @@
 //! Opens the files of a checkpoint for reading.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fsnap_backend::{Backend, Dir, DirTree, MountSpec, Snapshot};
+use fsnap_backend::{Backend, Dir, DirTree, Locator, MountSpec, Snapshot};
 
 use super::Coordinator;
-use crate::Result;
 use crate::checkpoint::Member;
-use crate::mount::{Prepared, Restrictions};
+use crate::{Result, mount};
+
+/// How often an image is activated anew that others deactivate meanwhile.
+const ATTEMPTS: usize = 8;
 
 impl Coordinator {
     /// The store that holds the member's snapshot.
@@ -21,9 +24,37 @@ impl Coordinator {
         self.store(identity)
     }
 
-    /// The root of a snapshot's files, for reading; whatever had to be mounted for it goes with the value.
-    pub(super) fn read(&self, store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn Dir>> {
-        open_snapshot(store, snapshot)
+    /// The root of a snapshot's files, for reading; what was activated and mounted for it goes with the value.
+    pub(super) fn read(&self, store: &Arc<dyn Backend>, snapshot: &Snapshot) -> Result<Reading> {
+        let active = Active { store: store.clone(), at: snapshot.at.clone() };
+        Ok(Reading { root: open_snapshot(store.as_ref(), snapshot)?, _active: Some(active) })
+    }
+}
+
+/// The root of files that are read.
+pub(super) struct Reading {
+    pub(super) root: Arc<dyn Dir>,
+    // After the root, which keeps it in use.
+    _active: Option<Active>,
+}
+
+impl Reading {
+    /// Files that nothing has to be activated for.
+    pub(super) fn live(dir: &Path) -> Result<Self> {
+        Ok(Self { root: Arc::new(DirTree::open(dir)?), _active: None })
+    }
+}
+
+/// An image that is active as long as this lives.
+struct Active {
+    store: Arc<dyn Backend>,
+    at: Locator,
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        // In use by others: then they let go of it.
+        let _ = self.store.deactivate(&self.at);
     }
 }
 
@@ -31,13 +62,29 @@ impl Coordinator {
 ///
 /// What the kernel has to mount for it is attached nowhere, and goes with the last value that was opened from it.
 pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn Dir>> {
-    match store.activate(&snapshot.at)? {
-        MountSpec::Tree(tree) => Ok(tree),
-        MountSpec::Bind { dir, .. } => Ok(Arc::new(DirTree::open(&dir)?)),
-        spec @ MountSpec::Mount { .. } => {
-            let shown = PathBuf::from(snapshot.at.as_str());
-            let root = Prepared::new(&spec, Restrictions::default())?.open()?;
-            Ok(Arc::new(DirTree::from_descriptor(root, shown)))
+    match activate(store, &snapshot.at)? {
+        (MountSpec::Tree(tree), _) => Ok(tree),
+        (MountSpec::Bind { dir, .. }, _) => Ok(Arc::new(DirTree::open(&dir)?)),
+        (spec @ MountSpec::Mount { .. }, _held) => {
+            Ok(Arc::new(DirTree::from_descriptor(mount::open(&spec)?, snapshot.at.as_str())))
         }
     }
+}
+
+/// Activates an image that others may deactivate, and holds its device until it is mounted.
+///
+/// Nobody can deactivate it while the device is open. Before that somebody may have, and the device's number may be another image's
+/// by now: so it is asked for again, until the answer is the device that is open.
+fn activate(store: &dyn Backend, at: &Locator) -> Result<(MountSpec, Option<File>)> {
+    let mut held: Option<(PathBuf, File)> = None;
+    for _ in 0..ATTEMPTS {
+        let spec = store.activate(at)?;
+        let MountSpec::Mount { source, .. } = &spec else { return Ok((spec, None)) };
+        match held.take() {
+            Some((open, device)) if open == *source => return Ok((spec, Some(device))),
+            _ => held = File::open(source).ok().map(|device| (source.clone(), device)),
+        }
+    }
+    let by = "it is deactivated again and again".to_owned();
+    Err(fsnap_backend::Error::Busy { what: format!("the image {at}"), by }.into())
 }

@@ -26,7 +26,7 @@ use fsnap_backend::{Backend, Dir, MountSpec, Snapshot, beneath};
 use rustix::fs::{Mode, XattrFlags};
 use rustix::io::Errno;
 
-use super::{Coordinator, Recovered};
+use super::{Coordinator, Recovered, open_snapshot};
 use crate::branch::{BranchMember, Keeper, Overlay};
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
@@ -75,7 +75,7 @@ impl Coordinator {
             make_private(&dir.join(name))?;
         }
         // The root of the mount has the attributes of the upper root.
-        take_attributes(self.read(store, snapshot)?.as_ref(), dir, UPPER)?;
+        take_attributes(open_snapshot(store, snapshot)?.as_ref(), dir, UPPER)?;
         self.mount_overlay(store, snapshot, dir)
     }
 

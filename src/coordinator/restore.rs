@@ -121,7 +121,7 @@ impl Coordinator {
                 content,
                 root: mount.at.clone(),
                 below: volume.path.0.clone(),
-                attributes: kept.attributes,
+                attributes: kept.attributes.clone(),
             });
         }
         Ok(returned)

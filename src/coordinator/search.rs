@@ -6,7 +6,8 @@ use super::{Coordinator, Target};
 use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
 use crate::name::Name;
 use crate::processes::{
-    self, AuditRules, BootTicks, Candidate, CandidateKind, Observation, Policy, Tree, TreeRecord, WriterScan,
+    self, AuditRules, BootTicks, Candidate, CandidateKind, Observation, Outlook, Policy, Standing, Tree, TreeRecord,
+    WriterScan,
 };
 use crate::{Error, Result};
 
@@ -35,7 +36,22 @@ impl WriterSearch {
         Ok(Self { volumes: planned(pending)?, tree, moment, ignore, rules, observed: None, seen: None })
     }
 
-    /// Looks at a tree while it stands: at what has to be read then.
+    /// Looks at a tree while it stands: at who belongs to it, and at what has to be read then.
+    ///
+    /// `outlook` is one for the [members](Self::outlook) of the checkpoint, which may have been made long before.
+    pub fn of_standing(outlook: Outlook, standing: Standing, ignore: Vec<i32>) -> Self {
+        let (volumes, rules) = (outlook.volumes().to_vec(), outlook.rules().clone());
+        let (tree, moment) = (standing.tree().clone(), BootTicks::now());
+        let observed = Some(outlook.observe(standing));
+        Self { volumes, tree, moment, ignore, rules, observed, seen: None }
+    }
+
+    /// What a look at a tree needs, as far as it can be made while nobody stands.
+    pub fn outlook(pending: &PendingCheckpoint) -> Result<Outlook> {
+        Ok(Outlook::new(planned(pending)?, pending.audit.clone())?)
+    }
+
+    /// Looks at a tree that was read before it stood.
     #[must_use]
     pub fn observing(mut self, tree: &Tree) -> Self {
         self.observed = Some(processes::observe(tree, self.volumes.clone(), &self.rules));

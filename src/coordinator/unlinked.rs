@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use fsnap_backend::{Backend, Identity};
@@ -37,11 +37,8 @@ impl Coordinator {
 
     /// The room in which a store, or the state directory, keeps files of a checkpoint.
     pub(crate) fn room(&self, store: Option<&Identity>, checkpoint: &CheckpointId) -> Result<Option<Room>> {
-        let base = match store {
-            Some(store) => self.store(store)?.beside(),
-            None => Some(self.catalog.state().join(OF_STATE)),
-        };
-        Ok(base.map(|base| Room::of(&base, checkpoint)))
+        let store = store.map(|store| self.store(store)).transpose()?;
+        Ok(room_in(store.as_deref(), self.catalog.state(), checkpoint))
     }
 
     pub(super) fn remove_room(&self, room: &RoomRef) -> Result<()> {
@@ -56,7 +53,7 @@ impl Coordinator {
         let Ok(seen) = planned(pending).and_then(|volumes| look(tree, volumes)) else { return Ok(()) };
         let stores = pending.members.iter().map(|member| self.store(&member.store)).collect::<Result<Vec<_>>>()?;
         let stores: Vec<&dyn Backend> = stores.iter().map(AsRef::as_ref).collect();
-        let keeper = Keeper { pending, stores: &stores, state: self.catalog.state().join(OF_STATE) };
+        let keeper = Keeper { pending, stores: &stores, state: self.catalog.state() };
         for unlinked in seen.unlinked().iter().filter(|unlinked| unlinked.can_be_opened()) {
             let Ok(file) = open(&seen, unlinked) else { continue };
             let _ = file.sync_data();
@@ -119,13 +116,13 @@ impl Window {
 
     pub(super) fn remove_rooms(&self) -> Result<()> {
         for RoomRef { store, checkpoint } in self.begun.pending.rooms() {
-            let base = match &store {
-                Some(store) => {
-                    self.stores.iter().find(|found| found.store().identity == *store).and_then(|s| s.beside())
-                }
-                None => Some(self.begun.lock.state().join(OF_STATE)),
-            };
-            if let Some(room) = base.map(|base| Room::of(&base, &checkpoint)) {
+            // Every member's store is open here.
+            let open = |store: &Identity| self.stores.iter().find(|open| open.store().identity == *store);
+            let open = store.as_ref().and_then(open).map(AsRef::as_ref);
+            if open.is_none() && store.is_some() {
+                continue;
+            }
+            if let Some(room) = room_in(open, self.begun.lock.state(), &checkpoint) {
                 room.remove().context("remove", room.path())?;
             }
         }
@@ -150,7 +147,7 @@ fn keep(
         None => BTreeSet::new(),
     };
     let stores: Vec<&dyn Backend> = stores.iter().map(AsRef::as_ref).collect();
-    let keeper = Keeper { pending, stores: &stores, state: state.join(OF_STATE) };
+    let keeper = Keeper { pending, stores: &stores, state };
     let mut all = Vec::with_capacity(unlinked.len());
     for (seen, unlinked) in unlinked.iter().filter_map(|unlinked| Some((seen?, unlinked))) {
         let mut kept = keeper.keep(seen, unlinked);
@@ -179,24 +176,36 @@ fn keep(
     }
 }
 
+/// The room of a checkpoint in a store, or in the state directory; `None` if the store lies in no directory.
+fn room_in(store: Option<&dyn Backend>, state: &Path, checkpoint: &CheckpointId) -> Option<Room> {
+    match store {
+        Some(store) => Some(Room::of(&store.beside()?, checkpoint)),
+        None => Some(room_of_state(state, checkpoint)),
+    }
+}
+
+fn room_of_state(state: &Path, checkpoint: &CheckpointId) -> Room {
+    Room::of(&state.join(OF_STATE), checkpoint)
+}
+
 /// Where files are kept for a checkpoint.
 struct Keeper<'a> {
     pending: &'a PendingCheckpoint,
     /// One for each member.
     stores: &'a [&'a dyn Backend],
-    state: PathBuf,
+    state: &'a Path,
 }
 
 impl Keeper<'_> {
-    /// With the snapshots of its volume, if there is room.
+    /// With the snapshots of its volume, if there is room, and else in the state directory.
     fn room_for(&self, unlinked: &Unlinked) -> (Option<Identity>, Room) {
+        let (state, checkpoint) = (self.state, &self.pending.id);
         let volume = unlinked.place.volume.as_ref();
         let member = self.pending.members.iter().position(|member| Some(&member.volume) == volume.map(|v| &v.name));
-        let beside =
-            member.and_then(|index| Some((self.stores[index].store().identity.clone(), self.stores[index].beside()?)));
-        match beside {
-            Some((store, base)) => (Some(store), Room::of(&base, &self.pending.id)),
-            None => (None, Room::of(&self.state, &self.pending.id)),
+        let store = member.map(|index| self.stores[index]);
+        match store.and_then(|store| Some((store, room_in(Some(store), state, checkpoint)?))) {
+            Some((store, room)) => (Some(store.store().identity.clone()), room),
+            None => (None, room_of_state(state, checkpoint)),
         }
     }
 

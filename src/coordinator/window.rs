@@ -58,6 +58,11 @@ impl Window {
         Ok(Self { begun, stores })
     }
 
+    /// Makes ahead what takes a while in the window: the file for the note.
+    pub fn prepare(&self) -> Result<()> {
+        Ok(self.begun.lock.prepare_taken()?)
+    }
+
     /// What was planned.
     pub fn pending(&self) -> &PendingCheckpoint {
         &self.begun.pending

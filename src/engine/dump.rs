@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use super::criu::{self, Criu};
 use super::{Error, Images, Reasons, Result, StageCommand, os_text, reasons, relay};
-use crate::processes::{ProcessId, Tree};
+use crate::processes::{ProcessId, Standing};
 
 /// What CRIU's hook is called for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,13 +128,13 @@ impl Dump<'_> {
     /// Makes sure that all processes of the run are in the tree that is saved.
     fn check_whole(&self) -> Result<()> {
         let tree = |pid| {
-            Tree::of_standing(pid).map_err(|error| Error::Restore {
+            Standing::of(pid).map_err(|error| Error::Restore {
                 step: "look at the processes of the run".into(),
                 reason: error.to_string(),
             })
         };
         let (all, saved) = (tree(self.init.pid)?, tree(self.root.pid)?);
-        let left = all.members().filter(|member| member.id != self.init && !saved.contains(member.id));
+        let left = all.tree().members().filter(|member| member.id != self.init && !saved.tree().contains(member.id));
         let strays: Vec<_> = left
             .filter(|member| member.id.is_alive())
             .map(|member| format!("process {} ({})", member.id, crate::printable(member.command.as_ref())))

@@ -19,7 +19,7 @@ const FILES_MAGIC: u32 = 0x5630_3138;
 const LIMIT: u64 = 256 << 20;
 
 /// What CRIU calls the file with that number on that mount.
-pub fn key(mount: i32, inode: u64) -> String {
+pub fn key(mount: u64, inode: u64) -> String {
     format!("file[{mount:x}:{inode:x}]")
 }
 

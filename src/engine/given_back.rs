@@ -65,7 +65,7 @@ impl PlannedFile {
             content: format!("/proc/{}/fd/{}", std::process::id(), given.content.as_raw_fd()).into(),
             root: given.root.clone(),
             below: given.below.clone(),
-            attributes: given.attributes,
+            attributes: given.attributes.clone(),
         }
     }
 

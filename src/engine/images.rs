@@ -1,9 +1,10 @@
 //! A directory of an engine's images, which anybody may have made.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use fsnap_backend::{FileKind, FileMeta, Identity, Locator, beneath};
@@ -20,6 +21,9 @@ pub const ANSWER_NAME: &str = "fsnap_hook.json";
 
 /// A record is written under this name first.
 const UNFINISHED_RECORD: &str = ".fsnap.json.new";
+
+/// Who may read it.
+const RECORD_MODE: u32 = 0o600;
 
 /// The newest version of the record.
 const RECORD_VERSION: u32 = 1;
@@ -74,6 +78,8 @@ impl ImageRecord {
 pub struct Images {
     dir: OwnedFd,
     path: PathBuf,
+    /// A file in it that has no name yet, for the next that is written.
+    blank: RefCell<Option<File>>,
 }
 
 impl Images {
@@ -83,11 +89,11 @@ impl Images {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(CWD, path, flags, Mode::empty());
         let dir = opened.map_err(|error| Error::ImageDir { dir: path.into(), source: error.into() })?;
-        Ok(Self { dir, path: path.into() })
+        Ok(Self::new(dir, path.into()))
     }
 
     pub(super) fn new(dir: OwnedFd, path: PathBuf) -> Self {
-        Self { dir, path }
+        Self { dir, path, blank: RefCell::new(None) }
     }
 
     /// The directory's path when it was opened: for messages and records.
@@ -173,6 +179,15 @@ impl Images {
         serde_json::from_slice(&content).map(Some).map_err(not_ours)
     }
 
+    /// Makes the file for the next record ahead, without a name: on ext4, which has to look for an inode, that takes longer than all else.
+    ///
+    /// Nothing is left if it is never written. Where the file system cannot do it (`O_TMPFILE`, open(2)), the file is made when it is written.
+    pub fn prepare(&self) {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let made = rustix::fs::openat(&self.dir, ".", flags, Mode::from_raw_mode(RECORD_MODE));
+        self.blank.replace(made.ok().map(File::from));
+    }
+
     /// Writes fsnap's record: the whole of it, or nothing.
     ///
     /// It is not forced to the disk, since processes stand frozen meanwhile; the catalog has all of it.
@@ -197,7 +212,7 @@ impl Images {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut file = beneath::create_file(&self.dir, unfinished, 0o600)?;
+        let mut file = self.make(unfinished)?;
         let written = file.write_all(content).and_then(|()| {
             Ok(rustix::fs::renameat_with(&self.dir, unfinished, &self.dir, name, RenameFlags::empty())?)
         });
@@ -205,6 +220,18 @@ impl Images {
             let _ = rustix::fs::unlinkat(&self.dir, unfinished, AtFlags::empty());
         }
         written
+    }
+
+    /// The file that was prepared, or a new one, under that name.
+    fn make(&self, name: &OsStr) -> io::Result<File> {
+        if let Some(file) = self.blank.take() {
+            // linkat(2): for AT_EMPTY_PATH, kernels before 6.10 want a capability. Without /proc, the file stays without a name.
+            let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+            if rustix::fs::linkat(CWD, link, &self.dir, name, AtFlags::SYMLINK_FOLLOW).is_ok() {
+                return Ok(file);
+            }
+        }
+        beneath::create_file(&self.dir, name, RECORD_MODE)
     }
 
     /// Removes fsnap's record, if there is one: its checkpoint was undone.
@@ -233,7 +260,7 @@ impl AsFd for Images {
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     fn record() -> ImageRecord {
         let member = MemberRecord {
@@ -246,6 +273,28 @@ mod tests {
             snapshot: Identity::new("n"),
         };
         ImageRecord::new("c0ffee", vec![member])
+    }
+
+    #[test]
+    fn what_was_prepared_is_used_once_and_leaves_nothing() {
+        let temp = tempfile::tempdir().unwrap();
+        let names = || fs::read_dir(temp.path()).unwrap().count();
+        let images = Images::open(temp.path()).unwrap();
+        images.prepare();
+        assert_eq!(names(), 0);
+        // None where the file system cannot do it.
+        let prepared = images.blank.borrow().as_ref().map(|file| file.metadata().unwrap().ino());
+        for (number, record) in [ImageRecord::new("first", vec![]), record()].iter().enumerate() {
+            images.write_record(record).unwrap();
+            assert_eq!(images.record().unwrap().as_ref(), Some(record));
+            assert_eq!(names(), 1);
+            let written = fs::metadata(temp.path().join(RECORD_NAME)).unwrap();
+            assert_eq!(Some(written.ino()) == prepared, number == 0 && prepared.is_some());
+            assert_eq!(written.mode() & 0o777, RECORD_MODE);
+        }
+        images.prepare();
+        drop(images);
+        assert_eq!(names(), 1);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use fsnap_backend::mounts::{self, Mount};
 use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -19,7 +20,7 @@ use super::mount_adapter::MountAdapter;
 use super::mounting;
 use super::overlay::Overlay;
 
-/// The type of our mounts in `/proc/self/mountinfo`.
+/// The type of our mounts.
 pub const TYPE: &str = crate::mount::SERVED;
 
 /// Why a tree could not be served, or not be unmounted.
@@ -201,7 +202,7 @@ fn note_server(source: &Path, dir: &Path) -> Option<PathBuf> {
     }
     let servers = source.join(SERVERS);
     let _ = std::fs::create_dir(&servers);
-    let note = servers.join(mount.device);
+    let note = servers.join(mount.root.device.to_string());
     let file = File::create(&note).ok()?;
     let _ = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
     std::mem::forget(file);
@@ -211,7 +212,7 @@ fn note_server(source: &Path, dir: &Path) -> Option<PathBuf> {
 /// Reads of what is not passed through come in larger pieces; where that cannot be set, they come in smaller ones.
 fn larger_readahead(dir: &Path) {
     if let Ok(Some(mount)) = mounted(dir) {
-        let _ = std::fs::write(format!("/sys/class/bdi/{}/read_ahead_kb", mount.device), "1024");
+        let _ = std::fs::write(format!("/sys/class/bdi/{}/read_ahead_kb", mount.root.device), "1024");
     }
 }
 
@@ -233,8 +234,8 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     let stale = is_stale(dir);
     let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
     let path = path.map_err(failed("resolve", dir))?;
-    let Mounted { source: store, device } = mounted(&path)?.ok_or_else(refused)?;
-    let note = store.join(SERVERS).join(device);
+    let Mount { source: store, root, .. } = mounted(&path)?.ok_or_else(refused)?;
+    let note = store.join(SERVERS).join(root.device.to_string());
     if stale {
         let _ = std::fs::remove_file(note);
         return mounting::detach(&path);
@@ -260,53 +261,8 @@ fn wait_for_server(lock: &OwnedFd) {
     }
 }
 
-/// What the kernel's table says of a mount of ours.
-struct Mounted {
-    /// The store.
-    source: PathBuf,
-    /// The file system's device, as `major:minor`.
-    device: String,
-}
-
 /// Our mount that is uppermost at `dir`.
-fn mounted(dir: &Path) -> Result<Option<Mounted>, Error> {
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    let table = Path::new("/proc/self/mountinfo");
-    let text = std::fs::read(table).map_err(failed("read", table))?;
-    let mut found = None;
-    for line in text.split(|&byte| byte == b'\n') {
-        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
-        let Some(separator) = fields.iter().position(|field| *field == b"-") else { continue };
-        let (Some(device), Some(point), Some(kind), Some(source)) =
-            (fields.get(2), fields.get(4), fields.get(separator + 1), fields.get(separator + 2))
-        else {
-            continue;
-        };
-        if unescape(point) == dir.as_os_str().as_bytes() {
-            let source = PathBuf::from(std::ffi::OsString::from_vec(unescape(source)));
-            let device = String::from_utf8_lossy(device).into_owned();
-            found = (*kind == TYPE.as_bytes()).then_some(Mounted { source, device });
-        }
-    }
-    Ok(found)
-}
-
-/// Undoes the octal escapes of `/proc/self/mountinfo`.
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, after)) = rest.split_first() {
-        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(value) if byte == b'\\' => {
-                plain.push(value);
-                rest = &after[3..];
-            }
-            _ => {
-                plain.push(byte);
-                rest = after;
-            }
-        }
-    }
-    plain
+fn mounted(dir: &Path) -> Result<Option<Mount>, Error> {
+    let uppermost = mounts::at(dir).map_err(failed("look for a mount at", dir))?;
+    Ok(uppermost.filter(|mount| mount.fstype == TYPE.as_bytes()))
 }

@@ -26,7 +26,7 @@ type Range = (u64, u64);
 impl Credentials {
     /// Reads those of a process.
     pub(crate) fn of(process: &ProcDir, own_user_namespace: &PathBuf) -> io::Result<Self> {
-        let status = process.read("status")?;
+        let status = process.read_record("status")?;
         let parsed = Self::parse(&status);
         let mut found =
             parsed.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a file like /proc/PID/status"))?;
@@ -50,6 +50,11 @@ impl Credentials {
         let effective = u64::from_str_radix(effective, 16).ok()?;
         let overrides = effective & (CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH) != 0;
         Some(Self { uid, groups, overrides, mapped: None })
+    }
+
+    /// Whether the process may look up names in every directory.
+    pub(crate) fn searches_all(&self) -> bool {
+        self.overrides && self.mapped.is_none()
     }
 
     /// Whether the process may look up names in a directory with these attributes.

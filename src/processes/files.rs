@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
+use fsnap_backend::mounts::unescape;
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 
 use super::mounts::Device;
-use super::proc_dir::{ProcDir, link_in, numbers_in, parse, read_all, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, parse, read_all, unless_gone};
 use super::sys;
 use super::view::{Located, View, Views};
 
@@ -145,7 +146,7 @@ fn visit_descriptors(
 pub(super) struct Target {
     pub(super) kind: FileType,
     /// The id of the mount through which it was opened.
-    pub(super) mount: Option<i32>,
+    pub(super) mount: Option<u64>,
     pub(super) device: u64,
     pub(super) inode: u64,
     /// It has no name, and will never have one again.
@@ -161,7 +162,7 @@ pub(super) fn target_of(dir: impl AsFd, link: &str) -> io::Result<Target> {
     let told = |what| StatxFlags::from_bits_retain(found.stx_mask).contains(what);
     Ok(Target {
         kind: FileType::from_raw_mode(found.stx_mode.into()),
-        mount: told(StatxFlags::MNT_ID).then(|| i32::try_from(found.stx_mnt_id).ok()).flatten(),
+        mount: told(StatxFlags::MNT_ID).then_some(found.stx_mnt_id),
         device: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
         inode: found.stx_ino,
         unlinked: told(StatxFlags::NLINK) && found.stx_nlink == 0,
@@ -181,7 +182,7 @@ fn visit_mappings(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUs
             continue;
         }
         last = name;
-        let path = unescape(name);
+        let path = PathBuf::from(unescape(name));
         let located = lens.views.locate_mapped(lens.view, &path, device);
         if !visit(InUse { how: How::Mapping, path, located, device: None }) {
             return Ok(false);
@@ -225,7 +226,7 @@ impl<'a> Mapping<'a> {
             range: std::str::from_utf8(range).ok()?,
             writable: permissions.get(1) == Some(&b'w'),
             shared: permissions.get(3) == Some(&b's'),
-            device: (hex()?, hex()?),
+            device: Device { major: hex()?, minor: hex()? },
             inode: parse(inode)?,
             name,
         })
@@ -239,7 +240,8 @@ mod tests {
     #[test]
     fn only_shared_writable_mappings_of_files_count() {
         let shared = b"7f0c7a000000-7f0c7a001000 rw-s 00000000 fe:0a 1234                       /srv/db/a b (deleted)";
-        assert_eq!(shared_writable(shared), Some((&b"/srv/db/a b (deleted)"[..], (0xfe, 0x0a))));
+        let device = Device { major: 0xfe, minor: 0x0a };
+        assert_eq!(shared_writable(shared), Some((&b"/srv/db/a b (deleted)"[..], device)));
         for other in [
             &b"7f0c7a000000-7f0c7a001000 rw-p 00000000 fe:0a 1234                       /srv/db/a"[..],
             b"7f0c7a000000-7f0c7a001000 r--s 00000000 fe:0a 1234                       /srv/db/a",

@@ -1,17 +1,13 @@
-//! The mount table of a process, and where in a file system a path of it leads.
-//!
-//! A file is known here by its [`Place`]: the file system's device and the path from the file system's own root. That
-//! is the one description which does not depend on who looks: bind mounts, mount namespaces and changed roots all show the same
-//! place under other paths. `st_dev` would not do, since btrfs gives each subvolume one of its own.
+//! The mounts of a process, and where a path of it ends among them.
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::proc_dir::{parse, unescape};
+use fsnap_backend::mounts;
+pub(crate) use fsnap_backend::mounts::{Device, Mount, Place};
 
-/// The device of a file system, as the mount table gives it.
-pub(crate) type Device = (u32, u32);
+use super::proc_dir::ProcDir;
 
 /// The file systems whose files are on another machine.
 pub(super) const NETWORK: &[&[u8]] = &[
@@ -30,100 +26,35 @@ pub(super) const NETWORK: &[&[u8]] = &[
     b"smb3",
 ];
 
-/// Where a file lies: in which file system, and at what path from that file system's own root.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) device: Device,
-    pub(crate) path: PathBuf,
-}
-
-impl Place {
-    /// Whether this is `other`, or lies below it.
-    pub(crate) fn is_beneath(&self, other: &Self) -> bool {
-        self.device == other.device && self.path.starts_with(&other.path)
-    }
-}
-
-/// One line of `/proc/PID/mountinfo` ([proc_pid_mountinfo(5)]).
-///
-/// [proc_pid_mountinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
-#[derive(Debug, Clone)]
-pub(crate) struct Mount {
-    pub(crate) id: i32,
-    parent: i32,
-    /// The place that it shows.
-    pub(crate) root: Place,
-    /// Where it is mounted, from the root of the process whose table this is.
-    pub(crate) point: PathBuf,
-    pub(crate) writable: bool,
-    pub(crate) fstype: Vec<u8>,
-    /// What it is said to come from.
-    pub(crate) source: PathBuf,
-}
-
-impl Mount {
-    fn parse(line: &[u8]) -> Option<Self> {
-        let fields: Vec<&[u8]> = line.split(|&byte| byte == b' ').collect();
-        let dash = fields.iter().skip(6).position(|&field| field == b"-")? + 6;
-        let mut device = fields.get(2)?.split(|&byte| byte == b':');
-        let device = (parse(device.next()?)?, parse(device.next()?)?);
-        let is_rw = |options: &[u8]| options.split(|&byte| byte == b',').any(|option| option == b"rw");
-        Some(Self {
-            id: parse(fields.first()?)?,
-            parent: parse(fields.get(1)?)?,
-            root: Place { device, path: unescape(fields.get(3)?) },
-            point: unescape(fields.get(4)?),
-            writable: is_rw(fields.get(5)?) && fields.get(dash + 3).is_some_and(|options| is_rw(options)),
-            fstype: fields.get(dash + 1)?.to_vec(),
-            source: unescape(fields.get(dash + 2)?),
-        })
-    }
-
-    /// Whether a look at its files may wait for a server, or for ever.
-    pub(crate) fn may_hang(&self) -> bool {
-        let kind = self.fstype.as_slice();
-        kind.starts_with(b"fuse") || kind == b"autofs" || NETWORK.contains(&kind)
-    }
-
-    /// The place of what this mount shows at `path`, which is at or below the mount point.
-    pub(crate) fn place(&self, path: &Path) -> Option<Place> {
-        let below = path.strip_prefix(&self.point).ok()?;
-        Some(Place { device: self.root.device, path: join(&self.root.path, below) })
-    }
-}
-
-/// Joins without the trailing slash that joining an empty path would leave.
-pub(crate) fn join(base: &Path, below: &Path) -> PathBuf {
-    if below.as_os_str().is_empty() { base.into() } else { base.join(below) }
-}
-
-/// Where the calling thread sees file systems of this type that come from `source`, in the order of the table.
-pub(crate) fn mounted_from(fstype: &str, source: &Path) -> io::Result<Vec<PathBuf>> {
-    let table = MountTable::of_self()?;
-    let found = table.iter().filter(|mount| mount.fstype == fstype.as_bytes() && mount.source == source);
-    Ok(found.map(|mount| mount.point.clone()).collect())
+/// Whether a look at the mount's files may wait for a server, or for ever.
+pub(crate) fn may_hang(mount: &Mount) -> bool {
+    let kind = mount.fstype.as_slice();
+    kind.starts_with(b"fuse") || kind == b"autofs" || NETWORK.contains(&kind)
 }
 
 /// All mounts that a process sees.
 #[derive(Debug)]
 pub(crate) struct MountTable {
     mounts: Vec<Mount>,
-    by_id: HashMap<i32, usize>,
-    by_parent: HashMap<i32, Vec<usize>>,
+    by_id: HashMap<u64, usize>,
+    by_parent: HashMap<u64, Vec<usize>>,
     root: Option<usize>,
 }
 
 impl MountTable {
     /// The table of the calling thread.
     pub(crate) fn of_self() -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read("/proc/thread-self/mountinfo")?))
+        Ok(Self::new(mounts::own()?))
     }
 
-    /// Parses the content of a `mountinfo` file.
-    pub(crate) fn parse(content: &[u8]) -> Self {
-        let mounts: Vec<Mount> = content.split(|&byte| byte == b'\n').filter_map(Mount::parse).collect();
-        let by_id: HashMap<i32, usize> = mounts.iter().enumerate().map(|(index, mount)| (mount.id, index)).collect();
-        let mut by_parent: HashMap<i32, Vec<usize>> = HashMap::new();
+    /// The table that a process has.
+    pub(crate) fn of(process: &ProcDir) -> io::Result<Self> {
+        Ok(Self::new(mounts::read(process.open("mountinfo")?)?))
+    }
+
+    fn new(mounts: Vec<Mount>) -> Self {
+        let by_id: HashMap<u64, usize> = mounts.iter().enumerate().map(|(index, mount)| (mount.id, index)).collect();
+        let mut by_parent: HashMap<u64, Vec<usize>> = HashMap::new();
         for (index, mount) in mounts.iter().enumerate().filter(|(_, mount)| mount.parent != mount.id) {
             by_parent.entry(mount.parent).or_default().push(index);
         }
@@ -139,7 +70,7 @@ impl MountTable {
     }
 
     /// The mount with this id: `mnt_id` of `/proc/PID/fdinfo/N`.
-    pub(crate) fn by_id(&self, id: i32) -> Option<&Mount> {
+    pub(crate) fn by_id(&self, id: u64) -> Option<&Mount> {
         self.by_id.get(&id).map(|&index| &self.mounts[index])
     }
 
@@ -171,22 +102,15 @@ impl MountTable {
 mod tests {
     use super::*;
 
-    const TABLE: &[u8] = b"\
-27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard\n\
-40 27 0:50 /@db /srv/db rw,relatime shared:7 - btrfs /dev/loop0 rw,subvol=/@db\n\
-41 27 0:50 / /mnt/top rw,relatime - btrfs /dev/loop0 rw\n\
-42 27 0:50 /@db/sub /mnt/with\\040blank ro,relatime - btrfs /dev/loop0 rw\n\
-43 40 0:60 / /srv/db/tmp rw - tmpfs tmpfs rw\n\
-44 43 0:61 / /srv/db/tmp rw - fuse.sshfs host: rw,user_id=0\n\
-45 27 8:1 / /ro rw - ext4 /dev/sda1 ro\n\
-garbage\n46 27 0:99\n";
-
-    fn resolve(path: &str) -> i32 {
-        MountTable::parse(TABLE).resolve(Path::new(path)).unwrap().id
-    }
-
     #[test]
     fn a_walk_ends_on_the_mount_that_covers_the_others() {
+        let table = b"27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard\n\
+            40 27 0:50 /@db /srv/db rw,relatime shared:7 - btrfs /dev/loop0 rw,subvol=/@db\n\
+            42 27 0:50 /@db/sub /mnt/with\\040blank ro,relatime - btrfs /dev/loop0 rw\n\
+            43 40 0:60 / /srv/db/tmp rw - tmpfs tmpfs rw\n\
+            44 43 0:61 / /srv/db/tmp rw - fuse.sshfs host: rw,user_id=0\n";
+        let table = MountTable::new(mounts::parse(table).collect());
+        let resolve = |path: &str| table.resolve(Path::new(path)).unwrap().id;
         assert_eq!(resolve("/"), 27);
         assert_eq!(resolve("/srv/dbx"), 27);
         assert_eq!(resolve("/srv/db"), 40);
@@ -194,32 +118,12 @@ garbage\n46 27 0:99\n";
         assert_eq!(resolve("/srv/db/tmp"), 44);
         assert_eq!(resolve("/srv/db/tmp/x"), 44);
         assert_eq!(resolve("/mnt/with blank/x"), 42);
+        assert!(may_hang(table.by_id(44).unwrap()) && !may_hang(table.by_id(43).unwrap()));
     }
 
     #[test]
-    fn one_place_is_seen_under_several_paths() {
-        let table = MountTable::parse(TABLE);
-        let place = |id: i32, path: &str| table.by_id(id).unwrap().place(Path::new(path)).unwrap();
-        assert_eq!(place(40, "/srv/db/sub/f"), place(41, "/mnt/top/@db/sub/f"));
-        assert_eq!(place(40, "/srv/db/sub/f"), place(42, "/mnt/with blank/f"));
-        assert!(place(42, "/mnt/with blank").is_beneath(&place(40, "/srv/db")));
-        assert!(!place(43, "/srv/db/tmp").is_beneath(&place(40, "/srv/db")));
-    }
-
-    #[test]
-    fn writable_is_what_both_the_mount_and_the_file_system_allow() {
-        let table = MountTable::parse(TABLE);
-        assert!(table.by_id(40).unwrap().writable);
-        assert!(!table.by_id(42).unwrap().writable);
-        assert!(!table.by_id(45).unwrap().writable);
-        assert!(table.by_id(44).unwrap().may_hang() && !table.by_id(43).unwrap().may_hang());
-    }
-
-    #[test]
-    fn the_kernels_own_table_is_understood() {
+    fn a_walk_ends_in_the_kernels_own_table() {
         let table = MountTable::of_self().unwrap();
-        let lines = std::fs::read("/proc/thread-self/mountinfo").unwrap();
-        assert_eq!(table.iter().count(), lines.iter().filter(|&&byte| byte == b'\n').count());
         assert_eq!(table.resolve(Path::new("/proc/1")).unwrap().fstype, b"proc");
     }
 }

@@ -14,18 +14,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use fsnap_backend::mounts::unescape;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::credentials::Credentials;
 use super::files::{Mapping, Target, target_of};
 use super::mounts::Mount;
-use super::proc_dir::{ProcDir, link_in, numbers_in, unescape, unless_gone};
+use super::proc_dir::{ProcDir, link_in, numbers_in, unless_gone};
 use super::reach::{self, Candidate, Doubt, Survey};
 use super::sockets::Sockets;
-use super::view::{Located, View};
+use super::view::{Located, View, Views};
 use super::{
-    AuditRules, FilePlace, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside, Policy, ProcessRecord,
-    Result, Tree, TreeRecord, Unlinked, Via,
+    AuditRules, Error, FilePlace, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside, Policy,
+    ProcessRecord, Result, Standing, Tree, TreeRecord, Unlinked, Via,
 };
 use crate::checkpoint::PathText;
 use crate::name::Name;
@@ -56,35 +57,74 @@ pub struct Observation {
     sockets: Sockets,
 }
 
-/// Reads the tree, which stands, and audits what it can write to outside the volumes.
-pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules) -> Result<Observation> {
-    let (names, candidates) = split(&volumes);
-    let observation = Observation {
-        volumes,
-        rules: rules.clone(),
-        record: TreeRecord::new(),
-        mounts: Vec::new(),
-        dirs: Vec::new(),
-        unlinked: Vec::new(),
-        sockets: Sockets::default(),
-    };
-    let mut observer = Observer {
-        names: &names,
-        survey: Survey::new(&candidates, Doubt::Ignored)?,
-        seen: HashSet::new(),
-        named: HashSet::new(),
-        gone: HashSet::new(),
-        memory: memory_device(),
-        left: FILES,
-        observation,
-    };
-    tree.members().for_each(|member| observer.member(member));
-    let mut observation = observer.observation;
-    if rules.policy == Policy::Refuse {
-        // What decides has to be known at once.
-        observation.look_at_sockets()?;
+/// What a look at a tree needs and does not depend on the tree: made ahead, while nobody stands.
+#[derive(Debug)]
+pub struct Outlook {
+    volumes: Vec<(Name, Candidate)>,
+    rules: AuditRules,
+    views: Views,
+    /// The device of memory that has no name.
+    memory: Option<u64>,
+}
+
+impl Outlook {
+    /// For looks at what trees have in use, and at what of that these volumes do not hold.
+    pub fn new(volumes: Vec<(Name, Candidate)>, rules: AuditRules) -> Result<Self> {
+        Ok(Self { volumes, rules, views: reach::views()?, memory: memory_device() })
     }
-    Ok(observation)
+
+    /// The volumes.
+    pub fn volumes(&self) -> &[(Name, Candidate)] {
+        &self.volumes
+    }
+
+    /// How the audit is made.
+    pub fn rules(&self) -> &AuditRules {
+        &self.rules
+    }
+
+    /// Reads the tree as it stands now, and audits what it can write to outside the volumes.
+    pub fn observe(mut self, standing: Standing) -> Result<Observation> {
+        let own = |source| Error::Read { object: "/proc/thread-self/mountinfo".into(), source };
+        self.views.renew().map_err(own)?;
+        self.look(standing)
+    }
+
+    fn look(self, standing: Standing) -> Result<Observation> {
+        let Self { volumes, rules, views, memory } = self;
+        let (names, candidates) = split(&volumes);
+        let observation = Observation {
+            volumes,
+            rules,
+            record: TreeRecord::new(),
+            mounts: Vec::new(),
+            dirs: Vec::new(),
+            unlinked: Vec::new(),
+            sockets: Sockets::default(),
+        };
+        let mut observer = Observer {
+            names: &names,
+            survey: Survey::seen_from(views, &candidates, Doubt::Ignored),
+            seen: HashSet::new(),
+            named: HashSet::new(),
+            gone: HashSet::new(),
+            memory,
+            left: FILES,
+            observation,
+        };
+        standing.for_each(|member, dir| observer.member(member, dir));
+        let mut observation = observer.observation;
+        if observation.rules.policy == Policy::Refuse {
+            // What decides has to be known at once.
+            observation.look_at_sockets()?;
+        }
+        Ok(observation)
+    }
+}
+
+/// Reads the tree, and audits what it can write to outside the volumes.
+pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules) -> Result<Observation> {
+    Outlook::new(volumes, rules.clone())?.look(Standing::open(tree))
 }
 
 fn split(volumes: &[(Name, Candidate)]) -> (Vec<Name>, Vec<Candidate>) {
@@ -197,7 +237,7 @@ struct Observer<'a> {
     /// Processes that see and may do the same can write to the same mounts.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
     /// The mounts that were named.
-    named: HashSet<(PathBuf, i32)>,
+    named: HashSet<(PathBuf, u64)>,
     /// The device and inode of files that have no name any more.
     gone: HashSet<(u64, u64)>,
     /// The device of memory that has no name.
@@ -208,7 +248,7 @@ struct Observer<'a> {
 }
 
 impl Observer<'_> {
-    fn member(&mut self, member: &Member) {
+    fn member(&mut self, member: &Member, dir: io::Result<ProcDir>) {
         let mut record = ProcessRecord {
             pid: member.id.pid,
             start_time: member.id.start_time,
@@ -222,7 +262,7 @@ impl Observer<'_> {
             mapped: Vec::new(),
             unread: None,
         };
-        let read = reach::open(member.id).and_then(|dir| self.process(&dir, &mut record).map(|()| dir));
+        let read = dir.and_then(|dir| self.process(&dir, &mut record).map(|()| dir));
         let dir = match read {
             Ok(dir) => Some(dir),
             // It has ended and was not waited for: it has no files.
@@ -252,7 +292,7 @@ impl Observer<'_> {
         Ok(Some(self.place(view, dir.link(name)?, target.mount, target.unlinked)))
     }
 
-    fn place(&self, view: &View, text: PathBuf, mount: Option<i32>, unlinked: bool) -> FilePlace {
+    fn place(&self, view: &View, text: PathBuf, mount: Option<u64>, unlinked: bool) -> FilePlace {
         let path = if unlinked { without_mark(text) } else { text };
         let located = match path.is_absolute() {
             true => self.survey.views.locate(view, &path, mount),
@@ -313,7 +353,7 @@ impl Observer<'_> {
         let content = dir.read("maps")?;
         let mut known: HashMap<(u64, u64), usize> = HashMap::new();
         for mapping in content.split(|&byte| byte == b'\n').filter_map(Mapping::parse) {
-            let device = rustix::fs::makedev(mapping.device.0, mapping.device.1);
+            let device = mapping.device.number();
             if let Some(&index) = known.get(&(device, mapping.inode)) {
                 let file: &mut MappedFile = &mut record.mapped[index];
                 file.shared |= mapping.shared;
@@ -326,7 +366,7 @@ impl Observer<'_> {
             if !self.take_one() {
                 break;
             }
-            let text = unescape(mapping.name);
+            let text = PathBuf::from(unescape(mapping.name));
             // A file may be *named* so; whether it is gone is asked of the file.
             let marked = text.as_os_str().as_bytes().ends_with(MARK);
             let link = || format!("map_files/{}", mapping.range);
@@ -372,7 +412,7 @@ impl Observer<'_> {
     }
 
     /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
-    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<i32>) -> Option<(String, Medium)> {
+    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<u64>) -> Option<(String, Medium)> {
         let by_path = || view.resolve(place.path.as_path());
         let found: Option<&Mount> = mount.map_or_else(by_path, |id| view.table.by_id(id));
         match found {
@@ -399,7 +439,7 @@ impl Observer<'_> {
         if self.observation.rules.policy == Policy::Ignore {
             return Ok(());
         }
-        let who = Credentials::of(dir, &self.survey.user_namespace)?;
+        let who = Credentials::of(dir, &self.survey.views.user_namespace)?;
         if !self.seen.insert((view.namespace.clone(), view.root.clone(), who.clone())) {
             return Ok(());
         }

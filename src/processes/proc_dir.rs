@@ -3,11 +3,10 @@
 //! Not by the `procfs` crate: it reads `maps` and `mountinfo` as UTF-8 and leaves their octal escapes as they are, so
 //! that one mount point with a byte of its own in a hostile process's namespace would hide the whole table.
 
-use std::ffi::OsStr;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 use rustix::buffer::spare_capacity;
@@ -51,6 +50,11 @@ impl ProcDir {
         read_all(self.open(name)?)
     }
 
+    /// Reads one of its files that the kernel makes at one stroke, such as `stat` and `status`: the last read is spared.
+    pub(crate) fn read_record(&self, name: &str) -> io::Result<Vec<u8>> {
+        read_record(self.open(name)?)
+    }
+
     /// Opens one of its files for reading.
     pub(crate) fn open(&self, name: &str) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -75,12 +79,12 @@ impl ProcDir {
 
     /// What `stat` says of the process.
     pub(crate) fn stat(&self) -> io::Result<Stat> {
-        Stat::parse(&self.read("stat")?)
+        Stat::parse(&self.read_record("stat")?)
     }
 
     /// What `stat` says of one of its threads.
     pub(crate) fn thread_stat(&self, thread: i32) -> io::Result<Stat> {
-        Stat::parse(&self.read(&format!("task/{thread}/stat"))?)
+        Stat::parse(&self.read_record(&format!("task/{thread}/stat"))?)
     }
 }
 
@@ -98,6 +102,20 @@ pub(crate) fn read_all(file: OwnedFd) -> io::Result<Vec<u8>> {
         content.reserve(PAGE);
     }
     Ok(content)
+}
+
+/// Reads a file of `/proc` that is made at one stroke: what leaves room in the buffer was all.
+///
+/// Not for lists, such as `maps` and `children`, which come in pieces that fit.
+fn read_record(file: OwnedFd) -> io::Result<Vec<u8>> {
+    let mut content = Vec::with_capacity(PAGE);
+    loop {
+        retry_on_intr(|| rustix::io::read(&file, spare_capacity(&mut content)))?;
+        if content.len() < content.capacity() {
+            return Ok(content);
+        }
+        content.reserve(PAGE);
+    }
 }
 
 /// The text of a link.
@@ -130,10 +148,7 @@ pub(crate) fn is_idle(proc: impl AsFd, pid: i32) -> bool {
 /// What `stat` says of the process that has this pid now, in three system calls.
 pub(crate) fn stat_in(proc: impl AsFd, pid: i32) -> io::Result<Stat> {
     let file = rustix::fs::openat(proc, format!("{pid}/stat"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    // The kernel hands out the line whole to a buffer in which it fits; it has some 50 numbers.
-    let mut line = Vec::with_capacity(PAGE);
-    retry_on_intr(|| rustix::io::read(&file, spare_capacity(&mut line)))?;
-    Stat::parse(&line)
+    Stat::parse(&read_record(file)?)
 }
 
 /// The entries of an open directory that are numbers; it must not have been read before.
@@ -180,6 +195,8 @@ pub(crate) struct Stat {
     pub(crate) state: u8,
     pub(crate) parent: i32,
     pub(crate) kernel_thread: bool,
+    /// How many threads the process has, those included that have ended and were not waited for.
+    pub(crate) threads: usize,
     pub(crate) start_time: u64,
 }
 
@@ -200,6 +217,7 @@ impl Stat {
             state: *fields.first()?.first()?,
             parent: parse(fields.get(1)?)?,
             kernel_thread: parse::<u32>(fields.get(6)?)? & PF_KTHREAD != 0,
+            threads: parse(fields.get(17)?)?,
             start_time: parse(fields.get(19)?)?,
         })
     }
@@ -215,26 +233,6 @@ fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
-/// Undoes the escapes that the kernel writes for blanks, tabs, newlines and backslashes: `\040` and so on.
-pub(crate) fn unescape(escaped: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(escaped.len());
-    let mut rest = escaped;
-    while let Some((&first, tail)) = rest.split_first() {
-        let octal = |digits: &[u8]| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok();
-        match (first, tail.get(..3).and_then(octal)) {
-            (b'\\', Some(byte)) => {
-                bytes.push(byte);
-                rest = &tail[3..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = tail;
-            }
-        }
-    }
-    OsStr::from_bytes(&bytes).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,7 +241,7 @@ mod tests {
     fn a_command_cannot_forge_the_fields_behind_it() {
         let line = b"42 (a) R 1 (\x1b[2J) S 7 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 991 1000 10 0 0";
         let stat = Stat::parse(line).unwrap();
-        assert_eq!((stat.state, stat.parent, stat.start_time), (b'S', 7, 991));
+        assert_eq!((stat.state, stat.parent, stat.threads, stat.start_time), (b'S', 7, 1, 991));
         assert_eq!(stat.command, "a) R 1 (\u{fffd}[2J");
         assert!(!stat.kernel_thread);
     }
@@ -253,12 +251,6 @@ mod tests {
         for line in ["", "42", "42 (a", "42 (a)", "42 (a) S", "42 (a) S 7 42 x"] {
             assert!(Stat::parse(line.as_bytes()).is_err(), "{line:?}");
         }
-    }
-
-    #[test]
-    fn escapes_are_undone_and_other_bytes_kept() {
-        let path = unescape(b"/a\\040b\\134\\012\xff\\0");
-        assert_eq!(path.as_os_str().as_bytes(), b"/a b\\\n\xff\\0");
     }
 
     #[test]

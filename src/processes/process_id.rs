@@ -40,8 +40,7 @@ impl ProcessId {
     /// The process that has this pid now.
     pub fn of(pid: i32) -> Result<Self> {
         let stat = ProcDir::of(pid).and_then(|dir| dir.stat());
-        let stat =
-            stat.map_err(|source| if is_gone(&source) { Error::Gone { pid } } else { read_error(pid, source) })?;
+        let stat = stat.map_err(|source| unread(pid, source))?;
         Ok(Self { pid, start_time: stat.start_time })
     }
 
@@ -106,7 +105,11 @@ fn third_number(line: &[u8]) -> Option<u64> {
     std::str::from_utf8(line).ok()?.split_ascii_whitespace().nth(2)?.parse().ok()
 }
 
-fn read_error(pid: i32, source: io::Error) -> Error {
+/// Why the process with this pid cannot be looked at.
+pub(super) fn unread(pid: i32, source: io::Error) -> Error {
+    if is_gone(&source) {
+        return Error::Gone { pid };
+    }
     Error::Read { object: format!("/proc/{pid}/stat").into(), source }
 }
 

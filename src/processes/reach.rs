@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 
 use super::credentials::Credentials;
 use super::files::{How, InUse, Lens, visit_all};
-use super::mounts::{Device, Place};
+use super::mounts::{Device, Place, may_hang};
 use super::proc_dir::{ProcDir, is_gone};
 use super::view::{Located, View, Views};
 use super::{Error, Member, ProcessId, Result, Tree};
@@ -131,19 +131,20 @@ pub(super) struct Survey<'a> {
     places: Vec<Option<Place>>,
     devices: Vec<Device>,
     pub(super) views: Views,
-    pub(super) user_namespace: PathBuf,
     /// Processes that see and may do the same reach the same: most of a tree does.
     seen: HashSet<(PathBuf, PathBuf, Credentials)>,
 }
 
 impl<'a> Survey<'a> {
     pub(super) fn new(candidates: &'a [Candidate], doubt: Doubt) -> Result<Self> {
-        let own = |source| Error::Read { object: "/proc/thread-self".into(), source };
-        let views = Views::new().map_err(own)?;
-        let user_namespace = std::fs::read_link("/proc/thread-self/ns/user").map_err(own)?;
+        Ok(Self::seen_from(views()?, candidates, doubt))
+    }
+
+    /// With fsnap's own view, read a moment ago.
+    pub(super) fn seen_from(views: Views, candidates: &'a [Candidate], doubt: Doubt) -> Self {
         let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
         let devices = places.iter().flatten().map(|place| place.device).collect();
-        Ok(Self { candidates, doubt, places, devices, views, user_namespace, seen: HashSet::new() })
+        Self { candidates, doubt, places, devices, views, seen: HashSet::new() }
     }
 
     /// For a look at the files of a process that has this view.
@@ -161,7 +162,7 @@ impl<'a> Survey<'a> {
             }
             true
         })?;
-        let credentials = Credentials::of(&dir, &self.user_namespace)?;
+        let credentials = Credentials::of(&dir, &self.views.user_namespace)?;
         if self.seen.insert((view.namespace.clone(), view.root.clone(), credentials.clone())) {
             for candidate in 0..self.candidates.len() {
                 if let Some(point) = self.mount_reaching(candidate, &dir, &view, &credentials) {
@@ -218,7 +219,7 @@ impl<'a> Survey<'a> {
                     mount.point.clone()
                 }
                 CandidateKind::Registered => match root.path.strip_prefix(&mount.root.path) {
-                    Ok(below) => super::mounts::join(&mount.point, below),
+                    Ok(below) => fsnap_backend::mounts::join(&mount.point, below),
                     // It shows a part of the volume.
                     Err(_) if self.owner(&mount.root) == Some(at) => mount.point.clone(),
                     Err(_) => continue,
@@ -231,6 +232,11 @@ impl<'a> Survey<'a> {
         }
         None
     }
+}
+
+/// fsnap's own view.
+pub(super) fn views() -> Result<Views> {
+    Views::new().map_err(|source| Error::Read { object: "/proc/thread-self".into(), source })
 }
 
 /// Opens the directory of a process, or of one of its threads that lives, if it is still the same one.
@@ -255,7 +261,7 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
     }
     use std::os::fd::AsRawFd;
     let text = std::fs::read_link(format!("/proc/thread-self/fd/{}", root.as_raw_fd())).ok()?;
-    let mount = i32::try_from(found.stx_mnt_id).ok();
+    let mount = Some(found.stx_mnt_id);
     match views.locate(views.own(), &text, mount) {
         Located::At(place) => Some(place),
         Located::In(_) | Located::Unknown => None,
@@ -264,12 +270,12 @@ fn place_of(candidate: &Candidate, views: &Views) -> Option<Place> {
 
 /// Whether the process may search every directory from its root to `path`, that one included.
 ///
-/// One name at a time and without following links: the directories may belong to hostile processes. A mount that may never
-/// answer is not looked at, and is taken to permit.
+/// Who may search every directory need not be asked about any. For others, one name at a time and without following links: the directories
+/// may belong to hostile processes. A mount that may never answer is not looked at, and is taken to permit.
 pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Credentials) -> bool {
-    let may_hang = |path: &Path| view.table.resolve(path).is_none_or(|mount| mount.may_hang());
+    let may_hang_at = |path: &Path| view.table.resolve(path).is_none_or(may_hang);
     let Ok(below) = path.strip_prefix(&view.root) else { return false };
-    if may_hang(&view.root) {
+    if who.searches_all() || may_hang_at(&view.root) {
         return true;
     }
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -281,7 +287,7 @@ pub(super) fn may_enter(path: &Path, process: &ProcDir, view: &View, who: &Crede
     for component in below.components() {
         let Component::Normal(name) = component else { return false };
         reached.push(name);
-        if may_hang(&reached) {
+        if may_hang_at(&reached) {
             return true;
         }
         match beneath::open_handle(&at, name) {

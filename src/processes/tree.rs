@@ -1,10 +1,11 @@
 //! Processes that are frozen, examined and checkpointed together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
 use super::cgroup::Cgroup;
-use super::proc_dir::{ProcDir, Stat, is_gone, parse};
-use super::{Census, Error, ProcessId, Result};
+use super::proc_dir::{ProcDir, Stat, ended, is_gone, parse};
+use super::{Census, Error, ProcessId, Result, process_id, reach};
 
 /// A process with all its descendants, or the processes of a control group.
 ///
@@ -14,6 +15,15 @@ use super::{Census, Error, ProcessId, Result};
 pub struct Tree {
     root: Root,
     members: BTreeMap<i32, Member>,
+}
+
+/// A tree whose processes stand, each of them opened once: whoever looks at them asks through that.
+///
+/// Nothing of it can begin or end, so that one look tells all.
+#[derive(Debug)]
+pub struct Standing {
+    tree: Tree,
+    dirs: BTreeMap<i32, io::Result<ProcDir>>,
 }
 
 /// One process of a tree.
@@ -47,14 +57,6 @@ impl Tree {
             return Err(Error::Gone { pid });
         }
         Self::read(Root::Process(root))
-    }
-
-    /// The same of a tree that stands: nothing of it can begin or end, and one look is enough.
-    pub fn of_standing(pid: i32) -> Result<Self> {
-        let root = ProcessId::of(pid)?;
-        let mut tree = Self { root: Root::Process(root), members: BTreeMap::new() };
-        tree.rescan_once()?;
-        Ok(tree)
     }
 
     /// The processes of the control group and of those below it.
@@ -103,8 +105,14 @@ impl Tree {
 
     /// Looks once; says whether anything changed.
     pub(crate) fn rescan_once(&mut self) -> Result<bool> {
-        let own = std::process::id().cast_signed();
         let before: BTreeSet<ProcessId> = self.members.values().map(|member| member.id).collect();
+        self.look(None, &mut drop)?;
+        Ok(self.members.values().map(|member| member.id).collect::<BTreeSet<_>>() != before)
+    }
+
+    /// Looks once, and shows `on_member` every process that belongs to it; `at_hand` was looked at already.
+    fn look(&mut self, mut at_hand: Option<Looked>, on_member: &mut dyn FnMut(Looked)) -> Result<()> {
+        let own = std::process::id().cast_signed();
         let mut found = BTreeMap::new();
         let mut census = None;
         let mut queue: Vec<i32> = match &self.root {
@@ -116,25 +124,28 @@ impl Tree {
             if pid == own || found.contains_key(&pid) {
                 continue;
             }
-            let Some(member) = Member::look_up(pid) else { continue };
+            let at_hand = at_hand.take_if(|looked| looked.member.id.pid == pid);
+            let Some(looked) = at_hand.or_else(|| Looked::at(pid).ok()) else { continue };
+            let id = looked.member.id;
             let known = match &self.root {
                 // Whoever has a recorded pid now must be the one that was recorded.
-                Root::Process(root) if pid == root.pid => member.id == *root,
-                Root::Process(_) | Root::Listed => self.members.get(&pid).is_none_or(|old| old.id == member.id),
+                Root::Process(root) if pid == root.pid => id == *root,
+                Root::Process(_) | Root::Listed => self.members.get(&pid).is_none_or(|old| old.id == id),
                 Root::Cgroup(_) => true,
             };
             if !known {
                 continue;
             }
             if matches!(self.root, Root::Process(_)) {
-                queue.extend(children(pid, &mut census)?);
+                queue.extend(looked.children(&mut census)?);
             }
-            if member.id.is_alive() {
-                found.insert(pid, member);
+            if looked.is_alive() {
+                found.insert(pid, looked.member.clone());
+                on_member(looked);
             }
         }
         self.members = found;
-        Ok(self.members.values().map(|member| member.id).collect::<BTreeSet<_>>() != before)
+        Ok(())
     }
 
     /// The control group that was named, or one of the unified hierarchy that holds these processes and no others.
@@ -151,33 +162,95 @@ impl Tree {
     }
 }
 
-impl Member {
-    pub(super) fn look_up(pid: i32) -> Option<Self> {
-        let stat = ProcDir::of(pid).and_then(|dir| dir.stat()).ok()?;
-        let Stat { command, parent, start_time, .. } = stat;
-        Some(Self { id: ProcessId { pid, start_time }, parent, command })
+impl Standing {
+    /// The process with this pid and all its descendants.
+    pub fn of(pid: i32) -> Result<Self> {
+        let root = Looked::at(pid).map_err(|source| process_id::unread(pid, source))?;
+        let mut tree = Tree { root: Root::Process(root.member.id), members: BTreeMap::new() };
+        let mut dirs = BTreeMap::new();
+        tree.look(Some(root), &mut |looked| {
+            dirs.insert(looked.member.id.pid, looked.dir.living(looked.stat.state));
+        })?;
+        Ok(Self { tree, dirs })
+    }
+
+    /// Opens those of a tree that was read before. Of one that has ended since there is nothing to look at.
+    pub(super) fn open(tree: &Tree) -> Self {
+        let dirs = tree.members().map(|member| (member.id.pid, reach::open(member.id)));
+        Self { tree: tree.clone(), dirs: dirs.collect() }
+    }
+
+    /// Who belongs together.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Hands on each process, by pid, and its directory.
+    pub(super) fn for_each(self, mut visit: impl FnMut(&Member, io::Result<ProcDir>)) {
+        // Both have the same keys, in the same order.
+        self.tree.members().zip(self.dirs.into_values()).for_each(|(member, dir)| visit(member, dir));
     }
 }
 
-/// The children of all threads of a process; none if it has ended.
-///
-/// `census` is one for the whole reading, taken only where it is needed.
-fn children(pid: i32, census: &mut Option<Census>) -> Result<Vec<i32>> {
-    let Ok(dir) = ProcDir::of(pid) else { return Ok(Vec::new()) };
-    let mut children = Vec::new();
-    for thread in dir.numbers("task").unwrap_or_default() {
-        match dir.read(&format!("task/{thread}/children")) {
-            Ok(content) => children.extend(content.split(|&byte| byte == b' ').filter_map(parse::<i32>)),
-            // A kernel without CONFIG_PROC_CHILDREN: the same, the long way round.
-            Err(error) if is_gone(&error) && thread == pid && dir.stat().is_ok() => {
-                let census = match census {
-                    Some(census) => census,
-                    none => none.insert(Census::take()?),
-                };
-                return Ok(census.children(pid).collect());
-            }
-            Err(_) => {}
+impl Member {
+    pub(super) fn look_up(pid: i32) -> Option<Self> {
+        Some(Looked::at(pid).ok()?.member)
+    }
+}
+
+/// A process that is being looked at.
+struct Looked {
+    member: Member,
+    dir: ProcDir,
+    stat: Stat,
+}
+
+impl Looked {
+    fn at(pid: i32) -> io::Result<Self> {
+        let dir = ProcDir::of(pid)?;
+        let stat = dir.stat()?;
+        let id = ProcessId { pid, start_time: stat.start_time };
+        Ok(Self { member: Member { id, parent: stat.parent, command: stat.command.clone() }, dir, stat })
+    }
+
+    /// Its threads. Of the one that most processes have, the number is known.
+    fn threads(&self) -> Vec<i32> {
+        match self.stat.threads {
+            0 | 1 => vec![self.member.id.pid],
+            _ => self.dir.numbers("task").unwrap_or_default(),
         }
     }
-    Ok(children)
+
+    /// Whether a thread of it lives. The first may end long before the others.
+    fn is_alive(&self) -> bool {
+        !ended(self.stat.state)
+            || self.stat.threads > 1
+                && self
+                    .threads()
+                    .iter()
+                    .any(|&thread| self.dir.thread_stat(thread).is_ok_and(|stat| !ended(stat.state)))
+    }
+
+    /// The children of all its threads; none if it has ended.
+    ///
+    /// `census` is one for the whole reading, taken only where it is needed.
+    fn children(&self, census: &mut Option<Census>) -> Result<Vec<i32>> {
+        let pid = self.member.id.pid;
+        let mut children = Vec::new();
+        for thread in self.threads() {
+            match self.dir.read(&format!("task/{thread}/children")) {
+                Ok(content) => children.extend(content.split(|&byte| byte == b' ').filter_map(parse::<i32>)),
+                // A kernel without CONFIG_PROC_CHILDREN: the same, the long way round.
+                Err(error) if is_gone(&error) && thread == pid && self.dir.stat().is_ok() => {
+                    let census = match census {
+                        Some(census) => census,
+                        none => none.insert(Census::take()?),
+                    };
+                    return Ok(census.children(pid).collect());
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(children)
+    }
 }

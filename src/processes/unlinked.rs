@@ -18,7 +18,7 @@ pub struct Unlinked {
     /// `st_ino`.
     pub inode: u64,
     /// The mount through which it was opened.
-    pub mount: Option<i32>,
+    pub mount: Option<u64>,
     /// What its file system keeps its files on.
     pub medium: Medium,
     /// Whose it is: the index of a process.

@@ -41,26 +41,33 @@ pub(crate) enum Located {
 /// The views of the processes met so far, one table for each namespace and root.
 #[derive(Debug)]
 pub(crate) struct Views {
-    own_namespace: PathBuf,
+    own: View,
+    /// The name of fsnap's own user namespace: the text of the link `ns/user`.
+    pub(crate) user_namespace: PathBuf,
     known: HashMap<(PathBuf, PathBuf), View>,
 }
 
 impl Views {
     /// Starts with fsnap's own view.
     pub(crate) fn new() -> io::Result<Self> {
-        let own = View {
-            table: Rc::new(MountTable::of_self()?),
-            base: "/".into(),
-            root: "/".into(),
-            namespace: std::fs::read_link("/proc/thread-self/ns/mnt")?,
-        };
-        let own_namespace = own.namespace.clone();
-        Ok(Self { known: HashMap::from([((own_namespace.clone(), "/".into()), own)]), own_namespace })
+        let table = Rc::new(MountTable::of_self()?);
+        let namespace = std::fs::read_link("/proc/thread-self/ns/mnt")?;
+        let own = View { table, base: "/".into(), root: "/".into(), namespace };
+        let user_namespace = std::fs::read_link("/proc/thread-self/ns/user")?;
+        let known = HashMap::from([(own.key(), own.clone())]);
+        Ok(Self { own, user_namespace, known })
+    }
+
+    /// Starts once more, with what is mounted by now.
+    pub(crate) fn renew(&mut self) -> io::Result<()> {
+        self.own.table = Rc::new(MountTable::of_self()?);
+        self.known = HashMap::from([(self.own.key(), self.own.clone())]);
+        Ok(())
     }
 
     /// fsnap's own view.
     pub(crate) fn own(&self) -> &View {
-        &self.known[&(self.own_namespace.clone(), PathBuf::from("/"))]
+        &self.own
     }
 
     /// The view of a process.
@@ -83,7 +90,7 @@ impl Views {
         let view = match self.known.get(&top) {
             Some(whole) => View { root: key.1.clone(), ..whole.clone() },
             None => View {
-                table: Rc::new(MountTable::parse(&process.read("mountinfo")?)),
+                table: Rc::new(MountTable::of(process)?),
                 base: key.1.clone(),
                 root: "/".into(),
                 namespace: key.0.clone(),
@@ -94,7 +101,7 @@ impl Views {
     }
 
     /// Locates a file by its link's text and its mount's id, if that is known.
-    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<i32>) -> Located {
+    pub(crate) fn locate(&self, view: &View, text: &Path, mount: Option<u64>) -> Located {
         let Some(id) = mount else {
             return view.resolve(text).map_or(Located::Unknown, |mount| place_on(mount, view, text));
         };
@@ -119,6 +126,10 @@ impl Views {
 }
 
 impl View {
+    fn key(&self) -> (PathBuf, PathBuf) {
+        (self.namespace.clone(), self.root.clone())
+    }
+
     /// A link's text as a path of the table.
     pub(crate) fn path(&self, text: &Path) -> Option<PathBuf> {
         Some(Path::new("/").join(text.strip_prefix(&self.base).ok()?))
@@ -133,7 +144,7 @@ impl View {
 /// All mounts of the process's namespace, read from the root of it; `None` if that is not permitted.
 fn whole_table(process: &ProcDir, root: &Path) -> Option<MountTable> {
     if root == Path::new("/") {
-        return Some(MountTable::parse(&process.read("mountinfo").ok()?));
+        return MountTable::of(process).ok();
     }
     let namespace = process.open("ns/mnt").ok()?;
     // A thread of its own that nobody else's paths depend on.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use crate::redact::Redactor;
+use crate::volumes::{Ground, Volume};
 
 /// The user that a test means by "without privileges".
 pub(crate) const NOBODY: u32 = 65_534;
@@ -18,6 +19,8 @@ pub(crate) struct Site {
     temp: tempfile::TempDir,
     bin: PathBuf,
     mounts: Vec<PathBuf>,
+    /// What a volume-to-be lies on that is a file system of its own.
+    ground: Option<Ground>,
     /// Where the volume-to-be lies.
     top: &'static str,
     user: Option<u32>,
@@ -45,9 +48,22 @@ impl Site {
         site
     }
 
-    /// One of each kind: what is said of both must be the same.
-    pub(crate) fn each() -> [Self; 2] {
-        [Self::plain(), Self::btrfs()]
+    /// A file system of its own, as the volume-to-be `db`, for a backend of which a kernel may know nothing.
+    pub(crate) fn on(volume: Volume) -> Self {
+        let mut site = Self::empty();
+        let mut ground = Ground::new(site.temp.path());
+        let db = ground.make(volume, "db");
+        site.top = if volume == Volume::DmThin { "thin" } else { "log" };
+        site.ground = Some(ground);
+        site.populate_at(&db);
+        site.mounts.push(db);
+        site
+    }
+
+    /// One of each kind that the kernel knows: what is said of all must be the same.
+    pub(crate) fn each() -> Vec<Self> {
+        let others = [Volume::DmThin, Volume::Nilfs2].into_iter().filter(|volume| volume.why_not().is_none());
+        [Self::plain(), Self::btrfs()].into_iter().chain(others.map(Self::on)).collect()
     }
 
     /// As [`Self::plain`], with a copy of a catalog in which one checkpoint is recorded.
@@ -81,7 +97,16 @@ impl Site {
 
     /// How many images the volume's own store has.
     pub(crate) fn stored(&self) -> usize {
-        self.images(&format!("{}/.fsnap", self.top)).len()
+        self.images(self.store()).len()
+    }
+
+    /// Where that store is.
+    pub(crate) fn store(&self) -> PathBuf {
+        let top = self.path(self.top);
+        match &self.ground {
+            None => top.join(".fsnap"),
+            Some(ground) => ground.pool_store().map_or_else(|| top.join(".fsnap-nilfs2"), Path::to_owned),
+        }
     }
 
     /// As [`Self::plain`], and whatever runs there runs as a user without privileges.
@@ -105,7 +130,8 @@ impl Site {
         let mut redactor = Redactor::default();
         redactor.name(temp.path(), "$T");
         let bin = Path::new(env!("CARGO_BIN_EXE_fsnap")).parent().expect("a program lies in a directory").to_owned();
-        Self { temp, bin, mounts: Vec::new(), top: ".", user: None, redactor, environment: Vec::new() }
+        let (mounts, environment) = (Vec::new(), Vec::new());
+        Self { temp, bin, mounts, ground: None, top: ".", user: None, redactor, environment }
     }
 
     fn populate(&self) {
@@ -170,11 +196,11 @@ impl Site {
         self.shell().fail(line)
     }
 
-    /// The images in the volume's store: what `fsnap` keeps there, by name.
-    pub(crate) fn images(&self, store: &str) -> Vec<String> {
+    /// The images in a store: what `fsnap` keeps there, by name.
+    pub(crate) fn images(&self, store: impl AsRef<Path>) -> Vec<String> {
         let mut names = Vec::new();
-        for part in ["", "snapshots", "volumes", "partials", "doomed"] {
-            let Ok(entries) = fs::read_dir(self.path(store).join(part)) else { continue };
+        for part in ["", "snapshots", "volumes", "partials", "doomed", "begun", "images", "leaving"] {
+            let Ok(entries) = fs::read_dir(self.path("").join(&store).join(part)) else { continue };
             for entry in entries {
                 let name = entry.expect("list").file_name().into_string().expect("a store's names are plain");
                 if !part.is_empty() || name.starts_with("s-") || name.starts_with("v-") {
@@ -205,6 +231,9 @@ impl Drop for Site {
                 let _ = Command::new("umount").arg("--lazy").arg(dir).status();
                 assert!(std::thread::panicking(), "{} is in use after the test: {unmounted:?}", dir.display());
             }
+        }
+        if let Some(ground) = &mut self.ground {
+            ground.clear();
         }
     }
 }

@@ -2,12 +2,16 @@
 //!
 //! Where the kernel has no device-mapper, every case is reported as ignored, with the reason.
 
+#[path = "../support/images.rs"]
+mod images;
 #[path = "../support/kernel.rs"]
 mod kernel;
 mod lvm;
 mod pools;
 mod site;
 mod standing;
+#[path = "../support/thin.rs"]
+mod thin;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use fsnap_dm_thin::STORES;
+
 use crate::kernel::{self, Done, failure, output, unmount_below};
+use crate::thin::{Device, devices, remove_devices};
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
@@ -92,27 +95,22 @@ impl Site {
 
     /// How many thin devices the pool has in use, and whether one of them is suspended.
     pub(crate) fn devices(&self) -> Result<(usize, bool), Failed> {
-        let columns = ["info", "-c", "--noheadings", "-o", "name,suspended"];
-        let all = output(Command::new("dmsetup").args(columns))?;
-        let of_site = |line: &&str| line.starts_with("fsnap-") || line.starts_with(&format!("{}-volume-", self.pool));
-        let found: Vec<_> = all.lines().filter(of_site).collect();
-        Ok((found.len(), found.iter().any(|line| line.ends_with("Suspended"))))
+        let thin = |device: &Device| ["s-", "v-", "volume-"].iter().any(|kind| device.what.starts_with(kind));
+        let found: Vec<_> = devices(&self.store()).into_iter().filter(thin).collect();
+        Ok((found.len(), found.iter().any(|device| device.suspended)))
+    }
+
+    /// Where the pool's store is.
+    fn store(&self) -> PathBuf {
+        Path::new(STORES).join(&self.pool)
     }
 }
 
 impl Drop for Site {
     fn drop(&mut self) {
         unmount_below(&self.dir);
-        let list = Command::new("dmsetup").args(["ls"]).output();
-        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        let thin = names.iter().filter(|name| name.starts_with("fsnap-") || name.contains("-volume-"));
-        let parts = [self.pool.clone(), format!("{}-data", self.pool), format!("{}-metadata", self.pool)];
-        for name in thin.copied().chain(parts.iter().map(String::as_str)) {
-            let _ = Command::new("dmsetup").args(["resume", name]).output();
-            let _ = Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output();
-        }
-        let _ = fs::remove_dir_all(Path::new("/var/lib/fsnap/dm-thin").join(&self.pool));
+        remove_devices(&self.store());
+        let _ = fs::remove_dir_all(self.store());
         let _ = fs::remove_dir_all(&self.dir);
     }
 }

@@ -53,9 +53,7 @@ fn by_pid_files_are_of_one_instant() {
 }
 
 fn by_cgroup_files_are_of_one_instant() {
-    let cgroups = Cgroup::of_each_kind();
-    assert!(!cgroups.is_empty(), "this machine has no control groups that can be frozen");
-    for cgroup in cgroups {
+    for cgroup in Cgroup::of_each_kind() {
         let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
         let kinds: Vec<Kind> = Kind::usual().collect();
         let oracle = site.oracle(&kinds, 500);
@@ -73,7 +71,7 @@ struct Cgroup {
 }
 
 impl Cgroup {
-    /// One in each hierarchy that has a freezer.
+    /// One in each hierarchy that has a freezer; a case that needs one fails where there is none.
     fn of_each_kind() -> Vec<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mut found: Vec<Self> = Vec::new();
@@ -99,6 +97,7 @@ impl Cgroup {
                 }
             }
         }
+        assert!(!found.is_empty(), "this machine has no control groups that can be frozen");
         found
     }
 

@@ -1,7 +1,7 @@
 //! Branches that are written through `fsnap mount`.
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -22,6 +22,12 @@ pub(crate) const CASES: &[Case] = &[
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
     ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
+    ("over_dm_thin::made_and_written", || made_and_written("dm-thin")),
+    ("over_dm_thin::checkpoints_of_a_branch", || checkpoints_of_a_branch("dm-thin")),
+    ("over_nilfs2::made_and_written", || made_and_written("nilfs2")),
+    ("over_nilfs2::checkpoints_of_a_branch", || checkpoints_of_a_branch("nilfs2")),
+    ("over_dm_thin::removed_while_browsed", || removed_while_browsed("dm-thin")),
+    ("over_nilfs2::removed_while_browsed", || removed_while_browsed("nilfs2")),
     ("set_user_id_and_devices_mean_nothing_to_others", set_user_id_and_devices_mean_nothing_to_others),
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
 ];
@@ -330,6 +336,37 @@ fn what_was_sealed_outlives_everything_else() {
     assert_eq!(names(past.state().join("branches")), [".layers"], "nothing is left");
     assert_eq!(names(past.state().join("branches/.layers/images")), [""; 0]);
     assert_eq!(past.fsnap(["recover"]), "nothing is half done");
+}
+
+/// What somebody reads stays readable and cannot be deleted; when nobody does any more, nothing is left in use, and all of it can be.
+fn removed_while_browsed(backend: &str) {
+    let past = Past::new();
+    let db = past.volume("db", backend);
+    fs::write(db.join("below"), "of the volume").unwrap();
+    let base = past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    fs::write(past.at("branches/try/db/new"), "one").unwrap();
+    let sealed = past.fsnap(["checkpoint", "--branch", "try"]);
+    past.fsnap(["rm", "--branch", "try"]);
+    past.unmount();
+    assert_eq!(past.ground().snapshots_in_use(), 0);
+
+    past.mount();
+    let mut open = fs::File::open(past.at(&format!("ids/{sealed}/db/below"))).unwrap();
+    assert_eq!(read(past.at(&format!("ids/{base}/db/below"))), "of the volume");
+    past.fsnap(["diff", &base, &sealed]);
+    let refused = past.command().args(["rm", &base, &sealed]).output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && said.contains("in use"), "{refused:?}");
+    let mut text = String::new();
+    open.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "of the volume");
+    drop(open);
+    past.unmount();
+    assert!(past.fsnap(["recover"]).contains("finished: a removal"));
+    assert_eq!(past.fsnap(["recover"]), "nothing is half done");
+    assert_eq!(past.fsnap(["log"]), "");
 }
 
 fn both_kinds_live_together() {

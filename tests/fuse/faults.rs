@@ -1,5 +1,6 @@
 //! Servers that are killed, and servers that are too many.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixDatagram;
@@ -8,11 +9,12 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use fsnap::stores::layers;
-use fsnap_backend::{Dir, beneath};
+use fsnap::stores::{Kind, layers};
+use fsnap_backend::{Dir, MountSpec, Source, beneath};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::fs::XattrFlags;
+use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Case;
 use crate::site::{Site, is_mounted};
@@ -27,6 +29,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
+    ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
 
 /// The sealed state of that number, read without the server.
@@ -328,4 +331,26 @@ fn a_store_of_something_else_is_refused() {
     fs::remove_file(site.store().join("letter")).unwrap();
     site.mount();
     site.end();
+}
+
+fn what_is_mounted_in_the_lower_is_in_no_snapshot() {
+    let site = Site::new(|lower| {
+        fs::create_dir(lower.join("d")).unwrap();
+        fs::write(lower.join("d/file"), "below").unwrap();
+        rustix::mount::mount("above", lower.join("d"), "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::write(lower.join("d/file"), "above").unwrap();
+    });
+    assert_eq!(fs::read(site.at("d/file")).unwrap(), b"below");
+    let (kind, images) = (Kind::named("layers").unwrap(), tempfile::tempdir().unwrap());
+    let place = images.path().join("images");
+    let store = kind.create(&place).unwrap();
+    let volume = store.adopt(&site.dir()).unwrap();
+    let at = store.reserve(Source::Volume(&volume), &BTreeSet::new()).unwrap();
+    store.snapshot(&volume, &at).unwrap();
+    drop(volume);
+    let MountSpec::Tree(tree) = kind.open(&place).unwrap().activate(&at).unwrap() else { panic!("it is no tree") };
+    assert_eq!(content(&*tree.open_dir("d".as_ref()).unwrap(), "file"), b"below");
+    drop(tree);
+    site.unmount();
+    rustix::mount::unmount(site.lower().join("d"), UnmountFlags::DETACH).unwrap();
 }

@@ -1,14 +1,15 @@
-//! A catalog with volumes on a btrfs file system, and a server that shows its past.
+//! A catalog with volumes on a btrfs file system, or on file systems of their own, and a server that shows its past.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::site::{fsnap, is_mounted, kill};
+use crate::volumes::{Ground, Volume};
 
 /// How long a server may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -16,6 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// A catalog, volumes, and a place to mount at.
 pub(crate) struct Past {
     base: tempfile::TempDir,
+    /// What volumes lie on that are file systems of their own.
+    ground: Mutex<Ground>,
     server: Arc<Mutex<Option<Child>>>,
 }
 
@@ -23,7 +26,8 @@ impl Past {
     /// Makes the file system. No volume is registered yet.
     pub(crate) fn new() -> Self {
         let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let past = Self { base, server: Arc::default() };
+        let ground = Mutex::new(Ground::new(base.path()));
+        let past = Self { base, ground, server: Arc::default() };
         for name in ["disk", "state", "mnt"] {
             fs::create_dir(past.path(name)).unwrap();
         }
@@ -37,6 +41,12 @@ impl Past {
 
     /// Registers an empty volume, kept by this backend.
     pub(crate) fn volume(&self, name: &str, backend: &str) -> PathBuf {
+        let own = [Volume::DmThin, Volume::Nilfs2].into_iter().find(|volume| volume.backend() == backend);
+        if let Some(volume) = own {
+            let dir = self.ground().make(volume, name);
+            self.fsnap([OsStr::new("init"), dir.as_ref()]);
+            return dir;
+        }
         let dir = self.path("disk").join(name);
         run(Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(&dir));
         let place = self.path("disk").join(format!("{backend}-store"));
@@ -44,6 +54,10 @@ impl Past {
             ["init", "--backend", backend, "--store"].map(OsStr::new).into_iter().chain([place.as_ref(), dir.as_ref()]),
         );
         dir
+    }
+
+    pub(crate) fn ground(&self) -> MutexGuard<'_, Ground> {
+        self.ground.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -127,6 +141,7 @@ impl Drop for Past {
         for name in ["mnt", "state", "disk"] {
             while rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH).is_ok() {}
         }
+        self.ground().clear();
     }
 }
 

@@ -1,12 +1,14 @@
 //! Recipes carried out.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap::mount::{Error, Mounted, Prepared, Restrictions, mount};
-use fsnap_backend::{DirTree, MountSpec};
+use fsnap_backend::{DirTree, MountSpec, mounts};
 
 use crate::live::Case;
 use crate::reach::Place;
@@ -21,6 +23,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_file_system_is_mounted_with_its_options", a_file_system_is_mounted_with_its_options),
     ("a_tree_cannot_be_mounted", a_tree_cannot_be_mounted),
     ("nothing_is_left_of_what_was_not_attached", nothing_is_left_of_what_was_not_attached),
+    ("a_mount_is_found_whatever_its_name", a_mount_is_found_whatever_its_name),
 ];
 
 fn bind(dir: &Path, read_only: bool) -> MountSpec {
@@ -154,4 +157,26 @@ fn nothing_is_left_of_what_was_not_attached() {
     let before = fs::read("/proc/thread-self/mountinfo").unwrap();
     drop(Prepared::new(&bind(&image(&place), true), Restrictions::default()).unwrap());
     assert_eq!(fs::read("/proc/thread-self/mountinfo").unwrap(), before);
+}
+
+fn a_mount_is_found_whatever_its_name() {
+    let place = Place::new();
+    let part = place.dir("part");
+    let long = [b'\n'; 255];
+    let names: [&[u8]; 6] = [b"a b\tc", b"a\nb", b"\\040", b"\xff\xfe", b"7 1 0:9 ! ! rw - proc proc rw", &long];
+    for name in names.map(OsStr::from_bytes) {
+        let at = place.dir(name);
+        rustix::mount::mount(name, &at, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+        let found = mounts::at(&at).unwrap().expect("the mount is in the table");
+        assert_eq!((found.source.as_os_str(), &*found.fstype, found.writable), (name, &b"tmpfs"[..], true));
+        let file = at.join("file");
+        fs::write(&file, "x").unwrap();
+        assert_eq!(mounts::of_file(fs::File::open(&file).unwrap()).unwrap(), Some(found.clone()));
+        // A directory in it, shown elsewhere: the same file system, and the directory's name as its root.
+        let inside = at.join(name);
+        fs::create_dir(&inside).unwrap();
+        rustix::mount::mount_bind(&inside, &part).unwrap();
+        let shown = mounts::at(&part).unwrap().expect("the part is in the table");
+        assert_eq!(Some(shown.root), found.place(&inside));
+    }
 }

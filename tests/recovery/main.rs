@@ -10,6 +10,8 @@
 //! `FSNAP_TEST_STEPS` sets how many of each operation, and `FSNAP_TEST_EVERY` has all of them tried.
 
 mod companion;
+#[path = "../support/images.rs"]
+mod images;
 mod operations;
 #[path = "../cli/redact.rs"]
 #[allow(dead_code, reason = "the sessions of another test use the rest")]
@@ -17,14 +19,19 @@ mod redact;
 #[path = "../cli/site.rs"]
 #[allow(dead_code, reason = "the sessions of another test use the rest")]
 mod site;
+#[path = "../support/thin.rs"]
+mod thin;
 #[cfg(target_arch = "x86_64")]
 mod tracer;
+#[path = "../support/volumes.rs"]
+#[allow(dead_code, reason = "another test uses the rest")]
+mod volumes;
 
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
 
-use operations::{OPERATIONS, Operation, Scene, WHERE};
+use operations::{OPERATIONS, Operation, PLACES, Scene};
 
 fn main() -> ExitCode {
     #[cfg(target_arch = "x86_64")]
@@ -32,18 +39,22 @@ fn main() -> ExitCode {
         return tracer::become_traced(std::env::args_os().skip(2));
     }
     let mut trials = Vec::new();
-    for place in WHERE {
+    for &(volume, place) in PLACES {
+        if let Some(reason) = volume.why_not() {
+            trials.push(Trial::ignorable_test(place, move || Ok(Completion::ignored_with(reason))));
+            continue;
+        }
         for operation in OPERATIONS {
             let name = |how: &str| format!("{place}::{}::{how}", operation.name);
             for action in ["kill", "exit"] {
                 trials.push(Trial::test(name(&format!("{action}_at_failpoints")), move || {
-                    at_failpoints(&mut Scene::new(*place, operation), action);
+                    at_failpoints(&mut Scene::new(volume, operation), action);
                     Ok(())
                 }));
             }
             for (how, fault) in at_calls() {
                 trials.push(Trial::test(name(how), move || {
-                    fault(&mut Scene::new(*place, operation), operation);
+                    fault(&mut Scene::new(volume, operation), operation);
                     Ok(())
                 }));
             }

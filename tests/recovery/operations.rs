@@ -1,7 +1,6 @@
 //! The operations that are cut short, and what may be left of each.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -11,6 +10,8 @@ use serde_json::Value;
 
 use crate::companion::{Beside, Companions};
 use crate::site::{Shell, Site};
+use crate::thin;
+use crate::volumes::Volume;
 
 /// A command of fsnap that changes something.
 #[derive(Debug)]
@@ -228,23 +229,9 @@ fn is_checkpointed(scene: &Scene) -> bool {
     there
 }
 
-/// Where the volume lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Where {
-    Btrfs,
-    Plain,
-}
-
-pub(crate) const WHERE: &[Where] = &[Where::Btrfs, Where::Plain];
-
-impl fmt::Display for Where {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Btrfs => "btrfs",
-            Self::Plain => "rsync",
-        })
-    }
-}
+/// What the volume is, and how the tests of it are called.
+pub(crate) const PLACES: &[(Volume, &str)] =
+    &[(Volume::Btrfs, "btrfs"), (Volume::Rsync, "rsync"), (Volume::DmThin, "dm-thin"), (Volume::Nilfs2, "nilfs2")];
 
 /// A site on which one operation is tried again and again.
 #[derive(Debug)]
@@ -252,7 +239,7 @@ pub(crate) struct Scene {
     // They end before what they have open is unmounted.
     companions: Option<Companions>,
     site: Site,
-    dir: &'static str,
+    volume: Volume,
     operation: &'static Operation,
     mounts: usize,
     tries: usize,
@@ -260,12 +247,13 @@ pub(crate) struct Scene {
 
 impl Scene {
     /// The site, with everything ready for the first try.
-    pub(crate) fn new(place: Where, operation: &'static Operation) -> Self {
-        let (site, dir) = match place {
-            Where::Btrfs => (Site::btrfs(), "fs"),
-            Where::Plain => (Site::plain(), "."),
+    pub(crate) fn new(volume: Volume, operation: &'static Operation) -> Self {
+        let site = match volume {
+            Volume::Btrfs => Site::btrfs(),
+            Volume::Rsync => Site::plain(),
+            Volume::DmThin | Volume::Nilfs2 => Site::on(volume),
         };
-        let mut scene = Self { site, dir, operation, companions: None, mounts: mounts(), tries: 0 };
+        let mut scene = Self { site, volume, operation, companions: None, mounts: mounts(), tries: 0 };
         scene.shell().run("fsnap init db && fsnap checkpoint -t one");
         scene.shell().run("echo more >>db/a && mkdir db/new && mv db/sub/b db/new && fsnap checkpoint -t two");
         scene.shell().run("truncate -s 100k db/a && echo again >>db/new/b");
@@ -274,7 +262,7 @@ impl Scene {
     }
 
     pub(crate) fn shell(&self) -> Shell<'_> {
-        self.site.in_dir(self.dir)
+        self.site.top()
     }
 
     /// The line by which a shell does the operation.
@@ -339,20 +327,58 @@ impl Scene {
         let expected = "nothing is half done\n0 damaged\n\
                         M db/a\nA db/new\nA db/new/b\nD db/sub/b\n-\nM db/a\nM db/new/b";
         assert_eq!(told, expected);
-        let named = |image: &Value, key: &str| {
-            let text = image[key].as_str().unwrap();
-            text.rsplit('/').next().unwrap().to_owned()
+        let names = |list: &str, key: &str| -> Vec<String> {
+            let list = self.json(list);
+            let members = list.as_array().unwrap().iter().flat_map(|one| one["members"].as_array().unwrap());
+            let text = |member: &Value| member[key].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
+            members.map(text).collect()
         };
-        let mut recorded = BTreeSet::new();
-        for (list, key) in [("log", "snapshot"), ("branches", "path")] {
-            for one in self.json(list).as_array().unwrap() {
-                recorded.extend(one["members"].as_array().unwrap().iter().map(|member| named(member, key)));
+        let (mut recorded, branches) = (names("log", "snapshot"), names("branches", "path"));
+        let mut found = self.site.images(self.site.store());
+        for name in &mut found {
+            name.drain(..name.rfind('/').map_or(0, |slash| slash + 1));
+        }
+        let snapshots = recorded.len();
+        let mut mounted = branches.len();
+        match self.volume {
+            Volume::Btrfs | Volume::Rsync => {
+                recorded.extend(branches);
+                mounted = 0;
+            }
+            // A branch is a clone that is mounted elsewhere; and the pool has a record of the volume itself.
+            Volume::DmThin => {
+                let clones = found.iter().filter(|name| name.starts_with("v-")).count();
+                assert_eq!(clones, mounted);
+                found.retain(|name| name != "db" && !name.starts_with("v-"));
+                self.expect_in_pool(snapshots, clones);
+            }
+            // A branch is an overlay over the snapshot.
+            Volume::Nilfs2 => {
+                let marks = self.shell().run("lscp -s $(findmnt -no SOURCE db) | tail -n +2 | wc -l");
+                assert_eq!(marks, snapshots.to_string());
             }
         }
-        let images = self.site.images(&format!("{}/.fsnap", self.dir));
-        let found: BTreeSet<String> = images.iter().map(|name| name.rsplit('/').next().unwrap().into()).collect();
-        assert_eq!(found, recorded);
-        assert_eq!(mounts(), self.mounts, "something is mounted");
+        let set = |names: Vec<String>| names.into_iter().collect::<BTreeSet<_>>();
+        assert_eq!(set(found), set(recorded));
+        assert_eq!(mounts(), self.mounts + mounted, "something is mounted");
+    }
+
+    /// So many snapshots and clones are in the pool beside the volume; of these, the clones are in use, and nothing is suspended.
+    fn expect_in_pool(&self, snapshots: usize, clones: usize) {
+        let store = self.site.store();
+        let settings: Value = serde_json::from_slice(&fs::read(store.join("fsnap-store")).unwrap()).unwrap();
+        let pool = settings["pool"].as_str().unwrap();
+        let in_pool = self.shell().run(&format!(
+            "dmsetup message {pool} 0 reserve_metadata_snap
+             metadata=$(dmsetup table {pool} | cut -d ' ' -f 4)
+             thin_ls --metadata-snap --no-headers --format DEV /dev/$(basename $(readlink /sys/dev/block/$metadata)) | wc -l
+             dmsetup message {pool} 0 release_metadata_snap"
+        ));
+        assert_eq!(in_pool, (1 + snapshots + clones).to_string());
+        let devices = thin::devices(&store);
+        let used = |kind: &str| devices.iter().filter(|device| device.what.starts_with(kind)).count();
+        assert_eq!((used("s-"), used("v-")), (0, clones), "{devices:?}");
+        assert!(devices.iter().all(|device| !device.suspended), "{devices:?}");
     }
 
     fn checkpoints(&self) -> usize {

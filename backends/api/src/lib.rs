@@ -74,6 +74,7 @@ mod error;
 mod image;
 mod locator;
 mod mount_spec;
+pub mod mounts;
 mod read_all;
 mod tree;
 

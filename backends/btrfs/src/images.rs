@@ -272,7 +272,7 @@ impl Store {
     pub(crate) fn check_unused(&self, dir: ImageDir, at: &Locator) -> Result<()> {
         let what = self.place_of(dir, at).display().to_string();
         let path = self.path_from_top(dir, at.as_str()).context("find the path of", &what)?;
-        match mounts::user_of(&self.root, &path) {
+        match mounts::user_of(&self.root, path) {
             Some(by) => Err(Error::Busy { what, by }),
             None => Ok(()),
         }

@@ -128,8 +128,8 @@ impl Store {
         Ok(Self { info, place, root, snapshots, volumes, file_system, id: own.id })
     }
 
-    /// The path of the image `name` from the top of the file system on, as mountinfo shows it.
-    pub(crate) fn path_from_top(&self, dir: ImageDir, name: &str) -> io::Result<Vec<u8>> {
+    /// The path of the image `name` from the top of the file system on, as the table of mounts shows it.
+    pub(crate) fn path_from_top(&self, dir: ImageDir, name: &str) -> io::Result<PathBuf> {
         let mut parts = vec![OsString::from(name), OsString::from(dir.name())];
         let mut at = self.id;
         while at != sys::TOP_LEVEL {
@@ -138,12 +138,8 @@ impl Store {
             parts.extend(sys::path_of(&self.root, link.id, link.dir)?.into_iter().rev());
             at = link.id;
         }
-        let mut path = Vec::new();
-        for part in parts.iter().rev() {
-            path.push(b'/');
-            path.extend(part.as_encoded_bytes());
-        }
-        Ok(path)
+        parts.push("/".into());
+        Ok(parts.into_iter().rev().collect())
     }
 }
 

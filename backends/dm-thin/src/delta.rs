@@ -50,7 +50,7 @@ impl Store {
             Source::Volume(volume) => {
                 let live = self.check(volume)?;
                 // With it, syncfs(2) writes contents to the journal, and FIEMAP knows of their later place alone.
-                if live.file_system == FileSystem::Ext4 && live.options.split(',').any(|one| one == "data=journal") {
+                if live.file_system == FileSystem::Ext4 && live.mount.options().any(|one| one == b"data=journal") {
                     return Ok(None);
                 }
                 // What is not written out has no block, or still its old one.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use devicemapper::errors::Error as CoreError;
 use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid};
-use fsnap_backend::{Error, IoContext, Result};
+use fsnap_backend::{Error, IoContext, Result, mounts};
 use rustix::io::Errno;
 
 use crate::{KIND, sys};
@@ -55,6 +55,12 @@ impl Number {
         let named = PathBuf::from(format!("/dev/mapper/{name}"));
         let leads_here = fs::metadata(&named).is_ok_and(|meta| Self::of(meta.rdev()) == self);
         if leads_here { named } else { self.node() }
+    }
+}
+
+impl From<mounts::Device> for Number {
+    fn from(device: mounts::Device) -> Self {
+        Self { major: device.major, minor: device.minor }
     }
 }
 

@@ -42,7 +42,6 @@ mod delta;
 mod dm;
 mod guard;
 mod images;
-mod mounts;
 mod pool;
 mod record;
 mod store;

@@ -23,12 +23,12 @@ pub enum FileSystem {
 }
 
 impl FileSystem {
-    /// By the name in `/proc/self/mountinfo`.
-    pub(crate) fn named(name: &str) -> Option<Self> {
+    /// By the name that the kernel has for it.
+    pub(crate) fn named(name: &[u8]) -> Option<Self> {
         match name {
-            "ext2" | "ext3" | "ext4" => Some(Self::Ext4),
-            "xfs" => Some(Self::Xfs),
-            "btrfs" => Some(Self::Btrfs),
+            b"ext2" | b"ext3" | b"ext4" => Some(Self::Ext4),
+            b"xfs" => Some(Self::Xfs),
+            b"btrfs" => Some(Self::Btrfs),
             _ => None,
         }
     }

@@ -3,11 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use fsnap_backend::mounts::{self, Mount};
 use fsnap_backend::{Error, Identity, IoContext, Result, beneath};
 
 use crate::KIND;
 use crate::dm::{Mapper, Number};
-use crate::mounts::{self, Mount, Place};
 use crate::pool::{Pool, ThinDevice, owner};
 use crate::superblock::FileSystem;
 
@@ -19,8 +19,7 @@ pub(crate) struct Live {
     pub(crate) pool: Pool,
     pub(crate) file_system: FileSystem,
     pub(crate) uuid: String,
-    /// The options of the mounted file system.
-    pub(crate) options: String,
+    pub(crate) mount: Mount,
 }
 
 impl Live {
@@ -28,19 +27,21 @@ impl Live {
     pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<Self> {
         let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
         let root = beneath::open_volume(dir, KIND)?;
-        let mount = match mounts::place(&root).context("find the mount of", dir)? {
-            Place::Root(mount) if mount.root == "/" => mount,
-            Place::Root(_) => return Err(refused("only a part of its file system is mounted there")),
-            Place::Below => {
-                return Err(refused(
-                    "it is not the root of a mounted file system, and a thin device is captured as a whole; name the \
-                     mount point, or choose the rsync backend, which takes any directory",
-                ));
-            }
-            Place::Unknown => return Err(refused("its mount is not one that this process can see")),
+        if !beneath::look_fd(&root).context("examine", dir)?.mount_root {
+            return Err(refused(
+                "it is not the root of a mounted file system, and a thin device is captured as a whole; name the \
+                 mount point, or choose the rsync backend, which takes any directory",
+            ));
+        }
+        let Some(mount) = mounts::of_file(&root).context("find the mount of", dir)? else {
+            return Err(refused("its mount is not one that this process can see"));
         };
-        let Some(file_system) = FileSystem::named(&mount.file_system) else {
-            return Err(refused(&format!("its file system is {}; ext4 and xfs can be volumes", mount.file_system)));
+        if mount.root.path != Path::new("/") {
+            return Err(refused("only a part of its file system is mounted there"));
+        }
+        let Some(file_system) = FileSystem::named(&mount.fstype) else {
+            let named = mount.fstype.escape_ascii();
+            return Err(refused(&format!("its file system is {named}; ext4 and xfs can be volumes")));
         };
         if file_system == FileSystem::Btrfs {
             return Err(refused(
@@ -48,12 +49,12 @@ impl Live {
                  be; its own snapshots do better: choose the btrfs backend",
             ));
         }
-        if mount.read_only {
+        if !mount.writable {
             return Err(refused("it is mounted read-only, and has no new states to capture"));
         }
-        let number = device_of(&mount).ok_or_else(|| refused("its device cannot be found"))?;
+        let number = Number::from(mount.root.device);
         let Some(device) = mapper.of_number(number)? else {
-            return Err(refused(&format!("its device {} is not one of device-mapper's", mount.source)));
+            return Err(refused(&format!("its device {} is not one of device-mapper's", mount.source.display())));
         };
         if let Some(why) = owner(&device.uuid) {
             return Err(refused(why));
@@ -75,7 +76,7 @@ impl Live {
         let node = number.node();
         let uuid = file_system.uuid_on(&node).context("read the superblock of", &node)?;
         let uuid = uuid.ok_or_else(|| refused("its device does not hold the file system that is mounted"))?;
-        Ok(Self { root, thin, pool, file_system, uuid, options: mount.options })
+        Ok(Self { root, thin, pool, file_system, uuid, mount })
     }
 
     /// Names the volume in the store of that UUID.
@@ -84,13 +85,5 @@ impl Live {
         // is not.
         let given = self.thin.device.uuid.strip_prefix("FSNAP-").map(|rest| format!("-{rest}")).unwrap_or_default();
         Identity::new(format!("{KIND}:{store}/{}-{}{given}", self.thin.id, self.uuid))
-    }
-}
-
-/// The number of the block device; btrfs shows a number of its own.
-fn device_of(mount: &Mount) -> Option<Number> {
-    match mount.file_system.as_str() {
-        "btrfs" => rustix::fs::stat(&*mount.source).ok().map(|meta| Number::of(meta.st_rdev)),
-        _ => mount.device,
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use fsnap_backend::{Dir, Xattrs};
+use fsnap_backend::{Dir, Xattrs, mounts};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 
@@ -253,13 +253,9 @@ impl Object {
 
 /// The user whose server serves the file system that this file lies on, if it is one of ours.
 pub(super) fn server_of(file: BorrowedFd<'_>) -> std::io::Result<Option<u32>> {
-    let wanted =
-        rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, rustix::fs::StatxFlags::MNT_ID)?.stx_mnt_id.to_string();
-    let table = std::fs::read_to_string("/proc/thread-self/mountinfo")?;
-    let line = table.lines().find(|line| line.split(' ').next() == Some(&wanted));
-    let Some((_, system)) = line.and_then(|line| line.split_once(" - fuse.fsnap ")) else { return Ok(None) };
-    let option = system.split([' ', ',']).find_map(|option| option.strip_prefix("user_id="));
-    Ok(option.and_then(|user| user.parse().ok()))
+    let Some(mount) = mounts::of_file(file)?.filter(|mount| mount.fstype == b"fuse.fsnap") else { return Ok(None) };
+    let user = mount.options().find_map(|option| option.strip_prefix(b"user_id="));
+    Ok(user.and_then(|user| std::str::from_utf8(user).ok()?.parse().ok()))
 }
 
 fn magic(descriptor: &OwnedFd) -> PathBuf {

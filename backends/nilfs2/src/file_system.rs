@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Error, Identity, IoContext, Result, beneath};
+use fsnap_backend::{Error, Identity, IoContext, Result, beneath, mounts};
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -192,10 +192,8 @@ fn find(uuid: Uuid) -> Result<PathBuf> {
 /// Whether this mount namespace shows a mount of the device.
 fn is_mounted(device: &Path) -> bool {
     let Ok(meta) = std::fs::metadata(device) else { return false };
-    let wanted = format!("{}:{}", rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    // The third field of a line is the device's number.
-    mounts.lines().any(|line| line.split(' ').nth(2) == Some(&wanted))
+    let wanted = mounts::Device::of(meta.rdev());
+    mounts::own().is_ok_and(|mounts| mounts.iter().any(|mount| mount.root.device == wanted))
 }
 
 /// The nodes of all block devices that have a size ([proc(5)], `/proc/partitions`).

@@ -363,7 +363,7 @@ impl Layout {
         if let Place::Kept(id, device, inode) = place {
             let checkpoint = catalog.checkpoint(id)?;
             let kept = checkpoint.as_ref().and_then(|checkpoint| checkpoint.kept(*device, *inode));
-            return Ok(kept.map(|kept| self.kept_meta(kept.attributes)));
+            return Ok(kept.map(|kept| self.kept_meta(&kept.attributes)));
         }
         let (time, size) = match place {
             Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
@@ -435,7 +435,7 @@ impl Layout {
     }
 
     /// Whoever could open the file can read it here: set-id bits say nothing of a file that is only read.
-    fn kept_meta(&self, was: Attributes) -> FileMeta {
+    fn kept_meta(&self, was: &Attributes) -> FileMeta {
         let time = |(seconds, nanoseconds)| Timestamp { seconds, nanoseconds };
         let (atime, mtime) = (time(was.accessed), time(was.modified));
         let (mode, uid, gid, size) = (was.mode & 0o777, was.uid, was.gid, was.size);

@@ -1,14 +1,14 @@
-//! Volumes of each kind, made on files of the site.
+//! Volumes of each kind, made on files of a test's own directory.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use fsnap_dm_thin::{FileSystem, Plan, STORES, Store};
 
-use crate::site::{create_subvolume, run};
+use crate::thin::{devices, remove_devices};
 
-/// What a volume of a site is.
+/// What a volume is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Volume {
     /// A subvolume.
@@ -46,13 +46,13 @@ impl Volume {
     }
 }
 
-/// What the volumes of one site lie on.
+/// What the volumes of one test lie on.
 #[derive(Debug)]
 pub(crate) struct Ground {
     dir: PathBuf,
     mounts: Vec<PathBuf>,
     btrfs: bool,
-    pool: Option<Store>,
+    pool: Option<(Store, PathBuf)>,
 }
 
 impl Ground {
@@ -77,7 +77,7 @@ impl Ground {
                     run(Command::new("mkfs.btrfs").arg("--quiet").arg(&image));
                     self.mount(&image, &self.dir.join(place), &["-o", "loop"]);
                 }
-                create_subvolume(&path);
+                run(Command::new("btrfs").args(["subvolume", "create"]).arg(&path));
             }
             Volume::DmThin => {
                 let device = self.thin_device(name);
@@ -103,14 +103,19 @@ impl Ground {
     }
 
     fn thin_device(&mut self, name: &str) -> PathBuf {
-        let pool = self.pool.get_or_insert_with(|| {
-            let site = self.dir.file_name().unwrap().to_string_lossy().into_owned();
-            let name = format!("fsnap-engines-{}-{site}", std::process::id());
+        let (pool, _) = self.pool.get_or_insert_with(|| {
+            let test = self.dir.file_name().unwrap().to_string_lossy().into_owned();
+            let name = format!("fsnap-test-{}-{}", std::process::id(), test.trim_start_matches('.'));
             // Where `fsnap init` looks for it.
             let (place, on) = (Path::new(STORES).join(&name), self.dir.join("pool"));
-            Store::create_pool(&Plan { name, place, on, size: Some(2 << 30) }).unwrap()
+            (Store::create_pool(&Plan { name, place: place.clone(), on, size: Some(2 << 30) }).unwrap(), place)
         });
         pool.make_volume(name, 512 << 20, FileSystem::Ext4).unwrap()
+    }
+
+    /// Where the store of the thin pool is, if there is one.
+    pub(crate) fn pool_store(&self) -> Option<&Path> {
+        self.pool.as_ref().map(|(_, place)| place.as_path())
     }
 
     fn mount(&mut self, device: &Path, at: &Path, options: &[&str]) {
@@ -124,13 +129,26 @@ impl Ground {
         self.mount(Path::new("small"), at, &["-t", "tmpfs", "-o", &format!("size={kib}k")]);
     }
 
-    /// Unmounts and removes everything.
-    pub(crate) fn clear(&mut self) {
-        for at in self.mounts.iter().rev() {
-            // What a failed case left running keeps it busy; it ends with the sandbox.
-            let _ = Command::new("umount").args(["-i", "--lazy"]).arg(at).status();
-        }
-        // The same holds for the pool: only one that nobody uses can be removed.
-        let _ = self.pool.take().map(Store::remove_pool);
+    /// How many snapshots in the thin pool have a device that is in use, or was; 0 without a pool.
+    pub(crate) fn snapshots_in_use(&self) -> usize {
+        let devices = self.pool_store().map(devices).unwrap_or_default();
+        devices.iter().filter(|device| device.what.starts_with("s-")).count()
     }
+
+    /// Unmounts and removes everything, whoever uses it.
+    pub(crate) fn clear(&mut self) {
+        for at in self.mounts.drain(..).rev() {
+            // What a failed case left running keeps it busy.
+            let _ = Command::new("umount").args(["-i", "--lazy"]).arg(at).output();
+        }
+        if let Some((_, place)) = self.pool.take() {
+            remove_devices(&place);
+            let _ = fs::remove_dir_all(place);
+        }
+    }
+}
+
+fn run(command: &mut Command) {
+    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {output:?}");
 }
