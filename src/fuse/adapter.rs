@@ -20,7 +20,7 @@ use fuser::{
 use super::given::Given;
 use super::handles::{Access, Handle, Handles};
 use super::open::{Dots, locked, with_buffer};
-use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
+use super::overlay::{Attr, Caller, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
@@ -582,6 +582,9 @@ impl Filesystem for Adapter {
         _: u32,
         reply: ReplyEmpty,
     ) {
+        if name == MERGE && self.own(ino) == ROOT {
+            return if self.is_ours(request) { self.merge_for(reply) } else { reply.error(Errno::EPERM) };
+        }
         if name != SEAL {
             return done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
         }
@@ -726,6 +729,18 @@ impl Adapter {
             }
             done(overlay.seal(&image, || handles.passed()), reply);
         });
+    }
+
+    /// What merges the layers that nobody needs any more, when it is called.
+    pub(super) fn merger(&self) -> impl Fn() -> super::overlay::Result<()> + Send + use<> {
+        let (overlay, handles) = (self.overlay.clone(), self.handles.clone());
+        move || overlay.merge(|| handles.passed())
+    }
+
+    /// Merges layers, in a thread of its own: it may take a while.
+    fn merge_for(&self, reply: ReplyEmpty) {
+        let merge = self.merger();
+        std::thread::spawn(move || done(merge(), reply));
     }
 
     /// Makes the kernel ask for the attributes again.

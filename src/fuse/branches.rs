@@ -198,6 +198,15 @@ impl Branches {
         self.slots().retain(|_, slot| slot.below.is_some() || dirs.contains(&slot.dir));
     }
 
+    /// Gives back the room of layers that nobody needs any more.
+    pub(super) fn merge(&self) {
+        let open: Vec<_> = self.open.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for adapter in open {
+            // What cannot be merged now is tried again.
+            let _ = adapter.merger()();
+        }
+    }
+
     /// Lets go of all.
     pub(super) fn close(&self) {
         self.close_those(|_, _| true);

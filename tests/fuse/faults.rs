@@ -32,10 +32,6 @@ pub(crate) const CASES: &[Case] = &[
     ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
 
-fn seal(site: &Site, image: &str) {
-    rustix::fs::setxattr(site.dir(), layers::SEAL, image.as_bytes(), XattrFlags::empty()).unwrap();
-}
-
 /// The sealed state of that number, read without the server.
 fn sealed_state(site: &Site, number: u64) -> Arc<dyn Dir> {
     let lower = layers::Below::Dir(beneath::open_root(&site.lower()).unwrap());
@@ -64,6 +60,7 @@ fn killed_while_sealing_is_before_or_after() {
         let mut open = fs::File::options().append(true).open(site.at("file")).unwrap();
         open.write_all(b" and more").unwrap();
         let (dir, image) = (site.dir(), format!("round.{round}"));
+        site.hold(&image);
         let sealer = std::thread::spawn(move || {
             rustix::fs::setxattr(&dir, layers::SEAL, image.as_bytes(), XattrFlags::empty()).is_ok()
         });
@@ -126,7 +123,7 @@ fn eight_writers_while_layers_are_sealed() {
     assert_eq!(midway.iter().take(8).count(), 8);
     let mut sealed = 0;
     while sealed < 2 || !writers.iter().all(std::thread::JoinHandle::is_finished) && sealed < 20 {
-        seal(&site, &format!("state.{sealed}"));
+        site.seal(&format!("state.{sealed}"));
         sealed += 1;
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -223,7 +220,7 @@ fn killed_while_writing_keeps_what_was_synced() {
         std::thread::sleep(Duration::from_millis(3 * kill));
         // Every other time, what was written so far is in a layer that was sealed under the writer's hands.
         if kill % 2 == 1 {
-            seal(&site, &format!("kill.{kill}"));
+            site.seal(&format!("kill.{kill}"));
             sealed += 1;
         }
         std::thread::sleep(Duration::from_millis(4 * kill));

@@ -170,6 +170,11 @@ impl Nodes {
         self.table.iter().filter(|(_, node)| node.file.is_some()).map(|(ino, _)| *ino).collect()
     }
 
+    /// Whether one is like that.
+    pub(super) fn any(&self, wanted: impl Fn(&Node) -> bool) -> bool {
+        self.table.values().any(wanted)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.table.len()
     }
