@@ -29,7 +29,7 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
 pub use attendant::{Attending, attendants};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, RoomRef, Taken};
-pub use lock::{HiddenNote, IntentLock, Note, find_plan};
+pub use lock::{HiddenNote, IntentLock, Note, find_plan, is_any_taken};
 pub use query::Removal;
 pub use search::{SearchAnswer, SearchFile, WriterLists};
 

@@ -43,6 +43,7 @@ use crate::{Error, Result, stores};
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
 pub use history::{Pinned, time_of};
+pub(crate) use open::activate;
 pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};

@@ -17,6 +17,7 @@ pub mod adapter;
 pub mod branches;
 pub mod browse;
 pub mod browse_adapter;
+mod given;
 mod handles;
 pub mod lower;
 pub mod mount_adapter;

@@ -30,7 +30,7 @@ use fsnap_backend::beneath;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::remove_images;
-pub use checkpoint::{EXTERNAL, HookCommand, RESTORE_ARGS, RunCheckpoint, UNLINKED, sweep_images};
+pub use checkpoint::{EXTERNAL, HookCommand, RunCheckpoint, UNLINKED, engine_args, sweep_images};
 
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, TerminalId, os_text};

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+#[cfg(feature = "fuse")]
+use fsnap_backend::Identity;
 use fsnap_backend::{Backend, Error as BackendError};
 use serde::Deserialize;
 
@@ -93,10 +95,13 @@ pub const KINDS: &[Kind] = &[
 
 #[cfg(feature = "fuse")]
 fn open_layers(place: &Path, _: &Options) -> Opened {
-    Ok(Arc::new(fsnap_layers::Store::open_with(place, open_origin)?))
+    Ok(Arc::new(fsnap_layers::Store::open_with(place, ORIGINS)?))
 }
 
-/// Opens what a copy-on-write tree began with, whatever backend keeps it.
+/// What copy-on-write trees began with, whatever backend keeps it.
+#[cfg(feature = "fuse")]
+const ORIGINS: layers::Origins = layers::Origins { open: open_origin, let_go: let_go_of_origin };
+
 #[cfg(feature = "fuse")]
 fn open_origin(origin: &layers::Origin) -> fsnap_backend::Result<layers::Below> {
     use crate::fuse::lower;
@@ -107,13 +112,24 @@ fn open_origin(origin: &layers::Origin) -> fsnap_backend::Result<layers::Below> 
     };
     match origin {
         layers::Origin::Dir(dir) => lower::of_dir(dir).map_err(|error| failed(&dir.display(), error.to_string())),
-        layers::Origin::Image { backend, place, store, at } => {
-            let place = crate::checkpoint::PathText(place.clone());
-            let record = StoreRecord { identity: store.clone(), backend: backend.clone(), place };
-            let store = self::open(&record, &Options::default()).map_err(|error| failed(at, error.to_string()))?;
-            lower::of_recipe(store.activate(at)?).map_err(|error| failed(at, error.to_string()))
-        }
+        layers::Origin::Image { backend, place, store, at } => store_of(backend, place, store)
+            .and_then(|store| lower::of_image(store.as_ref(), at))
+            .map_err(|error| failed(at, error.to_string())),
     }
+}
+
+/// It may be in use by others, or its store may be gone: then nothing is left to do here.
+#[cfg(feature = "fuse")]
+fn let_go_of_origin(origin: &layers::Origin) {
+    if let layers::Origin::Image { backend, place, store, at } = origin {
+        let _ = store_of(backend, place, store).map(|store| store.deactivate(at));
+    }
+}
+
+#[cfg(feature = "fuse")]
+fn store_of(backend: &str, place: &Path, identity: &Identity) -> Result<Arc<dyn Backend>> {
+    let place = crate::checkpoint::PathText(place.to_owned());
+    open(&StoreRecord { identity: identity.clone(), backend: backend.to_owned(), place }, &Options::default())
 }
 
 impl Kind {

@@ -367,6 +367,13 @@ fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl
 }
 
 /// The intents that have files in the directory.
+/// Whether there is a note that a checkpoint was taken, which is there until it is sealed; looks at no database.
+pub fn is_any_taken(state: &Path) -> Result<bool> {
+    Ok(ids_in(&state.join("intents"))?
+        .into_iter()
+        .any(|id| IntentFiles::of(state, id).taken().symlink_metadata().is_ok()))
+}
+
 fn ids_in(dir: &Path) -> Result<BTreeSet<IntentId>> {
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),

@@ -15,7 +15,6 @@ use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
-use super::failure::say;
 use super::{Context, Failure, Outcome, Output, attendant, environment, hook, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
@@ -183,12 +182,6 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     let (id, coordinator) = (taken?, coordinator?);
     let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
     let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
-    if !environment::is_root() {
-        say(
-            "warning",
-            "its files can be branched; its processes cannot be restored without root, for CRIU refuses that",
-        );
-    }
     for tag in &args.tags {
         coordinator.tag(tag, &id)?;
     }

@@ -8,7 +8,7 @@ use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
 use fsnap::engine::{Images, PidSpace, Restored};
 use fsnap::name::Name;
-use fsnap::run::{RESTORE_ARGS, RunRecord, Runs};
+use fsnap::run::{RunRecord, Runs, engine_args};
 use serde_json::json;
 
 use super::terminal::Terminal;
@@ -77,8 +77,8 @@ fn one(
 ) -> Result<(Branch, Restored), Failure> {
     let runs = Runs::of(&context.state);
     let mut record = original.copied(name.clone(), checkpoint.id);
-    let mut engine_args: Vec<OsString> = RESTORE_ARGS.map(OsString::from).to_vec();
-    engine_args.extend_from_slice(args);
+    let mut all_args = engine_args();
+    all_args.extend_from_slice(args);
     let criu = environment::find_criu(&context.config)?;
     // The engine knows the terminal by the numbers that it had at first, and this copy's own by a path.
     let terminals = original.terminal.zip(terminal.map(Terminal::path));
@@ -88,7 +88,7 @@ fn one(
         checkpoint,
         branch: &name,
         criu: &criu,
-        args: &engine_args,
+        args: &all_args,
         stage: &internal::stage_command(),
         pids: PidSpace::New,
         run: Some(RunRequest { record: &record, place: place.path(), terminal: terminals }),

@@ -116,7 +116,7 @@ fn hint(error: &Error) -> Option<String> {
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
         Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
-            "CRIU restores processes for root only; `fsnap branch CKPT` gives you their files"
+            "not everything can be restored without root; `fsnap branch CKPT` gives you the files all the same"
         }
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::Catalog(catalog::Error::Damaged { .. }) => {

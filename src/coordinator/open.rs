@@ -71,11 +71,11 @@ pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn
     }
 }
 
-/// Activates an image that others may deactivate, and holds its device until it is mounted.
+/// Activates an image that others may deactivate, and holds its device, if it has one, until it is mounted.
 ///
 /// Nobody can deactivate it while the device is open. Before that somebody may have, and the device's number may be another image's
 /// by now: so it is asked for again, until the answer is the device that is open.
-fn activate(store: &dyn Backend, at: &Locator) -> Result<(MountSpec, Option<File>)> {
+pub(crate) fn activate(store: &dyn Backend, at: &Locator) -> Result<(MountSpec, Option<File>)> {
     let mut held: Option<(PathBuf, File)> = None;
     for _ in 0..ATTEMPTS {
         let spec = store.activate(at)?;

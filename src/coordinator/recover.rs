@@ -62,9 +62,22 @@ impl Coordinator {
     /// An engine that is still alive is left its checkpoint, unless everything was taken. Images that the catalog did
     /// not record are never touched.
     pub fn recover(&self) -> Result<Vec<Recovered>> {
+        let mut done = self.recover_those(|_, _| true)?;
+        self.catalog.sweep_intent_files()?;
+        done.extend(self.mount_branches()?);
+        Ok(done)
+    }
+
+    /// Seals the checkpoints that were taken and that nobody works on, and leaves all else that is half done alone.
+    pub fn seal_taken(&self) -> Result<Vec<Recovered>> {
+        self.recover_those(|id, intent| matches!(intent, Intent::Checkpoint(_)) && self.catalog.may_be_taken(id))
+    }
+
+    fn recover_those(&self, wanted: impl Fn(IntentId, &Intent) -> bool) -> Result<Vec<Recovered>> {
         let mut done = Vec::new();
         let boot = boot_id()?;
-        let intents = self.catalog.intents()?;
+        let mut intents = self.catalog.intents()?;
+        intents.retain(|(id, intent)| wanted(*id, intent));
         for (_, intent) in &intents {
             let Intent::Checkpoint(pending) = intent else { continue };
             for member in &pending.members {
@@ -94,8 +107,6 @@ impl Coordinator {
             };
             done.push(recovered.unwrap_or_else(|error| Recovered::Postponed { what, error }));
         }
-        self.catalog.sweep_intent_files()?;
-        done.extend(self.mount_branches()?);
         Ok(done)
     }
 

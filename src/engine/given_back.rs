@@ -69,6 +69,22 @@ impl PlannedFile {
         }
     }
 
+    /// Opens the content for a program that may not look at fsnap's descriptors: it inherits this one.
+    ///
+    /// That program is root in a user namespace that knows this user and no other. So the file becomes the user's own, without the
+    /// set-id bits that were meant for somebody else.
+    pub(super) fn open_for_heir(&mut self) -> io::Result<File> {
+        let content = File::open(&self.content)?;
+        rustix::io::fcntl_setfd(&content, FdFlags::empty())?;
+        self.content = format!("/proc/self/fd/{}", content.as_raw_fd()).into();
+        let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        if (self.attributes.uid, self.attributes.gid) != (user, group) {
+            self.attributes.mode &= 0o1777;
+        }
+        (self.attributes.uid, self.attributes.gid) = (0, 0);
+        Ok(content)
+    }
+
     /// Makes the file, in the mounts as they are now, for the engine to inherit.
     fn make(&self, content: &File) -> io::Result<File> {
         let file = make_nameless(self.directory()?)?;

@@ -38,6 +38,10 @@ const KNOWN: &[(&str, &str)] = &[
     ("Unable to seize", "CRIU may not stop a process: run as root, and end any debugger"),
     ("session leader", "a process belongs to a session whose leader is outside of the run: start it in the run"),
     ("Can't find path for", "a process watches a file that CRIU cannot find again: add `-- --force-irmap`"),
+    (
+        "Can't open mapped",
+        "a process has mapped a file whose name is gone, and the kernel lets nobody but root look at that: start the run as root",
+    ),
     ("CAP_SYS_ADMIN", "CRIU needs more rights than this user has: start the run as root"),
 ];
 
@@ -72,6 +76,9 @@ fn error(line: &str) -> Option<String> {
 fn is_noise(line: &str) -> bool {
     [
         "rlimit: Can't setup RLIMIT_NOFILE",
+        // What it asks of the kernel without being root, and can do without.
+        "tun: Unable to create tun",
+        "net: Unexpected error: -1(",
         "Dumping FAILED",
         "Unable to detach from",
         "exited, status=",

@@ -189,12 +189,15 @@ fn first_stage(mut plan: Plan, output: &mut impl Write) -> Result<(), Failure> {
     let privileged = rustix::process::geteuid().is_root();
     namespaces.set(CloneFlags::CLONE_NEWUSER, plan.cell.is_some() && !privileged);
     let user = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let mut kept = None;
+    let mut kept = Vec::new();
     if namespaces.contains(CloneFlags::CLONE_NEWUSER) && plan.program.is_none() {
         // From within, the files of fsnap cannot be looked at.
         let images = open_images(&plan.images).map_err(Failure::step("open the images"))?;
         plan.images = format!("/proc/self/fd/{}", images.as_raw_fd()).into();
-        kept = Some(images);
+        kept.push(images);
+        for file in &mut plan.returned {
+            kept.push(file.open_for_heir().map_err(Failure::step("open what was kept of files without names"))?.into());
+        }
     }
     nix::sched::unshare(namespaces).map_err(|error| Failure::step("make namespaces")(error.into()))?;
     if namespaces.contains(CloneFlags::CLONE_NEWUSER) {

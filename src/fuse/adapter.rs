@@ -17,9 +17,10 @@ use fuser::{
     ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use super::given::Given;
 use super::handles::{Access, Handle, Handles};
-use super::open::{Dots, with_buffer};
-use super::overlay::{Attr, Caller, Change, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
+use super::open::{Dots, locked, with_buffer};
+use super::overlay::{Attr, Caller, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
@@ -32,6 +33,7 @@ pub(super) const GENERATION: Generation = Generation(0);
 pub struct Adapter {
     overlay: Arc<Overlay>,
     handles: Arc<Handles>,
+    given: Given,
     notifier: Arc<OnceLock<Notifier>>,
     /// The directory of its layers.
     store: PathBuf,
@@ -42,7 +44,9 @@ pub struct Adapter {
 impl Adapter {
     /// Serves this tree, whose layers lie in the directory `store`. The notifier is set once the session has one.
     pub fn new(overlay: Overlay, store: &Path, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { overlay: Arc::new(overlay), handles: Arc::default(), notifier, store: store.to_owned(), base: 0 }
+        let given = Given::new(notifier.clone());
+        let (overlay, store) = (Arc::new(overlay), store.to_owned());
+        Self { overlay, handles: Arc::default(), given, notifier, store, base: 0 }
     }
 
     /// Serves this tree as one of several in a mount, all of whose numbers have `base` added.
@@ -245,6 +249,7 @@ impl Filesystem for Adapter {
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
         self.handles.forgotten(self.own(ino));
+        self.given.forgotten(ino);
         self.overlay.forget(self.own(ino), nlookup);
     }
 
@@ -279,6 +284,7 @@ impl Filesystem for Adapter {
         let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
         let drop_privileges = request.uid() != 0;
         let change = Change { mode, uid, gid, size, atime, mtime, drop_privileges };
+        let _resizing = size.map(|_| locked(&self.handles.resizing));
         match self.overlay.change(self.own(ino), &change) {
             Ok(attr) => {
                 let (attr, ttl) = self.attr_of(&attr);
@@ -362,16 +368,30 @@ impl Filesystem for Adapter {
         }
         let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
         let access = if write { Access::Write } else { Access::Read };
-        let opened = self.handles.open_file(self.own(ino), file, access, may_pass, |file| reply.open_backing(file));
-        match &opened.backing {
-            Some(backing) => {
-                reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
-                if write {
-                    self.attributes_changed(self.own(ino));
+        // Read before anything is locked: it may come from a disk.
+        let length = if write { None } else { file.unwritten() };
+        let wanted = length.and_then(|length| self.given.wanted(ino, length));
+        with_buffer(wanted.unwrap_or(0), |content| {
+            let whole = wanted.is_some() && file.read(content, 0) == Ok(content.len());
+            let give = |file: &OpenFile| {
+                // Who makes it shorter or longer right now has not told the kernel yet.
+                let kept = self.handles.resizing.try_lock();
+                if whole && kept.is_ok() && file.unwritten().is_some() {
+                    self.given.give(ino, content);
                 }
+            };
+            let register = |file: &_| reply.open_backing(file);
+            let opened = self.handles.open_file(self.own(ino), file, access, may_pass, register, give);
+            match &opened.backing {
+                Some(backing) => {
+                    reply.opened_passthrough(FileHandle(opened.handle), opened.flags, backing);
+                    if write {
+                        self.attributes_changed(self.own(ino));
+                    }
+                }
+                None => reply.opened(FileHandle(opened.handle), opened.flags),
             }
-            None => reply.opened(FileHandle(opened.handle), opened.flags),
-        }
+        });
     }
 
     fn create(
@@ -390,7 +410,8 @@ impl Filesystem for Adapter {
         };
         let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
         let access = Access::Create;
-        let opened = self.handles.open_file(attr.ino, file, access, may_pass, |file| reply.open_backing(file));
+        let register = |file: &_| reply.open_backing(file);
+        let opened = self.handles.open_file(attr.ino, file, access, may_pass, register, |_| {});
         let fuse = self.to_fuse(&attr);
         let handle = FileHandle(opened.handle);
         match &opened.backing {
@@ -561,6 +582,9 @@ impl Filesystem for Adapter {
         _: u32,
         reply: ReplyEmpty,
     ) {
+        if name == MERGE && self.own(ino) == ROOT {
+            return if self.is_ours(request) { self.merge_for(reply) } else { reply.error(Errno::EPERM) };
+        }
         if name != SEAL {
             return done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
         }
@@ -705,6 +729,18 @@ impl Adapter {
             }
             done(overlay.seal(&image, || handles.passed()), reply);
         });
+    }
+
+    /// What merges the layers that nobody needs any more, when it is called.
+    pub(super) fn merger(&self) -> impl Fn() -> super::overlay::Result<()> + Send + use<> {
+        let (overlay, handles) = (self.overlay.clone(), self.handles.clone());
+        move || overlay.merge(|| handles.passed())
+    }
+
+    /// Merges layers, in a thread of its own: it may take a while.
+    fn merge_for(&self, reply: ReplyEmpty) {
+        let merge = self.merger();
+        std::thread::spawn(move || done(merge(), reply));
     }
 
     /// Makes the kernel ask for the attributes again.

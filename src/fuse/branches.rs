@@ -142,7 +142,7 @@ impl Branches {
             |member: &&BranchMember| member.layers.as_ref().is_some_and(|layers| layers.dir.as_path() == slot.dir);
         let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
         let store = coordinator.store_at(&member.store)?;
-        let below = lower::of_recipe(store.activate(&member.at)?)?;
+        let below = lower::of_image(store.as_ref(), &member.at)?;
         let at = member.at.clone();
         if let Some(home) = slot.dir.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(home).context("make the directory", home)?;
@@ -196,6 +196,15 @@ impl Branches {
         let dirs: Vec<PathBuf> = branches.iter().flat_map(|branch| branch.homes()).map(|dir| dir.0).collect();
         self.close_those(|slot, _| !dirs.contains(&slot.dir));
         self.slots().retain(|_, slot| slot.below.is_some() || dirs.contains(&slot.dir));
+    }
+
+    /// Gives back the room of layers that nobody needs any more.
+    pub(super) fn merge(&self) {
+        let open: Vec<_> = self.open.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for adapter in open {
+            // What cannot be merged now is tried again.
+            let _ = adapter.merger()();
+        }
     }
 
     /// Lets go of all.

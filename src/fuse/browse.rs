@@ -22,6 +22,7 @@ mod errno;
 mod layout;
 mod node;
 mod opened;
+mod pending;
 mod processes;
 mod tree;
 mod unchanged;
@@ -35,6 +36,7 @@ use rustix::io::Errno;
 
 use layout::{Found, Layout, Place};
 use node::{Node, Nodes, What};
+use pending::Pending;
 use tree::{Tree, Trees};
 
 use super::branches::Branches;
@@ -93,7 +95,8 @@ pub struct Browse {
     layout: Layout,
     nodes: Nodes,
     trees: Trees,
-    report: Report,
+    pending: Pending,
+    report: Arc<Report>,
 }
 
 impl std::fmt::Debug for Browse {
@@ -107,7 +110,8 @@ impl Browse {
     pub fn new(records: Records, branches: Arc<Branches>, report: Report) -> Self {
         let root = Node { number: ROOT, parent: None, name: OsString::new(), what: What::Place(Place::Root) };
         let layout = Layout::new(records, branches.clone());
-        Self { branches, layout, nodes: Nodes::new(root), trees: Trees::default(), report }
+        let (nodes, trees, pending) = (Nodes::new(root), Trees::default(), Pending::default());
+        Self { branches, layout, nodes, trees, pending, report: Arc::new(report) }
     }
 
     /// How many snapshots are active.
@@ -129,7 +133,10 @@ impl Browse {
     pub fn look_up(&self, parent: u64, name: &OsStr) -> Result<Attr> {
         let parent = self.node(parent)?;
         let found = match &parent.what {
-            What::Place(place) => self.layout.child(place, name, &self.trees).map_err(|error| self.failed(&error))?,
+            What::Place(place) => {
+                self.pending.seal(self.layout.records(), &self.report);
+                self.layout.child(place, name, &self.trees).map_err(|error| self.failed(&error))?
+            }
             What::Volume(tree) | What::Entry(tree, _) => {
                 let dir = self.dir(&parent)?;
                 let entry = dir.dir.entry(name).map_err(|error| self.failed_in(tree, error))?;
@@ -213,7 +220,10 @@ impl Browse {
     pub fn list(&self, number: u64) -> Result<Vec<Listed>> {
         let node = self.node(number)?;
         let found: Vec<(OsString, Found)> = match &node.what {
-            What::Place(place) => self.layout.children(place, &self.trees).map_err(|error| self.failed(&error))?,
+            What::Place(place) => {
+                self.pending.seal(self.layout.records(), &self.report);
+                self.layout.children(place, &self.trees).map_err(|error| self.failed(&error))?
+            }
             What::Volume(tree) | What::Entry(tree, _) => {
                 let dir = self.dir(&node)?;
                 let entries = dir.dir.entries().map_err(|error| self.failed_in(tree, error))?;

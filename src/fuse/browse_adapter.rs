@@ -1,19 +1,20 @@
 //! From the kernel's requests to the tree of past states and back. Nothing is decided here but what the kernel may cache.
 
 use std::ffi::OsStr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fsnap_backend::FileKind;
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr,
-    Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, LockOwner, Notifier, OpenFlags, ReplyAttr,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyXattr, Request,
 };
 
 use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
 use super::browse::{Attr, Browse, Keep, Listed};
+use super::given::Given;
 use super::open::{Dots, with_buffer};
 use super::readers::{Reader, Readers};
 
@@ -25,12 +26,13 @@ const BRIEFLY: Duration = Duration::from_secs(1);
 pub struct BrowseAdapter {
     browse: Arc<Browse>,
     readers: Readers,
+    given: Given,
 }
 
 impl BrowseAdapter {
-    /// Serves this tree.
-    pub fn new(browse: Arc<Browse>) -> Self {
-        Self { browse, readers: Readers::default() }
+    /// Serves this tree. The notifier is set once the session has one.
+    pub fn new(browse: Arc<Browse>, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { browse, readers: Readers::default(), given: Given::new(notifier) }
     }
 
     /// Reads may be passed through to files below.
@@ -111,6 +113,7 @@ impl Filesystem for BrowseAdapter {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, nlookup: u64) {
+        self.given.forgotten(ino);
         self.browse.forget(ino.0, nlookup);
     }
 
@@ -134,11 +137,20 @@ impl Filesystem for BrowseAdapter {
             Err(error) => return reply.error(errno(error)),
         };
         let flags = if opened.is_text() { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
-        let (handle, backing) = self.readers.open_file(ino.0, opened, |file| reply.open_backing(file));
-        match backing {
-            Some(backing) => reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing),
-            None => reply.opened(FileHandle(handle), flags),
-        }
+        let wanted = self.given.wanted(ino, opened.length()).filter(|_| !opened.is_text());
+        with_buffer(wanted.unwrap_or(0), |content| {
+            let whole = wanted.is_some() && opened.read(content, 0) == Ok(content.len());
+            let give = || {
+                if whole {
+                    self.given.give(ino, content);
+                }
+            };
+            let (handle, backing) = self.readers.open_file(ino.0, opened, |file| reply.open_backing(file), give);
+            match backing {
+                Some(backing) => reply.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing),
+                None => reply.opened(FileHandle(handle), flags),
+            }
+        });
     }
 
     fn read(

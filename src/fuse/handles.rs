@@ -63,6 +63,8 @@ struct Mode {
 pub(super) struct Handles {
     open: Table<Handle>,
     modes: Mutex<HashMap<Ino, Mode>>,
+    /// Held while the length of a file changes that nobody needs to have open for that.
+    pub(super) resizing: Mutex<()>,
     /// The kernel may be asked to pass requests through.
     pub(super) passthrough: AtomicBool,
 }
@@ -88,7 +90,8 @@ impl Handles {
         self.open.add(Handle::Dir(DirHandle { names: Names::default() }))
     }
 
-    /// Chooses the way in which the file is opened; `may_pass` says whether it may be passed through.
+    /// Chooses the way in which the file is opened; `may_pass` says whether it may be passed through. Calls `alone` if it is opened for
+    /// reading through the page cache, which has nothing that is older, and nobody else has it open nor gets it before that returns.
     pub(super) fn open_file(
         &self,
         ino: Ino,
@@ -96,6 +99,7 @@ impl Handles {
         access: Access,
         may_pass: bool,
         register: impl FnOnce(&std::fs::File) -> std::io::Result<BackingId>,
+        alone: impl FnOnce(&OpenFile),
     ) -> Opened {
         let write = access != Access::Read;
         let mut modes = locked(&self.modes);
@@ -126,6 +130,9 @@ impl Handles {
                 return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
             }
         }
+        if access == Access::Read && mode.cached == 0 && mode.passed == 0 && !mode.stale {
+            alone(&file);
+        }
         // What is passed through elsewhere cannot be cached here at the same time.
         let flags = if mode.passed > 0 {
             FopenFlags::FOPEN_DIRECT_IO
@@ -146,6 +153,8 @@ impl Handles {
     pub(super) fn close(&self, number: u64) -> Option<(Ino, bool)> {
         let handle = self.open.remove(number)?;
         let Handle::File(file) = &*handle else { return None };
+        // Let go of when nobody waits for the modes any more.
+        let _unused;
         let mut modes = locked(&self.modes);
         let mode = modes.get_mut(&file.ino)?;
         if file.passed {
@@ -156,7 +165,7 @@ impl Handles {
         mode.dirty &= mode.cached > 0 || mode.passed > 0;
         let behind = file.passed && mode.stale && mode.told;
         if mode.passed == 0 {
-            mode.backing = None;
+            _unused = mode.backing.take();
             mode.told = false;
         }
         if mode.cached == 0 && mode.passed == 0 && !mode.stale {

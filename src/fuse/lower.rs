@@ -2,16 +2,17 @@
 
 use std::path::Path;
 
-use fsnap_backend::MountSpec;
+use fsnap_backend::{Backend, Locator, MountSpec};
 
 use super::overlay::Below;
+use crate::coordinator::activate;
 use crate::mount::{Error, Result, open};
 
-/// Opens what a backend's recipe for a snapshot shows.
-pub fn of_recipe(spec: MountSpec) -> Result<Below> {
-    match spec {
-        MountSpec::Tree(tree) => Ok(Below::Tree(tree)),
-        spec => Ok(Below::Dir(open(&spec)?)),
+/// Activates a snapshot and opens it.
+pub fn of_image(store: &dyn Backend, at: &Locator) -> crate::Result<Below> {
+    match activate(store, at)? {
+        (MountSpec::Tree(tree), _) => Ok(Below::Tree(tree)),
+        (spec, _held) => Ok(Below::Dir(open(&spec)?)),
     }
 }
 
@@ -20,5 +21,5 @@ pub fn of_dir(dir: &Path) -> Result<Below> {
     let resolved = dir.canonicalize();
     let dir =
         resolved.map_err(|source| Error::Io { action: "open", object: dir.into(), source, detail: String::new() })?;
-    of_recipe(MountSpec::Bind { dir, read_only: true })
+    Ok(Below::Dir(open(&MountSpec::Bind { dir, read_only: true })?))
 }

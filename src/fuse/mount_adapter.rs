@@ -6,14 +6,14 @@
 use std::ffi::OsStr;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, INodeNo, IoctlFlags, KernelConfig, LockOwner,
-    OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
-    WriteFlags,
+    Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
 };
 
 use super::adapter::{GENERATION, errno, prepare};
@@ -30,9 +30,9 @@ pub struct MountAdapter {
 }
 
 impl MountAdapter {
-    /// Serves these.
-    pub fn new(browse: Arc<Browse>, branches: Arc<Branches>) -> Self {
-        Self { past: BrowseAdapter::new(browse.clone()), browse, branches }
+    /// Serves these. The notifier is set once the session has one.
+    pub fn new(browse: Arc<Browse>, branches: Arc<Branches>, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { past: BrowseAdapter::new(browse.clone(), notifier), browse, branches }
     }
 }
 

@@ -50,12 +50,14 @@ impl Readers {
         self.open.add(Reader::Dir(Names::default()))
     }
 
-    /// Opens a file; returns its handle, and the registered file to which its reads are passed through, if they are.
+    /// Opens a file; returns its handle, and the registered file to which its reads are passed through, if they are. Calls `alone` if they
+    /// are not, and nobody else has it open nor gets it before that returns.
     pub(super) fn open_file(
         &self,
         number: u64,
         opened: Opened,
         register: impl FnOnce(&File) -> io::Result<BackingId>,
+        alone: impl FnOnce(),
     ) -> (u64, Option<Arc<BackingId>>) {
         let mut ways = locked(&self.ways);
         let backing = match ways.entry(number) {
@@ -73,6 +75,9 @@ impl Readers {
                     }
                     registered.ok()
                 });
+                if backing.is_none() {
+                    alone();
+                }
                 way.insert(Way { open: 1, backing: backing.clone() });
                 backing
             }

@@ -76,8 +76,23 @@ pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::
 pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, ready: impl FnOnce()) -> Result<(), Error> {
     let notifier = Arc::new(OnceLock::new());
     let adapter = Adapter::new(overlay, source, notifier.clone());
-    serve_by(adapter, &notifier, source, dir, options, ready)
+    let merge = adapter.merger();
+    let (ended, waits) = std::sync::mpsc::channel::<()>();
+    let keeper = std::thread::Builder::new().name("merge".into()).spawn(move || {
+        while waits.recv_timeout(MERGING) == Err(RecvTimeoutError::Timeout) {
+            // What cannot be merged now is tried again.
+            let _ = merge();
+        }
+    });
+    let keeper = keeper.map_err(failed("start a thread for", dir))?;
+    let served = serve_by(adapter, &notifier, source, dir, options, ready);
+    drop(ended);
+    let _ = keeper.join();
+    served
 }
+
+/// How often it is looked whether images were deleted, so that layers can be merged.
+const MERGING: Duration = Duration::from_secs(15);
 
 /// Mounts past states and branches at `dir`, calls `ready`, and serves them until they are unmounted.
 ///
@@ -104,12 +119,14 @@ pub fn serve_all(
             branches.let_go_of_removed();
             browse.let_go(idle);
             branches.let_go(idle);
+            branches.merge();
         }
         browse.let_go(Duration::ZERO);
         branches.close();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
-    let served = serve_by(MountAdapter::new(browse, branches), &notifier, source, dir, options, ready);
+    let adapter = MountAdapter::new(browse, branches, notifier.clone());
+    let served = serve_by(adapter, &notifier, source, dir, options, ready);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
     let _ = keeper.join();

@@ -56,15 +56,20 @@ pub struct RunCheckpoint<'a> {
     pub stores: &'a stores::Options,
 }
 
-/// What a run needs of CRIU: locks that it holds come back in its copies.
-const DUMP: [&str; 1] = ["--file-locks"];
 /// What files without names need of CRIU: those that have other names get one of these for the time being, and those that fsnap does not keep for it are copied
 /// whatever their length.
 pub const UNLINKED: [&str; 3] = ["--link-remap", "--ghost-limit", "1024G"];
 /// A variable that tells the hook that CRIU leaves files to fsnap.
 pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
-/// What a restore of such a dump needs.
-pub const RESTORE_ARGS: [&str; 1] = ["--file-locks"];
+/// What a user who is not root has to tell CRIU, else it insists on rights over the whole machine.
+const UNPRIVILEGED: &str = "--unprivileged";
+
+/// What CRIU is told of every run, to save it and to restore it.
+pub fn engine_args() -> Vec<OsString> {
+    let unprivileged = (!rustix::process::geteuid().is_root()).then_some(UNPRIVILEGED);
+    // Locks that it holds come back in its copies.
+    ["--file-locks"].into_iter().chain(unprivileged).map(OsString::from).collect()
+}
 
 /// How long another fsnap may be at work on what is to be taken back.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -109,7 +114,8 @@ impl RunCheckpoint<'_> {
         bytes.and_then(|bytes| fs::write(&record, bytes)).context("write", &record)?;
         let images = Images::open(dir)?;
         let scratch: Vec<PathBuf> = self.run.record.confinement.scratch.iter().map(|dir| dir.0.clone()).collect();
-        let mut args: Vec<OsString> = DUMP.iter().chain(&UNLINKED).map(OsString::from).collect();
+        let mut args = engine_args();
+        args.extend(UNLINKED.map(OsString::from));
         args.extend(self.external.iter().flat_map(|key| ["--external".into(), key.into()]));
         if let Some(terminal) = self.run.record.terminal {
             args.extend(["--external".into(), terminal.key().into()]);

@@ -4,17 +4,25 @@
 //! same work on the same tree in turns: on a fresh mount, and once more on the same one. What lies below is in the page cache, so
 //! that no disk is measured. Time is that of the clock, and that of the processors for whoever works and whoever serves together.
 //! Only ratios mean anything. Requires root, btrfs, fuse-overlayfs, unionfs-fuse and restic. `FSNAP_BENCH_FILES`
-//! says how many files there are (100,000); the large file shrinks with it. Arguments choose among the works.
+//! says how many files there are (100,000); the large file shrinks with it. Arguments choose among the works, and among `branch` (what a
+//! branch and a mount cost by the size of what they show), `large` (the first write into a large file) and `calls` (what a file costs
+//! in requests and system calls; requires strace).
 
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
+#[path = "fuse/calls.rs"]
+mod calls;
 #[path = "fuse/contender.rs"]
 mod contender;
+#[path = "../support/copies.rs"]
+mod copies;
 #[path = "fuse/goals.rs"]
 mod goals;
 #[path = "fuse/large.rs"]
 mod large;
 mod measure;
+#[path = "fuse/sizes.rs"]
+mod sizes;
 mod tree;
 #[path = "fuse/work.rs"]
 mod work;
@@ -34,6 +42,22 @@ const ROUNDS: usize = 3;
 type Costs = BTreeMap<(&'static str, Kind), [Cost; 2]>;
 
 fn bench(wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
+    if Work::ALL.iter().any(|work| wanted(work.name)) {
+        works(wanted)?;
+    }
+    if wanted("branch") {
+        sizes::bench(&tree::Tree::new()?)?;
+    }
+    if wanted("large") {
+        large::bench()?;
+    }
+    if wanted("calls") {
+        calls::bench()?;
+    }
+    Ok(())
+}
+
+fn works(wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
     let peers = Peers::new()?;
     let mut costs = Costs::new();
     for work in Work::ALL.iter().filter(|work| wanted(work.name)) {
@@ -64,9 +88,6 @@ fn bench(wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
         }
     }
     goals::print(&costs);
-    if wanted("large") {
-        large::bench()?;
-    }
     Ok(())
 }
 

@@ -6,10 +6,8 @@
 mod redact;
 mod site;
 #[path = "../support/thin.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
 mod thin;
 #[path = "../support/volumes.rs"]
-#[allow(dead_code, reason = "another test uses the rest")]
 mod volumes;
 
 mod branch;

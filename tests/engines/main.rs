@@ -22,12 +22,10 @@ mod postgresql;
 mod runs;
 mod sandbox;
 mod site;
-#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../support/thin.rs"]
 mod thin;
 mod tour;
 mod unlinked;
-#[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../support/volumes.rs"]
 mod volumes;
 

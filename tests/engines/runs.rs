@@ -407,6 +407,35 @@ impl Shown {
     }
 }
 
+/// Counts in everything that a process can have and needs no rights.
+const COUNTER: &str = "
+import mmap, os, tempfile, time
+file, memory, ends = tempfile.TemporaryFile(dir='.'), mmap.mmap(-1, 8), os.pipe()
+if os.fork() == 0:
+    while True:
+        os.write(ends[1], b'!')
+        time.sleep(0.02)
+n = 0
+while os.read(ends[0], 1):
+    assert n == 0 or os.pread(file.fileno(), 9, 0) == memory[:] == b'%08d' % n
+    n += 1
+    memory[:] = b'%08d' % n
+    os.pwrite(file.fileno(), memory[:], 0)
+    assert os.fstat(file.fileno()).st_nlink == 0
+    print(n, flush=True)
+";
+
+/// Has mapped a file without a name.
+const MAPPED: &str = "
+import itertools, mmap, tempfile, time
+file = tempfile.TemporaryFile(dir='.')
+file.truncate(4096)
+memory = mmap.mmap(file.fileno(), 4096)
+for n in itertools.count():
+    print(n, flush=True)
+    time.sleep(0.02)
+";
+
 fn without_privileges() {
     const NOBODY: u32 = 65_534;
     let site = Site::new(&[]);
@@ -435,23 +464,47 @@ fn without_privileges() {
     // Below /tmp it sees its volume, and nothing else.
     assert!(!ok(&["logs", "own"]).contains("secret"), "{}", ok(&["logs", "own"]));
     assert!(home.join("volume/file").exists() && !home.join("other").exists());
-    // CRIU may be able to save it, and lacks the rights to restore it: that is told, and harms nothing.
-    let saved = fsnap(&["checkpoint", "own"]);
-    let failed = match saved.status.success() {
-        true => {
-            assert!(said(&saved).contains("its processes cannot be restored without root"), "{}", said(&saved));
-            let failed = fsnap(&["branch", "@latest", "copy", "--run"]);
-            assert!(said(&failed).contains("CRIU restores processes for root only"), "{}", said(&failed));
-            failed
-        }
-        false => saved,
+    ok(&["stop", "-t", "0", "own"]);
+    // It counts in a file that has no name, in shared memory and through a pipe; and so do its copies, and theirs.
+    let start = |name: &str, program: &str| {
+        ok(&[
+            "run",
+            "--name",
+            name,
+            "--volume",
+            "volume",
+            "--",
+            "sh",
+            "-c",
+            &format!("cd {volume}; exec python3 -c \"$0\""),
+            program,
+        ]);
     };
+    let number = |name: &str| ok(&["logs", name]).lines().last().and_then(|line| line.parse::<u64>().ok());
+    let counts_on = |name: &str| {
+        let before = number(name);
+        wait_until(&format!("the next number of {name}"), || number(name) > before);
+    };
+    start("counter", COUNTER);
+    counts_on("counter");
+    ok(&["checkpoint", "counter"]);
+    ok(&["branch", "@latest", "copy", "--run", "--count", "2"]);
+    ["counter", "copy-1", "copy-2"].iter().for_each(|name| counts_on(name));
+    ok(&["checkpoint", "copy-1"]);
+    ok(&["branch", "@latest", "grandchild", "--run"]);
+    counts_on("grandchild");
+    assert!(number("grandchild") > Some(2) && !ok(&["logs", "grandchild"]).contains("Error"));
+    ok(&["stop", "-t", "0", "counter", "copy-1", "copy-2", "grandchild"]);
+    // What cannot be saved without root is told, and goes on.
+    start("mapped", MAPPED);
+    counts_on("mapped");
+    let failed = fsnap(&["checkpoint", "mapped"]);
     assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
-    assert!(said(&failed).contains("error: CRIU could not "), "{}", said(&failed));
-    assert_eq!(ok(&["branches"]), "");
-    let all = serde_json::from_str::<Value>(&ok(&["ps", "--all", "--json"])).unwrap();
-    assert_eq!(all.as_array().unwrap().iter().map(|run| &run["state"]).collect::<Vec<_>>(), ["running"], "{all}");
+    assert!(said(&failed).contains("a process has mapped a file whose name is gone"), "{}", said(&failed));
+    counts_on("mapped");
+    let all = serde_json::from_str::<Value>(&ok(&["ps", "--json"])).unwrap();
+    assert_eq!(all.as_array().unwrap().iter().map(|run| &run["name"]).collect::<Vec<_>>(), ["mapped"], "{all}");
     // Its files can be saved without an engine.
     ok(&["checkpoint", "--pid", &all[0]["pid"].to_string(), "volume"]);
-    ok(&["stop", "-t", "0", "own"]);
+    ok(&["stop", "-t", "0", "mapped"]);
 }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::Case;
 use crate::past::{Past, names, until};
 use crate::site::is_mounted;
+use crate::tree;
 
 pub(crate) const CASES: &[Case] = &[
     ("made_and_written_over_btrfs", || made_and_written("btrfs")),
@@ -30,6 +31,7 @@ pub(crate) const CASES: &[Case] = &[
     ("over_nilfs2::removed_while_browsed", || removed_while_browsed("nilfs2")),
     ("set_user_id_and_devices_mean_nothing_to_others", set_user_id_and_devices_mean_nothing_to_others),
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
+    ("old_checkpoints_of_a_branch_give_their_room_back", old_checkpoints_of_a_branch_give_their_room_back),
 ];
 
 fn read(path: impl AsRef<std::path::Path>) -> String {
@@ -348,9 +350,12 @@ fn removed_while_browsed(backend: &str) {
     fs::create_dir(past.at("branches/try@latest")).unwrap();
     fs::write(past.at("branches/try/db/new"), "one").unwrap();
     let sealed = past.fsnap(["checkpoint", "--branch", "try"]);
-    past.fsnap(["rm", "--branch", "try"]);
+    // A program that another case starts has our descriptors for a moment.
+    until("it is removed", || past.command().args(["rm", "--branch", "try"]).output().unwrap().status.success());
     past.unmount();
-    assert_eq!(past.ground().snapshots_in_use(), 0);
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after the branch");
+    past.fsnap(["verify"]);
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after a verification");
 
     past.mount();
     let mut open = fs::File::open(past.at(&format!("ids/{sealed}/db/below"))).unwrap();
@@ -364,9 +369,56 @@ fn removed_while_browsed(backend: &str) {
     assert_eq!(text, "of the volume");
     drop(open);
     past.unmount();
+    assert_eq!(past.ground().snapshots_in_use(), 0, "after browsing");
     assert!(past.fsnap(["recover"]).contains("finished: a removal"));
     assert_eq!(past.fsnap(["recover"]), "nothing is half done");
     assert_eq!(past.fsnap(["log"]), "");
+}
+
+/// A branch goes on for ever if old checkpoints are removed: it takes the room of those that are kept.
+fn old_checkpoints_of_a_branch_give_their_room_back() {
+    const LARGE: u64 = 1 << 20;
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("below"), "of the volume").unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    let home = past.state().join("branches/try");
+    let store = || home.join(&names(&home)[0]);
+    let layers = || names(store().join("layers")).len();
+    let mut kept = std::collections::VecDeque::new();
+    let open = fs::File::create(past.at("branches/try/db/open")).unwrap();
+    for round in 0..6_u8 {
+        fs::write(past.at("branches/try/db/large"), vec![round; LARGE as usize]).unwrap();
+        fs::write(past.at(&format!("branches/try/db/round.{round}")), [round]).unwrap();
+        open.write_all_at(&[round], 0).unwrap();
+        kept.push_back((round, past.fsnap(["checkpoint", "--branch", "try"])));
+        if kept.len() > 2 {
+            past.fsnap(["rm", &kept.pop_front().unwrap().1]);
+        }
+    }
+    // The server merges before each checkpoint; the last one removed waits.
+    assert!(layers() <= 4, "{} layers", layers());
+    for (round, id) in &kept {
+        assert_eq!(fs::read(past.at(&format!("ids/{id}/db/large"))).unwrap(), vec![*round; LARGE as usize]);
+        assert_eq!(fs::read(past.at(&format!("ids/{id}/db/open"))).unwrap(), [*round]);
+    }
+    drop(open);
+    past.unmount();
+    // Without a server, they are merged when the last one goes.
+    for (_, id) in kept {
+        past.fsnap(["rm", &id]);
+    }
+    assert_eq!(layers(), 1, "only the one that is written is left");
+    let room = tree::room(&store());
+    assert!(room < 2 * LARGE, "{room} bytes are taken");
+    past.mount();
+    assert_eq!(fs::read(past.at("branches/try/db/large")).unwrap(), vec![5; LARGE as usize]);
+    assert_eq!(fs::read(past.at("branches/try/db/open")).unwrap(), [5]);
+    assert_eq!(read(past.at("branches/try/db/below")), "of the volume");
+    assert_eq!(names(past.at("branches/try/db")).len(), 9);
+    past.unmount();
 }
 
 fn both_kinds_live_together() {

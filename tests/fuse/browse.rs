@@ -29,6 +29,7 @@ pub(crate) const CASES: &[Case] = &[
     ("processes_are_shown_as_they_stood", processes_are_shown_as_they_stood),
     ("a_file_without_a_name_on_a_branch_is_kept", a_file_without_a_name_on_a_branch_is_kept),
     ("what_is_new_shows_up", what_is_new_shows_up),
+    ("what_was_taken_is_sealed_by_a_look", what_was_taken_is_sealed_by_a_look),
     ("every_kind_of_file_is_as_it_was_in_btrfs", || every_kind_of_file_is_as_it_was("btrfs")),
     ("every_kind_of_file_is_as_it_was_in_rsync", || every_kind_of_file_is_as_it_was("rsync")),
     ("holes_stay_holes_for_whoever_copies", holes_stay_holes_for_whoever_copies),
@@ -225,6 +226,22 @@ fn everything() -> Capabilities {
         verifies_contents: true,
         live: Consistency::PointInTime,
     }
+}
+
+/// As after a hook that was the last command: nobody has sealed what it took.
+fn what_was_taken_is_sealed_by_a_look() {
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    past.mount();
+    fs::write(db.join("file"), "taken").unwrap();
+    let killed = past.command().env("FSNAP_FAILPOINT", "take:all=kill").arg("checkpoint").output().unwrap();
+    assert!(!killed.status.success());
+    assert_eq!(names(past.at("ids")), [""; 0], "nothing was taken wholly");
+    let killed = past.command().env("FSNAP_FAILPOINT", "seal:before=kill").arg("checkpoint").output().unwrap();
+    assert!(!killed.status.success());
+    until("it shows up", || names(past.at("ids")).len() == 1);
+    assert_eq!(fs::read_to_string(past.at("latest/db/file")).unwrap(), "taken");
+    assert_eq!(past.unmount(), "");
 }
 
 fn every_kind_of_file_is_as_it_was(backend: &str) {

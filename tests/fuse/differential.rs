@@ -2,6 +2,7 @@
 //!
 //! Every answer must be the same, and after every operation everything that users can see.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,8 @@ enum Operation {
     Remount,
     /// Of the tree alone: whoever works on it sees nothing of it.
     Seal,
+    /// The image of one of the states is deleted, and layers are merged.
+    Release(usize),
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -79,6 +82,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => (path(), path()).prop_map(|(p, q)| Copy(p, q)),
         1 => Just(Remount),
         3 => Just(Seal),
+        2 => any::<usize>().prop_map(Release),
     ]
 }
 
@@ -147,7 +151,7 @@ impl Operation {
                 }
                 Ok(())
             }
-            Remount | Seal => Ok(()),
+            Remount | Seal | Release(_) => Ok(()),
         }
     }
 }
@@ -174,16 +178,23 @@ fn history(operations: &[Operation]) {
     fs::set_permissions(plain.path(), fs::metadata(site.lower()).unwrap().permissions()).unwrap();
     fill(plain.path());
     let (plain, dir): (&Path, PathBuf) = (plain.path(), site.dir());
-    let mut sealed = Vec::new();
+    let (mut sealed, mut seals) = (BTreeMap::new(), 0_u64);
     for operation in operations {
         let (expected, found) = (operation.apply(plain), operation.apply(&dir));
         assert_eq!(expected, found, "{operation:?}");
         match operation {
             Operation::Remount => remount(&site),
             Operation::Seal => {
-                sealed.push(tree::of(&dir));
-                let image = format!("test.{}", sealed.len());
-                rustix::fs::setxattr(&dir, layers::SEAL, image.as_bytes(), XattrFlags::empty()).unwrap();
+                let image = format!("test.{seals}");
+                let number = site.live();
+                sealed.insert(number, (image.clone(), tree::of(&dir)));
+                site.seal(&image);
+                seals += 1;
+            }
+            Operation::Release(which) => {
+                if let Some(&number) = sealed.keys().nth(which % sealed.len().max(1)) {
+                    site.release(&sealed.remove(&number).unwrap().0);
+                }
             }
             _ => {}
         }
@@ -192,7 +203,7 @@ fn history(operations: &[Operation]) {
     remount(&site);
     tree::assert_equal(&tree::of(plain), &tree::of(&dir), "mounted again");
     // Every state that was sealed is as it was then, for whoever reads it without the server.
-    for (number, then) in (0..).zip(&sealed) {
+    for (&number, (_, then)) in &sealed {
         let lower = layers::Below::Dir(beneath::open_root(&site.lower()).unwrap());
         let state = layers::Overlay::sealed(lower, &site.store(), number).unwrap();
         tree::assert_equal(then, &tree::of_dir(state.as_ref()), &format!("sealed state {number}"));

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fsnap::stores::{Kind, layers};
 use fsnap_backend::{Dir, MountSpec, Source, beneath};
@@ -31,10 +31,6 @@ pub(crate) const CASES: &[Case] = &[
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
     ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
-
-fn seal(site: &Site, image: &str) {
-    rustix::fs::setxattr(site.dir(), layers::SEAL, image.as_bytes(), XattrFlags::empty()).unwrap();
-}
 
 /// The sealed state of that number, read without the server.
 fn sealed_state(site: &Site, number: u64) -> Arc<dyn Dir> {
@@ -64,6 +60,7 @@ fn killed_while_sealing_is_before_or_after() {
         let mut open = fs::File::options().append(true).open(site.at("file")).unwrap();
         open.write_all(b" and more").unwrap();
         let (dir, image) = (site.dir(), format!("round.{round}"));
+        site.hold(&image);
         let sealer = std::thread::spawn(move || {
             rustix::fs::setxattr(&dir, layers::SEAL, image.as_bytes(), XattrFlags::empty()).is_ok()
         });
@@ -126,7 +123,7 @@ fn eight_writers_while_layers_are_sealed() {
     assert_eq!(midway.iter().take(8).count(), 8);
     let mut sealed = 0;
     while sealed < 2 || !writers.iter().all(std::thread::JoinHandle::is_finished) && sealed < 20 {
-        seal(&site, &format!("state.{sealed}"));
+        site.seal(&format!("state.{sealed}"));
         sealed += 1;
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -223,7 +220,7 @@ fn killed_while_writing_keeps_what_was_synced() {
         std::thread::sleep(Duration::from_millis(3 * kill));
         // Every other time, what was written so far is in a layer that was sealed under the writer's hands.
         if kill % 2 == 1 {
-            seal(&site, &format!("kill.{kill}"));
+            site.seal(&format!("kill.{kill}"));
             sealed += 1;
         }
         std::thread::sleep(Duration::from_millis(4 * kill));
@@ -300,6 +297,12 @@ fn a_full_store_changes_nothing_by_halves() {
     }
     drop(filler);
     fs::remove_file(site.at("filler")).unwrap();
+    // The kernel tells of a closing when it has returned already, and only then is the room free.
+    let has_room = || rustix::fs::statvfs(site.store()).is_ok_and(|space| space.f_bfree > space.f_blocks / 2);
+    let until = Instant::now() + Duration::from_secs(60);
+    while !has_room() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     for name in ["f", "h", "d/in"] {
         fs::File::options().append(true).open(site.at(name)).unwrap().write_all(b"more").unwrap();
     }

@@ -15,12 +15,10 @@ mod semantics;
 mod site;
 mod sys;
 #[path = "../support/thin.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
 mod thin;
 mod tree;
 mod union;
 #[path = "../support/volumes.rs"]
-#[allow(dead_code, reason = "other tests use the rest")]
 mod volumes;
 
 use std::process::ExitCode;

@@ -7,6 +7,8 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use fsnap::stores::layers;
+
 use crate::tree::{self, Tree};
 
 /// How long a server may take to start or to end.
@@ -103,6 +105,30 @@ impl Site {
     pub(crate) fn remount(&self) {
         self.unmount();
         self.mount();
+    }
+
+    /// Notes that an image of that name needs what will be sealed for it.
+    pub(crate) fn hold(&self, image: &str) {
+        let holds = self.store().join("holds");
+        fs::create_dir_all(&holds).unwrap();
+        fs::write(holds.join(image), "").unwrap();
+    }
+
+    /// Seals what is there now for an image of that name.
+    pub(crate) fn seal(&self, image: &str) {
+        self.hold(image);
+        rustix::fs::setxattr(self.dir(), layers::SEAL, image.as_bytes(), rustix::fs::XattrFlags::empty()).unwrap();
+    }
+
+    /// The number of the layer that is written.
+    pub(crate) fn live(&self) -> u64 {
+        fs::read_to_string(self.store().join("live")).map_or(0, |text| text.trim().parse().unwrap())
+    }
+
+    /// The image needs nothing any more; what can be merged is.
+    pub(crate) fn release(&self, image: &str) {
+        fs::remove_file(self.store().join("holds").join(image)).unwrap();
+        rustix::fs::setxattr(self.dir(), layers::MERGE, b"", rustix::fs::XattrFlags::empty()).unwrap();
     }
 
     /// SIGKILL; what is mounted stays, and answers nothing any more.

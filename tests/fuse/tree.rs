@@ -104,6 +104,16 @@ pub(crate) fn with_times(root: &Path) -> Tree {
     found
 }
 
+/// How many bytes a tree takes on the disk.
+pub(crate) fn room(root: &Path) -> u64 {
+    let mut files = HashMap::new();
+    walk(root, root, &mut |path, _| {
+        let meta = fs::symlink_metadata(path).unwrap();
+        files.insert(meta.ino(), 512 * meta.blocks());
+    });
+    files.values().sum()
+}
+
 /// The inode numbers by path.
 pub(crate) fn numbers(root: &Path) -> BTreeMap<PathBuf, u64> {
     let mut found = BTreeMap::new();

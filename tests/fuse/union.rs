@@ -21,6 +21,10 @@ pub(crate) const CASES: &[Case] = &[
     ("a_deleted_file_does_not_come_back", a_deleted_file_does_not_come_back),
     ("an_unlinked_file_lives_while_it_is_open", an_unlinked_file_lives_while_it_is_open),
     ("a_file_that_is_open_for_reading_shows_what_is_written", a_file_that_is_open_for_reading_shows_what_is_written),
+    (
+        "a_file_that_is_opened_while_it_changes_is_the_changed_one",
+        a_file_that_is_opened_while_it_changes_is_the_changed_one,
+    ),
     ("a_write_brings_up_no_more_than_its_blocks", a_write_brings_up_no_more_than_its_blocks),
     ("a_listing_goes_on_while_its_names_go", a_listing_goes_on_while_its_names_go),
     ("names_that_look_like_marks_are_files", names_that_look_like_marks_are_files),
@@ -178,6 +182,41 @@ fn a_file_that_is_open_for_reading_shows_what_is_written() {
     assert_eq!(&buffer, b"changed");
     drop(reader);
     twice(site, |dir| assert_eq!(read(dir.join("f")), "changed"));
+}
+
+/// The kernel is given the content of a small file when it is opened: never one that is older than a change.
+fn a_file_that_is_opened_while_it_changes_is_the_changed_one() {
+    const FILES: usize = 400;
+    let old = [b'o'; 6000];
+    let site = Site::new(|lower| (0..FILES).for_each(|number| fs::write(lower.join(number.to_string()), old).unwrap()));
+    let path = |dir: &Path, number: usize| dir.join(number.to_string());
+    let dir = site.dir();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..FILES).for_each(|number| drop(fs::read(path(&dir, number)).unwrap())));
+        }
+        for number in 0..FILES {
+            let path = path(&dir, number);
+            match number % 4 {
+                0 => nix::unistd::truncate(&path, 100).unwrap(),
+                1 => nix::unistd::truncate(&path, 9000).unwrap(),
+                2 => fs::write(path, [b'n'; 3000]).unwrap(),
+                _ => File::options().write(true).open(path).unwrap().write_all_at(&[b'n'; 10], 4000).unwrap(),
+            }
+        }
+    });
+    twice(site, |dir| {
+        for number in 0..FILES {
+            let expected = match number % 4 {
+                0 => old[..100].to_vec(),
+                1 => [&old[..], &[0; 3000]].concat(),
+                2 => vec![b'n'; 3000],
+                _ => [&old[..4000], &[b'n'; 10], &old[4010..]].concat(),
+            };
+            assert_eq!(fs::metadata(path(dir, number)).unwrap().len(), expected.len() as u64, "{number}");
+            assert!(fs::read(path(dir, number)).unwrap() == expected, "{number}");
+        }
+    });
 }
 
 fn a_write_brings_up_no_more_than_its_blocks() {

@@ -24,7 +24,6 @@ mod thin;
 #[cfg(target_arch = "x86_64")]
 mod tracer;
 #[path = "../support/volumes.rs"]
-#[allow(dead_code, reason = "another test uses the rest")]
 mod volumes;
 
 use std::process::ExitCode;

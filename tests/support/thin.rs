@@ -1,4 +1,5 @@
 //! The devices that fsnap has made for a thin pool, and their end: nothing of a test stays, however it ends.
+#![allow(dead_code, reason = "every test uses another part of it")]
 
 use std::fs;
 use std::path::Path;

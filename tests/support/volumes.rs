@@ -1,4 +1,5 @@
 //! Volumes of each kind, made on files of a test's own directory.
+#![allow(dead_code, reason = "every test uses another part of it")]
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

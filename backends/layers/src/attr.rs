@@ -6,6 +6,7 @@ use rustix::io::Errno;
 use super::lower::UPPER_NUMBERS;
 use super::node::{Ino, ROOT};
 use super::object::{self, Object};
+use super::xattr::CAPABILITY;
 use super::{Overlay, Result, Tree};
 
 /// What users see of a file.
@@ -123,10 +124,10 @@ fn drop_privileges(object: &Object) -> Result<()> {
         object.chmod(Mode::from_raw_mode(stat.st_mode & 0o7777 & !privileges))?;
     }
     // To remove what is not there takes the privilege, too.
-    if object.xattr("security.capability")?.is_none() {
+    if object.xattr(CAPABILITY)?.is_none() {
         return Ok(());
     }
-    match object.remove_xattr("security.capability") {
+    match object.remove_xattr(CAPABILITY) {
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
         done => done,
     }
@@ -222,6 +223,6 @@ impl Overlay {
         let mut tree = self.tree();
         let Ok(object) = tree.object(ino) else { return false };
         object.stat().is_ok_and(|stat| privileges(&stat) == 0 && stat.st_mode & 0o6000 == 0)
-            && matches!(object.xattr("security.capability"), Ok(None))
+            && matches!(object.xattr(CAPABILITY), Ok(None))
     }
 }

@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{ErrorKind as IoKind, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ use fsnap_backend::{
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
-use super::origin::{self, OpenOrigin};
+use super::origin::{self, Origins};
 use super::{Overlay, object, seal, store, verify};
 
 /// The backend's name.
@@ -37,6 +37,9 @@ pub const KIND: &str = "layers";
 pub const STORE: &str = "fsnap.store";
 /// The attribute of a tree's root by which its layer is sealed; the value names the image.
 pub const SEAL: &str = "fsnap.seal";
+
+/// The attribute of a tree's root by whose setting layers are merged that no image needs.
+pub const MERGE: &str = "fsnap.merge";
 
 const IMAGES: &str = "images";
 const IDENTITY: &str = "identity";
@@ -48,7 +51,7 @@ const ABANDONED: &str = "abandoned";
 pub struct Store {
     place: PathBuf,
     info: StoreInfo,
-    open_origin: OpenOrigin,
+    origins: Origins,
 }
 
 /// What an image's file says.
@@ -89,11 +92,11 @@ impl Store {
 
     /// Opens the store at `place`; changes nothing.
     pub fn open(place: &Path) -> Result<Self> {
-        Self::open_with(place, origin::open_dir)
+        Self::open_with(place, origin::DIRS)
     }
 
-    /// The same; what trees began with is opened by `open_origin`.
-    pub fn open_with(place: &Path, open_origin: OpenOrigin) -> Result<Self> {
+    /// The same; what trees began with is opened by `origins`.
+    pub fn open_with(place: &Path, origins: Origins) -> Result<Self> {
         let identity = fs::read_to_string(place.join(IDENTITY));
         let identity = match identity {
             Err(error) if error.kind() == IoKind::NotFound => {
@@ -114,7 +117,7 @@ impl Store {
         };
         let identity = Identity::new(format!("{KIND}:{}", identity.trim()));
         let info = StoreInfo { kind: KIND, identity, capabilities };
-        Ok(Self { place: place.to_owned(), info, open_origin })
+        Ok(Self { place: place.to_owned(), info, origins })
     }
 
     fn images(&self) -> PathBuf {
@@ -159,13 +162,27 @@ impl Store {
             let (expected, found) = (Identity::new(record.identity), Identity::new(found));
             return Err(Error::WrongIdentity { what: format!("the store {}", record.tree.display()), expected, found });
         }
-        let below = (self.open_origin)(&origin::read(&record.tree)?)?;
+        let below = (self.origins.open)(&origin::read(&record.tree)?)?;
         let opened = Overlay::sealed(below, &record.tree, record.layer);
         opened.map_err(|error| Error::Io {
             action: "open the layers of",
             object: record.tree.display().to_string(),
             source: std::io::Error::other(error.to_string()),
         })
+    }
+}
+
+impl Store {
+    /// Gives back the room of a layer that was needed until now. Where a server has the tree, he does it; what is not done now is done when the tree is
+    /// opened next.
+    fn merge_at_rest(&self, tree: &Path) {
+        let Ok(origin) = origin::read(tree) else { return };
+        if let Ok(below) = (self.origins.open)(&origin)
+            && let Ok(overlay) = Overlay::open_at_once(below, tree)
+        {
+            let _ = overlay.merge(|| ((), Vec::new()));
+        }
+        (self.origins.let_go)(&origin);
     }
 }
 
@@ -192,6 +209,8 @@ impl Backend for Store {
 
     fn prime(&self, volume: &Volume, _: &Locator) -> Result<()> {
         let tree = tree_of(volume.as_fd(), volume.dir())?;
+        // Before anybody stands still for it. What cannot be merged now takes no room from this snapshot.
+        let _ = rustix::fs::setxattr(magic(volume.as_fd()), MERGE, b"", XattrFlags::empty());
         let opened = beneath::open_root(&tree).context("open", &tree)?;
         rustix::fs::syncfs(opened).map_err(std::io::Error::from).context("sync", &tree)
     }
@@ -215,11 +234,11 @@ impl Backend for Store {
         let holds = tree.join(HOLDS);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&holds).context("make the directory", &holds)?;
         fs::write(holds.join(&image), "").context("write in", &holds)?;
-        let root = format!("/proc/self/fd/{}", volume.as_fd().as_raw_fd());
-        match rustix::fs::setxattr(&root, SEAL, image.as_bytes(), XattrFlags::empty()) {
+        match rustix::fs::setxattr(magic(volume.as_fd()), SEAL, image.as_bytes(), XattrFlags::empty()) {
             Err(Errno::MLINK) => {
                 let reason = format!(
-                    "it has {} layers already: make a branch of its last checkpoint, and go on there",
+                    "it has {} layers, and checkpoints need them all, or somebody reads them: remove old checkpoints, or make \
+                     a branch of the last one and go on there",
                     seal::MOST_LAYERS
                 );
                 return Err(Error::Unsupported { kind: KIND, action: "seal another layer", reason });
@@ -273,12 +292,20 @@ impl Backend for Store {
     }
 
     fn deactivate(&self, at: &Locator) -> Result<()> {
-        // Nothing is held for an active image.
-        if is_ours(at) { Ok(()) } else { Err(Error::NotFound { what: format!("the image {at}") }) }
+        if !is_ours(at) {
+            return Err(Error::NotFound { what: format!("the image {at}") });
+        }
+        // Nothing is held for an active image but what its tree began with.
+        if let Ok(origin) = self.record(at).and_then(|record| origin::read(&record.tree)) {
+            (self.origins.let_go)(&origin);
+        }
+        Ok(())
     }
 
     fn verify(&self, snapshot: &Snapshot) -> Result<Vec<Damage>> {
-        verify::verify(self.open_image(&snapshot.at)?.as_ref())
+        let damage = self.open_image(&snapshot.at).and_then(|opened| verify::verify(opened.as_ref()));
+        self.deactivate(&snapshot.at)?;
+        damage
     }
 
     fn delete(&self, at: &Locator) -> Result<()> {
@@ -293,8 +320,11 @@ impl Backend for Store {
             remove_file(&self.images().join(name))?;
         }
         match record {
-            Some(record) => release(&record.tree, &self.hold(at)),
-            None => Ok(()),
+            Some(record) if release(&record.tree, &self.hold(at))? => {
+                self.merge_at_rest(&record.tree);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -332,13 +362,14 @@ fn is_held(tree: &Path) -> Result<bool> {
     }
 }
 
-/// An image does not need the layers of a tree any more.
-fn release(tree: &Path, hold: &str) -> Result<()> {
+/// An image does not need the layers of a tree any more. Tells whether there still is a tree.
+fn release(tree: &Path, hold: &str) -> Result<bool> {
     remove_file(&tree.join(HOLDS).join(hold))?;
     if tree.join(ABANDONED).exists() && !is_held(tree)? {
         remove_dir(tree)?;
+        return Ok(false);
     }
-    Ok(())
+    Ok(tree.exists())
 }
 
 fn remove_file(path: &Path) -> Result<()> {
@@ -370,13 +401,17 @@ fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     fs::rename(&temporary, dir.join(name)).context("rename", &temporary)
 }
 
+/// A path that leads to an open file, for calls that take no descriptor of a handle.
+fn magic(file: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
 /// Where the store of the tree is whose root this is.
 fn tree_of(root: impl AsFd, dir: &Path) -> Result<PathBuf> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
     let not_served = || refused("it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves");
-    let path = format!("/proc/self/fd/{}", root.as_fd().as_raw_fd());
     let mut buffer = vec![0; 4096];
-    let length = match rustix::fs::getxattr(&path, STORE, &mut buffer) {
+    let length = match rustix::fs::getxattr(magic(root.as_fd()), STORE, &mut buffer) {
         Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM | Errno::ACCESS) => return Err(not_served()),
         length => length.map_err(std::io::Error::from).context("examine", dir)?,
     };

@@ -91,6 +91,7 @@ impl Tree {
         let attr = self.remember(parent, name, Seen { ino, attr, node, upper_name: true });
         let node = self.node_mut(ino)?;
         node.opens += 1;
+        node.incapable = true;
         node.file = Some(file.clone());
         Ok((attr, file))
     }
@@ -106,22 +107,38 @@ impl Tree {
         by: Caller,
     ) -> Result<Option<OwnedFd>> {
         check_length(name)?;
-        let white = match self.upper_at(parent, name)? {
-            Some(stat) if is_whiteout(&stat) => true,
-            None if self.lower_at(parent, name)?.is_none() => false,
-            _ => return Err(Errno::EXIST),
-        };
+        let below = self.lower_at(parent, name)?.is_some();
+        if below && !self.is_white(parent, name)? {
+            return Err(Errno::EXIST);
+        }
         self.copy_up(parent, true)?;
         let dir = self.upper_dir(parent)?;
         // As the kernel has it: a default ACL takes the place of the umask.
         let masked = !matches!(what, What::Symlink(_)) && umask != 0;
-        let keeps = masked && Object::of(dir.clone()).xattr("system.posix_acl_default")?.is_some();
+        let keeps = masked && self.hands_on(parent, &dir)?;
         let mode = Mode::from_raw_mode(mode & 0o7777 & if keeps { !0 } else { !umask });
-        if white {
-            self.make_over_whiteout(&dir, name, what, mode, by)
-        } else {
-            self.make_at(&dir, name, what, mode, by)
+        if !below {
+            match self.make_at(&dir, name, what, mode, by) {
+                // There are whiteouts that hide nothing.
+                Err(Errno::EXIST) if self.is_white(parent, name)? => {}
+                made => return made,
+            }
         }
+        self.make_over_whiteout(&dir, name, what, mode, by)
+    }
+
+    fn is_white(&mut self, parent: Ino, name: &OsStr) -> Result<bool> {
+        Ok(self.upper_at(parent, name)?.is_some_and(|stat| is_whiteout(&stat)))
+    }
+
+    /// Whether a directory of the upper has a default ACL.
+    fn hands_on(&mut self, ino: Ino, dir: &Arc<OwnedFd>) -> Result<bool> {
+        if let Some(known) = self.node(ino)?.hands_on {
+            return Ok(known);
+        }
+        let found = Object::of(dir.clone()).xattr("system.posix_acl_default")?.is_some();
+        self.node_mut(ino)?.hands_on = Some(found);
+        Ok(found)
     }
 
     fn make_at(

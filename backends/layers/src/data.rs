@@ -120,6 +120,45 @@ pub(super) fn copy_all(from: &LowerContent, to: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// What the attribute of a file that is in the upper by parts says: up to where its holes stand for the file below, and which that is.
+pub(super) fn parts_of(value: &[u8], size: u64) -> Result<(u64, Vec<u8>)> {
+    let space = value.iter().position(|&byte| byte == b' ').ok_or(Errno::IO)?;
+    let valid = std::str::from_utf8(&value[..space]).map_err(|_| Errno::IO)?;
+    // A server that was killed between the two steps of making it shorter had done the first.
+    let valid = u64::from_str_radix(valid, 16).map_err(|_| Errno::IO)?.min(size);
+    Ok((valid, value[space + 1..].to_vec()))
+}
+
+/// Writes the parts that `file` has into `below`, for whose content up to `valid` its holes stand: both read the same afterwards.
+pub(super) fn write_parts_back(file: &File, valid: u64, below: &File, keys: Keys) -> Result<()> {
+    let (size, end) = (file.metadata().map_err(io_errno)?.len(), below.metadata().map_err(io_errno)?.len());
+    if let Some(value) = super::object::xattr_of(below, &keys.partial())? {
+        let (own, path) = parts_of(&value, end)?;
+        if own > valid {
+            let value = [format!("{valid:x} ").as_bytes(), &path].concat();
+            rustix::fs::fsetxattr(below, keys.partial(), &value, XattrFlags::empty())?;
+        }
+    }
+    rustix::fs::ftruncate(below, end.min(valid))?;
+    rustix::fs::ftruncate(below, size)?;
+    let mut at = 0;
+    let mut buffer = vec![0; CHUNK as usize];
+    while let Some(data) = next_data(file, at)?.filter(|&data| data < size) {
+        at = data;
+        let end = rustix::fs::seek(file, SeekFrom::Hole(at))?.min(size);
+        while at < end {
+            let length = CHUNK.min(end - at) as usize;
+            let read = read_file(file, &mut buffer[..length], at)?;
+            if read == 0 {
+                return Err(Errno::IO);
+            }
+            below.write_all_at(&buffer[..read], at).map_err(io_errno)?;
+            at += read as u64;
+        }
+    }
+    Ok(())
+}
+
 /// The first offset at or after `at` that is no hole.
 fn next_data(file: impl AsFd, at: u64) -> Result<Option<u64>> {
     match rustix::fs::seek(file, SeekFrom::Data(at)) {
@@ -207,7 +246,7 @@ impl Partial {
     }
 
     /// Brings the rest up.
-    fn complete(&self) -> Result<()> {
+    pub(super) fn complete(&self) -> Result<()> {
         let mut at = 0;
         while at < self.valid {
             let data = next_data(&*self.file, at)?.unwrap_or(self.valid).min(self.valid);
@@ -399,6 +438,14 @@ impl OpenFile {
     pub fn whole(&self) -> Option<Arc<File>> {
         match &*self.source() {
             Source::Whole(file) => Some(file.clone()),
+            _ => None,
+        }
+    }
+
+    /// The length of a content that nobody has written to.
+    pub fn unwritten(&self) -> Option<u64> {
+        match &*self.source() {
+            Source::Lower(content) => Some(content.length()),
             _ => None,
         }
     }

@@ -21,14 +21,19 @@ mod link;
 mod list;
 mod look;
 mod lower;
+mod merge;
+#[cfg(test)]
+mod merge_tests;
 mod node;
 mod object;
 mod open;
 mod origin;
+mod plan;
 mod remove;
 mod rename;
 mod seal;
 mod sealed;
+mod steps;
 mod store;
 mod verify;
 mod xattr;
@@ -39,12 +44,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use attr::{Attr, Change, SetTime};
-pub use backend::{KIND, SEAL, STORE, Store, abandon, prepare};
+pub use backend::{KIND, MERGE, SEAL, STORE, Store, abandon, prepare};
 pub use data::OpenFile;
 pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
-pub use origin::{OpenOrigin, Origin, note};
+pub use origin::{Origin, Origins, note};
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
 pub use store::{Error, is_unchanged};
@@ -71,6 +76,8 @@ pub struct Caller {
 #[derive(Debug)]
 pub struct Overlay {
     tree: Mutex<Tree>,
+    /// Held by who merges layers.
+    merging: Mutex<()>,
 }
 
 impl Overlay {
@@ -98,7 +105,7 @@ impl Overlay {
     }
 
     fn of(tree: Tree) -> Self {
-        Self { tree: Mutex::new(tree) }
+        Self { tree: Mutex::new(tree), merging: Mutex::default() }
     }
 
     /// Opens a content where it is now.
@@ -129,6 +136,8 @@ impl Overlay {
 #[derive(Debug)]
 struct Tree {
     lower: Lower,
+    /// What is below all layers.
+    origin: Lower,
     store: store::Store,
     nodes: Nodes,
     /// Upper directories, by their inode number.

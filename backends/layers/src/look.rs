@@ -140,7 +140,7 @@ impl Tree {
         let ino = self.number_of(&object, &stat)?;
         if node.kind == FileType::Directory {
             node.lower_dir = self.lower_of(&object, parent, name)?;
-        } else if stat.st_nlink > 1 && object.xattr(self.store.keys().links())?.is_some() {
+        } else if (stat.st_nlink > 1 || self.store.read_only) && object.xattr(self.store.keys().links())?.is_some() {
             // In a sealed layer this may be another file: a copy of the one that the name leads to, which is still written.
             if let Some(indexed) = object::find_at(&self.store.index(), &index_name(ino))? {
                 (object, stat) = (Object::at(self.store.index(), index_name(ino)), indexed);

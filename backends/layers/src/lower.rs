@@ -13,7 +13,7 @@ use super::Result;
 use super::below::{self, errno};
 use super::fd_cache::FdCache;
 use super::object::{self, Object};
-use super::sealed::SealedDir;
+use super::sealed::{SealedDir, Unreadable};
 
 /// What a copy-on-write tree begins with.
 #[derive(Debug)]
@@ -94,6 +94,7 @@ pub(super) struct Lower {
     made: u64,
     /// What attributes of a [`Dir`] are filled into.
     template: Stat,
+    given_up: bool,
 }
 
 /// Numbers above this one are given to files that the lower does not have.
@@ -121,7 +122,30 @@ impl Lower {
 
     fn of(opened: Opened, dev: u64, template: Stat) -> Self {
         let root = Arc::new(LowerDir { number: 0, parent: None, dev, realm: 0 });
-        Self { root, opened, open: FdCache::default(), made: 0, template }
+        Self { root, opened, open: FdCache::default(), made: 0, template, given_up: false }
+    }
+
+    /// The same once more, with nothing open.
+    pub(super) fn again(&self) -> Self {
+        Self::of(self.opened.clone(), self.root.dev, self.template)
+    }
+
+    /// Goes on with another way to read the same tree: paths that are known stay.
+    pub(super) fn reread(&mut self, other: Self) {
+        self.opened = other.opened;
+        self.open = FdCache::default();
+        self.given_up = false;
+    }
+
+    /// Answers nothing but that it cannot be read, until it is [read anew](Self::reread).
+    pub(super) fn give_up(&mut self) {
+        self.opened = Opened::Tree(Arc::new(Unreadable));
+        self.open = FdCache::default();
+        self.given_up = true;
+    }
+
+    pub(super) fn is_given_up(&self) -> bool {
+        self.given_up
     }
 
     pub(super) fn root(&self) -> Arc<LowerDir> {

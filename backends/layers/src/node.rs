@@ -32,6 +32,10 @@ pub(super) struct Node {
     pub(super) lower: Option<LowerAt>,
     /// The file itself, held since its last known name went.
     pub(super) pin: Option<Object>,
+    /// Whether a directory hands on an ACL to what is made in it, if that is known.
+    pub(super) hands_on: Option<bool>,
+    /// It was made here and was given no attribute since, so that it has no capabilities.
+    pub(super) incapable: bool,
     /// Its content, while it is open.
     pub(super) file: Option<Arc<OpenFile>>,
     /// At which of the tree's seals this was true: afterwards, what it was in the upper it is in the lower.
@@ -54,6 +58,8 @@ impl Node {
             lower_dir: None,
             lower: None,
             pin: None,
+            hands_on: None,
+            incapable: false,
             file: None,
             epoch: 0,
             opens: 0,
@@ -162,6 +168,11 @@ impl Nodes {
     /// The numbers of all files that are open.
     pub(super) fn open(&self) -> Vec<Ino> {
         self.table.iter().filter(|(_, node)| node.file.is_some()).map(|(ino, _)| *ino).collect()
+    }
+
+    /// Whether one is like that.
+    pub(super) fn any(&self, wanted: impl Fn(&Node) -> bool) -> bool {
+        self.table.values().any(wanted)
     }
 
     pub(super) fn len(&self) -> usize {

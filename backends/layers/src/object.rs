@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -110,6 +110,11 @@ impl Object {
             }
             (Place::Below(dir, template), None) => Ok(below::stat(&dir.meta().map_err(errno)?, **template)),
         }
+    }
+
+    /// Whether it is read through [`Dir`].
+    pub(super) fn is_below(&self) -> bool {
+        matches!(self.place, Place::Below(..))
     }
 
     /// The file itself, whatever it is and whatever becomes of its name.
@@ -255,6 +260,14 @@ pub(super) fn server_of(file: BorrowedFd<'_>) -> std::io::Result<Option<u32>> {
 
 fn magic(descriptor: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", descriptor.as_raw_fd()).into()
+}
+
+/// An attribute of an open file.
+pub(super) fn xattr_of(file: impl AsFd, key: &OsStr) -> Result<Option<Vec<u8>>> {
+    match growing(|buffer: &mut [u8]| rustix::fs::fgetxattr(&file, key, buffer)) {
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
+        value => value.map(Some),
+    }
 }
 
 /// Calls `read` with a buffer that is large enough: 64 KiB is the kernel's limit for names and for values.

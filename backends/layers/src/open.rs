@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
-use super::data::{OpenFile, Partial, Source};
+use super::data::{self, OpenFile, Partial, Source};
 use super::node::Ino;
 use super::{Overlay, Result, Tree};
 
@@ -114,11 +114,7 @@ impl Tree {
             return Err(Errno::STALE);
         }
         let size = file.metadata().map_err(|_| Errno::IO)?.len();
-        let space = value.iter().position(|&byte| byte == b' ').ok_or(Errno::IO)?;
-        let valid = std::str::from_utf8(&value[..space]).map_err(|_| Errno::IO)?;
-        // A server that was killed between the two steps of making it shorter had done the first.
-        let valid = u64::from_str_radix(valid, 16).map_err(|_| Errno::IO)?.min(size);
-        let path = value[space + 1..].to_vec();
+        let (valid, path) = data::parts_of(&value, size)?;
         let long = self.store.lengthen(path.clone())?;
         let (at, _) = self.lower.resolve(&long)?.ok_or(Errno::IO)?;
         let lower = self.lower.object(&at)?.content()?;

@@ -30,11 +30,19 @@ pub enum Origin {
     },
 }
 
-/// Opens what a tree began with. Only who knows all backends can open images.
-pub type OpenOrigin = fn(&Origin) -> Result<Below>;
+/// How what a tree began with is opened, and let go of when it is open no more. Only who knows all backends can do so with images.
+#[derive(Debug, Clone, Copy)]
+pub struct Origins {
+    /// Opens it.
+    pub open: fn(&Origin) -> Result<Below>,
+    /// Undoes what had to be done for that, unless somebody else has it open.
+    pub let_go: fn(&Origin),
+}
 
-/// Opens a directory.
-pub(super) fn open_dir(origin: &Origin) -> Result<Below> {
+/// Directories, for which nothing has to be done.
+pub(super) const DIRS: Origins = Origins { open: open_dir, let_go: |_| {} };
+
+fn open_dir(origin: &Origin) -> Result<Below> {
     match origin {
         Origin::Dir(dir) => Ok(Below::Dir(beneath::open_root(dir).context("open", dir)?)),
         Origin::Image { at, .. } => Err(Error::NotFound { what: format!("a way to open the snapshot {at}") }),

@@ -29,14 +29,14 @@ use super::look::index_name;
 use super::lower::{Below, Lower, LowerAt};
 use super::node::{Ino, Nodes, ROOT};
 use super::object::{self, Object, SAFE};
-use super::sealed::{Empty, SealedDir};
+use super::sealed::SealedDir;
 use super::store::{self, Store};
 use super::{Error, Overlay, Result, Tree};
 
 /// So many layers a store can have: each look at what was never changed goes through all of them.
-pub const MOST_LAYERS: u64 = 128;
+pub const MOST_LAYERS: usize = 128;
 
-const LAYERS: &str = "layers";
+pub(super) const LAYERS: &str = "layers";
 const LIVE: &str = "live";
 /// Copies of files that were open, until they are in the index of the layer below.
 const COPIES: &str = "copies";
@@ -51,17 +51,50 @@ pub(super) fn live(store: &OwnedFd) -> Result<u64> {
     }
 }
 
+/// The numbers of all layers, the lowest first. Where layers were merged, numbers are missing: what was sealed as one of those is
+/// what the next lower one and all below it make.
+pub(super) fn numbers(store: &OwnedFd) -> Result<Vec<u64>> {
+    let live = live(store)?;
+    let mut numbers = vec![0];
+    if live > 0 {
+        let names = object::names(object::open_dir(store, OsStr::new(LAYERS))?.as_fd())?;
+        let found = names.iter().filter_map(|(name, _)| name.to_str()?.parse().ok());
+        numbers.extend(found.filter(|&number: &u64| number <= live));
+        numbers.sort_unstable();
+    }
+    Ok(numbers)
+}
+
+/// For which image all below this layer was sealed; empty for none.
+pub(super) fn sealed_for(store: &OwnedFd, number: u64) -> Result<String> {
+    Ok(store::read_file(&layer(store, number)?, SEALED_FOR)?.unwrap_or_default())
+}
+
 /// The number of the layer that was sealed for that image.
 pub(super) fn layer_of(store: &OwnedFd, image: &str) -> Result<Option<u64>> {
-    for number in (1..=live(store)?).rev() {
-        if store::read_file(&layer(store, number)?, SEALED_FOR)?.as_deref() == Some(image) {
+    for number in numbers(store)?.into_iter().skip(1).rev() {
+        if sealed_for(store, number)? == image {
             return Ok(Some(number - 1));
         }
     }
     Ok(None)
 }
 
-fn layer(store: &OwnedFd, number: u64) -> Result<OwnedFd> {
+/// The two directories of a layer that what it holds is in.
+pub(super) type Parts = (Arc<OwnedFd>, Arc<OwnedFd>);
+
+/// Opens the upper and the index of a layer.
+pub(super) fn parts(store: &OwnedFd, number: u64) -> Result<Parts> {
+    if number == 0 { parts_of(store) } else { parts_of(&layer(store, number)?) }
+}
+
+/// Opens the upper and the index of the layer in that directory.
+pub(super) fn parts_of(dir: &OwnedFd) -> Result<Parts> {
+    let part = |name: &str| object::open_dir(dir, OsStr::new(name)).map(Arc::new);
+    Ok((part("upper")?, part("index")?))
+}
+
+pub(super) fn layer(store: &OwnedFd, number: u64) -> Result<OwnedFd> {
     let layers = object::open_dir(store, OsStr::new(LAYERS))?;
     object::open_dir(&layers, OsStr::new(&number.to_string()))
 }
@@ -72,25 +105,38 @@ impl Overlay {
     /// `passed` names the files that are written past this tree at this moment, and keeps others from becoming so until
     /// what it returns with them is dropped. Nothing is synced.
     pub fn seal<G>(&self, image: &str, passed: impl FnOnce() -> (G, Vec<Ino>)) -> Result<()> {
+        self.seal_if(image, passed, |_| true)
+    }
+
+    pub(super) fn seal_if<G>(
+        &self,
+        image: &str,
+        passed: impl FnOnce() -> (G, Vec<Ino>),
+        may: impl FnOnce(&[Ino]) -> bool,
+    ) -> Result<()> {
         let mut tree = self.tree();
         let gate = tree.store.gate.clone();
         let _closed = gate.changes.write().unwrap_or_else(PoisonError::into_inner);
         let (_guard, passed) = passed();
-        tree.seal(image, &passed)?;
-        gate.unsettled.store(true, Ordering::Release);
+        if may(&passed) {
+            tree.seal(image, &passed)?;
+            gate.unsettled.store(true, Ordering::Release);
+        }
         Ok(())
     }
 
     /// The state that was sealed as layer `number` of a store, for reading; whoever writes the store is not disturbed.
     pub fn sealed(below: Below, store: &Path, number: u64) -> Result<Arc<dyn Dir>, Error> {
-        let (lower, opened) = store::open_to_read(below, store)?;
+        let (lower, opened) = store::open_to_read(below, store, number)?;
         let mut tree = Tree::new(lower, opened);
-        let failed = |error: Errno| Error::Io { action: "open a layer of", object: store.into(), source: error.into() };
-        if number >= live(&tree.store.dir).map_err(failed)? {
+        let failed = store::failed("open a layer of", store);
+        let numbers = numbers(&tree.store.dir).map_err(&failed)?;
+        // Else it was not sealed, or it was merged with the next, because nobody needed it.
+        if !numbers.contains(&(number + 1)) {
             return Err(failed(Errno::NOENT));
         }
-        for number in 1..=number {
-            tree.step(number).map_err(failed)?;
+        for number in numbers.into_iter().skip(1).take_while(|&at| at <= number) {
+            tree.step(number).map_err(&failed)?;
         }
         Ok(Arc::new(SealedDir::root(Arc::new(Self::of(tree)))))
     }
@@ -100,7 +146,8 @@ impl Tree {
     pub(super) fn new(lower: Lower, store: Store) -> Self {
         let nodes = Nodes::new(lower.root());
         let dirs = if store.read_only { FdCache::small() } else { FdCache::default() };
-        Self { lower, store, nodes, dirs, epoch: 0 }
+        let origin = lower.again();
+        Self { lower, origin, store, nodes, dirs, epoch: 0 }
     }
 
     /// Goes up to the layer that is written. Finishes or undoes what a server that was killed had begun.
@@ -114,7 +161,7 @@ impl Tree {
                 }
             }
         }
-        for number in 1..=live {
+        for number in numbers(&self.store.dir)?.into_iter().skip(1) {
             if number == live {
                 self.place_copies(number)?;
             }
@@ -125,11 +172,9 @@ impl Tree {
 
     /// Makes the layer that is written one that lies below, and `number` the one that is written.
     fn step(&mut self, number: u64) -> Result<()> {
-        let layer = layer(&self.store.dir, number)?;
-        let part = |name: &str| object::open_dir(&layer, OsStr::new(name)).map(Arc::new);
-        let (upper, index) = (part("upper")?, part("index")?);
-        let nothing = Lower::new(Below::Tree(Arc::new(Empty)), &self.store.dir)?;
+        let (upper, index) = parts(&self.store.dir, number)?;
         let below = self.store.replace_layer(upper, index);
+        let nothing = self.origin.again();
         let sealed = Self::new(std::mem::replace(&mut self.lower, nothing), below);
         self.lower = Lower::over(SealedDir::root(Arc::new(Overlay::of(sealed))), &self.store.dir)?;
         self.dirs = if self.store.read_only { FdCache::small() } else { FdCache::default() };
@@ -142,9 +187,20 @@ impl Tree {
         Ok(())
     }
 
-    fn seal(&mut self, image: &str, passed: &[Ino]) -> Result<()> {
+    /// What these layers make over what the tree began with.
+    pub(super) fn stack(&self, numbers: &[u64]) -> Result<Lower> {
+        let mut lower = self.origin.again();
+        for &number in numbers {
+            let (upper, index) = parts(&self.store.dir, number)?;
+            let layer = Self::new(lower, self.store.reading(upper, index));
+            lower = Lower::over(SealedDir::root(Arc::new(Overlay::of(layer))), &self.store.dir)?;
+        }
+        Ok(lower)
+    }
+
+    pub(super) fn seal(&mut self, image: &str, passed: &[Ino]) -> Result<()> {
         let number = live(&self.store.dir)? + 1;
-        if number >= MOST_LAYERS {
+        if numbers(&self.store.dir)?.len() >= MOST_LAYERS {
             return Err(Errno::MLINK);
         }
         let passed = self.named(passed)?;

@@ -141,44 +141,44 @@ impl Dir for SealedDir {
     }
 }
 
-/// A directory with nothing in it: what stands below for the moment in which one lower takes another's place.
+/// A directory that cannot be read: what stands below as long as nothing else can.
 #[derive(Debug)]
-pub(super) struct Empty;
+pub(super) struct Unreadable;
 
-impl Dir for Empty {
+fn unreadable<T>() -> Result<T> {
+    Err(Error::Io { action: "read", object: "the layers below".into(), source: Errno::IO.into() })
+}
+
+impl Dir for Unreadable {
     fn meta(&self) -> Result<FileMeta> {
-        Err(missing())
+        unreadable()
     }
 
     fn own_xattrs(&self) -> Result<Xattrs> {
-        Ok(Vec::new())
+        unreadable()
     }
 
     fn entries(&self) -> Result<Vec<Entry>> {
-        Ok(Vec::new())
+        unreadable()
     }
 
     fn entry(&self, _: &OsStr) -> Result<Option<Entry>> {
-        Ok(None)
+        unreadable()
     }
 
     fn open_dir(&self, _: &OsStr) -> Result<Box<dyn Dir>> {
-        Err(missing())
+        unreadable()
     }
 
     fn open_file(&self, _: &OsStr) -> Result<Box<dyn Content>> {
-        Err(missing())
+        unreadable()
     }
 
     fn read_link(&self, _: &OsStr) -> Result<OsString> {
-        Err(missing())
+        unreadable()
     }
 
     fn xattrs(&self, _: &OsStr) -> Result<Xattrs> {
-        Err(missing())
+        unreadable()
     }
-}
-
-fn missing() -> Error {
-    Error::NotFound { what: "a file of an empty tree".into() }
 }

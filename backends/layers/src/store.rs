@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::data::Gate;
 use super::lower::{Below, Lower};
 use super::object::{self, Object, SAFE};
-use super::{Result, copy_up};
+use super::{Result, copy_up, merge};
 
 /// Why a branch could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +66,8 @@ pub(super) struct Store {
     work: Arc<OwnedFd>,
     index: Arc<OwnedFd>,
     refs: Arc<OwnedFd>,
-    /// Held for as long as the store is open by the one who writes it.
-    _lock: Option<File>,
+    /// Held for as long as the store is open by the one who writes it, or a sealed state is read.
+    _lock: Option<OwnedFd>,
     made: u64,
     /// The namespace of private attributes.
     keys: Keys,
@@ -155,11 +155,18 @@ const LONGEST_INLINE: usize = 1000;
 impl Store {
     /// Goes on with another layer; returns the store as it was, for reading.
     pub(super) fn replace_layer(&mut self, upper: Arc<OwnedFd>, index: Arc<OwnedFd>) -> Self {
+        let before = self.reading(self.upper.clone(), self.index.clone());
+        (self.upper, self.index) = (upper, index);
+        before
+    }
+
+    /// The same store with that layer, for reading.
+    pub(super) fn reading(&self, upper: Arc<OwnedFd>, index: Arc<OwnedFd>) -> Self {
         Self {
             dir: self.dir.clone(),
-            upper: std::mem::replace(&mut self.upper, upper),
+            upper,
             work: self.work.clone(),
-            index: std::mem::replace(&mut self.index, index),
+            index,
             refs: self.refs.clone(),
             _lock: None,
             made: 0,
@@ -223,7 +230,7 @@ impl Store {
 }
 
 /// What a store of this kind may have in it.
-const PARTS: [&str; 13] = [
+const PARTS: [&str; 15] = [
     "lock",
     "version",
     "upper",
@@ -237,9 +244,11 @@ const PARTS: [&str; 13] = [
     "identity",
     "images",
     "abandoned",
+    "merge",
+    "reading",
 ];
 
-fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(Errno) -> Error + 'a {
+pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(Errno) -> Error + 'a {
     move |error| Error::Io { action, object: object.to_owned(), source: error.into() }
 }
 
@@ -254,6 +263,7 @@ pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Ope
     let lock = lock(&dir, store, patience)?;
     let version = version(&dir, store)?;
 
+    merge::recover(&dir).map_err(failed("finish the merging of layers of", store))?;
     let keys = keys_of_ours();
     let part = |name: &'static str| {
         rustix::fs::mkdirat(&dir, name, Mode::RWXU).or_else(exists_already)?;
@@ -304,7 +314,7 @@ pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Ope
         work,
         index,
         refs,
-        _lock: Some(lock),
+        _lock: Some(lock.into()),
         made: 0,
         keys,
         sparse,
@@ -317,13 +327,15 @@ pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Ope
     Ok((lower, store))
 }
 
-/// Opens the lowest layer of a store for reading; whoever writes above is not disturbed.
-pub(super) fn open_to_read(below: Below, store: &Path) -> Result<Opened, Error> {
+/// Opens the lowest layer of a store for reading; whoever writes above is not disturbed, and layers up to `number` are not merged
+/// meanwhile.
+pub(super) fn open_to_read(below: Below, store: &Path, number: u64) -> Result<Opened, Error> {
     let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
     let dir = Arc::new(dir.map_err(failed("open the directory", store))?);
     if !version(&dir, store)? {
         return Err(Error::NotAStore { store: store.into() });
     }
+    let reading = merge::read_up_to(&dir, store, number)?;
     let part = |name: &str| object::open_dir(&dir, OsStr::new(name)).map(Arc::new);
     let open = || {
         let lower = Lower::new(below, &dir)?;
@@ -338,7 +350,7 @@ pub(super) fn open_to_read(below: Below, store: &Path) -> Result<Opened, Error> 
             work,
             index,
             refs,
-            _lock: None,
+            _lock: Some(reading),
             made: 0,
             keys,
             sparse,
@@ -353,7 +365,7 @@ pub(super) fn open_to_read(below: Below, store: &Path) -> Result<Opened, Error> 
     open().map_err(failed("open", store))
 }
 
-fn keys_of_ours() -> Keys {
+pub(super) fn keys_of_ours() -> Keys {
     Keys { prefix: if rustix::process::geteuid().is_root() { "trusted." } else { "user." } }
 }
 
@@ -425,7 +437,7 @@ fn exists_already(error: Errno) -> Result<()> {
 }
 
 /// Takes the store for this process.
-fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> {
+pub(super) fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> {
     use std::io::{Read, Seek};
     let io =
         |action: &'static str| move |source: std::io::Error| Error::Io { action, object: store.join("lock"), source };

@@ -75,7 +75,7 @@ impl Records {
         self.open_for(Access::Read)
     }
 
-    /// Opens the catalog for a change. Recovers nothing: that is for commands, which tell somebody of it.
+    /// Opens the catalog for a change. Undoes nothing: that is for commands, which tell somebody of it.
     pub(super) fn open_to_write(&self) -> Result<Coordinator> {
         self.open_for(Access::Write)
     }
@@ -174,6 +174,10 @@ impl Layout {
         let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let (changed, recorded, since) = (Mutex::default(), Remembered::default(), timestamp(jiff::Timestamp::now()));
         Self { records, branches, changed, recorded, since, owner }
+    }
+
+    pub(super) fn records(&self) -> &Records {
+        &self.records
     }
 
     /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
