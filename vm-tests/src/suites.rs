@@ -41,9 +41,9 @@ const IN_QEMU: &[&str] = &["fsnap::engines"];
 ///
 /// * `engines`: CRIU with each backend, against the oracle. What its other tests look at does not depend on where a volume lies.
 /// * `cli`: what is said of checkpoints. What is said of pools and of the history of NILFS2 has programs of its own.
-/// * `recovery`: the volumes that only these kernels can have, with what a backend makes and removes, killed everywhere. Left to btrfs
-///   and rsync on the host are calls that fail, since an error of a backend is undone in the same way for all and the backends' own
-///   suites have theirs fail, and kills of what tags, freezes processes, or finishes what an earlier kill has left.
+/// * `recovery`: the volumes that only these kernels can have, killed in all that makes and removes images, and in the recovery from
+///   that. Left to btrfs and rsync on the host are calls that fail, since an error of a backend is undone in the same way for all and
+///   the backends' own suites have theirs fail, and kills of what tags or freezes processes.
 /// * `fuse`: branches over those volumes.
 const USUAL_PARTS: &[(&str, Sample)] = &[
     ("fsnap::engines", Sample { with: "consistency::", without: &[] }),
@@ -54,15 +54,8 @@ const USUAL_PARTS: &[(&str, Sample)] = &[
 ];
 
 /// The tests of recovery that say nothing new of a backend.
-const ELSEWHERE: &[&str] = &[
-    "::exit_at_failpoints",
-    "::a_call_fails",
-    "::the_disk_is_full",
-    "::checkpoint_",
-    "::hook_",
-    "::tag::",
-    "::recover_",
-];
+const ELSEWHERE: &[&str] =
+    &["::exit_at_failpoints", "::a_call_fails", "::the_disk_is_full", "::checkpoint_", "::hook_", "::tag::"];
 
 /// Programs that take long are run in two machines at once: the tests with this in their names, and the others.
 const DIVIDED: &[(&str, &str)] = &[("fsnap-dm-thin::conformance", "ext4::")];
