@@ -48,6 +48,7 @@ pub use pattern::{InvalidPattern, Pattern};
 pub use process_id::{BootTicks, ProcessId};
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
+pub(crate) use tree::own_descendants;
 pub use tree::{Member, Standing, Tree};
 pub use unlinked::Unlinked;
 pub use writers::{Writer, WriterScan, writers, writers_at};

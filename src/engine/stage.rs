@@ -22,7 +22,7 @@ use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
 use crate::mount::{Prepared, Restrictions};
-use crate::processes::{ProcessId, Tree};
+use crate::processes::{ProcessId, own_descendants};
 
 /// What the stages are told.
 #[derive(Debug, Serialize, Deserialize)]
@@ -273,14 +273,10 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
 
 /// Ends all that descends from this process, which is given every orphan among them.
 fn end_descendants() {
-    let own = std::process::id().cast_signed();
     // What is forked meanwhile is found by the next look.
-    while let Ok(tree) = Tree::of_pid(own) {
-        let descendants: Vec<_> =
-            tree.members().map(|member| member.id).filter(|id| id.pid != own && id.is_alive()).collect();
-        if descendants.is_empty() {
-            return;
-        }
+    while let Ok(descendants) = own_descendants()
+        && !descendants.is_empty()
+    {
         for id in descendants {
             let _ = id.open().and_then(|process| Ok(pidfd_send_signal(process, Signal::KILL)?));
         }

@@ -198,6 +198,21 @@ impl Member {
     }
 }
 
+/// Who descends from this process, which is itself in no tree, and lives.
+pub(crate) fn own_descendants() -> Result<Vec<ProcessId>> {
+    let own = std::process::id().cast_signed();
+    let looked = Looked::at(own).map_err(|source| process_id::unread(own, source))?;
+    let mut found = Vec::new();
+    for child in looked.children(&mut None)? {
+        match Tree::of_pid(child) {
+            Ok(tree) => found.extend(tree.members().map(|member| member.id)),
+            Err(Error::Gone { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
 /// A process that is being looked at.
 struct Looked {
     member: Member,

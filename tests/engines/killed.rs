@@ -2,13 +2,16 @@
 //!
 //! For N = 1, 2, … it dies at the N-th of the places that `fsnap::failpoint` marks, until it comes through.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
 
 use fsnap_oracle::Kind;
 
 use crate::Case;
 use crate::oracle::Oracle;
-use crate::site::{Site, Volume, id_in};
+use crate::site::{Site, Volume, id_in, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("the_hook_before_the_freeze", || the_hook("pre-dump", 4)),
@@ -16,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
     ("the_hook_by_its_own_commands", the_next_command),
     ("a_checkpoint_without_an_engine", a_checkpoint_without_an_engine),
     ("a_restore", a_restore),
+    ("a_restore_on_the_pids_of_this_machine", a_restore_on_the_pids_of_this_machine),
 ];
 
 /// More places than there ever are.
@@ -111,4 +115,33 @@ fn a_restore() {
         site.holds_nothing_but(1);
     }
     panic!("it never came through");
+}
+
+/// No namespace ends the processes of which the killed fsnap never heard: whoever restored them does.
+fn a_restore_on_the_pids_of_this_machine() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = oracle(&site);
+    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
+    drop(oracle);
+    // An engine that has restored everything when its caller is killed, and ends after that.
+    let (engine, caller, restored) = (site.path("engine"), site.path("caller"), site.path("restored"));
+    let script = format!(
+        "#!/bin/sh\n'{}' \"$@\" || exit 1\n[ \"$1\" = restore ] || exit 0\ncaller=$(cat '{}')\n\
+         kill -0 {pid} && : >'{}' && kill -9 $caller\n\
+         until ! [ -e /proc/$caller ] || grep -q '^State:.Z' /proc/$caller/status; do sleep 0.01; done\n",
+        fsnap_oracle::criu::Criu::find().program().display(),
+        caller.display(),
+        restored.display()
+    );
+    fs::write(&engine, script).unwrap();
+    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = site.command_of(Path::new("sh"));
+    command.args(["-c", r#"echo $$ >"$0" && exec "$@""#]).arg(&caller).arg(env!("CARGO_BIN_EXE_fsnap"));
+    let output = command.args(["restore", &id, "--branch", "b", "--host-pids"]).env("FSNAP_CRIU", &engine).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.signal(), Some(9), "{output:?}");
+    assert!(restored.exists(), "{output:?}");
+    wait_until("the end of what was restored", || !Path::new(&format!("/proc/{pid}")).exists());
+    site.ok(["rm", "--branch", "b"]);
+    site.holds_nothing_but(1);
 }

@@ -15,6 +15,7 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("copies_go_on_side_by_side", copies_go_on_side_by_side),
     ("a_copy_is_copied", a_copy_is_copied),
+    ("the_settings_name_the_volumes_of_a_run", the_settings_name_the_volumes_of_a_run),
     ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
     ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
     ("a_tree_without_its_root_is_refused", a_tree_without_its_root_is_refused),
@@ -141,6 +142,27 @@ fn copies_go_on_side_by_side() {
     site.ok(["rm", &id]);
     assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0);
     site.holds_nothing_but(0);
+}
+
+/// Only those are taken, and the audit names the other; of that one CRIU saves the files without names.
+fn the_settings_name_the_volumes_of_a_run() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    let open = |fd: u32, dir: &Path| format!("cd {}; exec {fd}>file; rm file; ", dir.display());
+    let script = open(8, &site.volumes[0]) + &open(9, &site.volumes[1]) + &counter(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &script);
+    running.says("one", "3");
+    site.configure("[hook]\nvolumes = ['v0']\n");
+    let id = site.ok(["checkpoint", "one"]);
+    running.counts_on("one");
+    let shown = site.json(["show", &id, "--json"]);
+    let volumes: Vec<_> = shown["members"].as_array().unwrap().iter().map(|member| &member["volume"]).collect();
+    assert_eq!(volumes, ["v0"], "{shown:#}");
+    let left_out: Vec<_> =
+        shown["unlinked"].as_array().unwrap().iter().map(|one| one["external"].is_string()).collect();
+    assert_eq!(left_out.iter().filter(|left_out| **left_out).count(), 1, "{shown:#}");
+    assert_eq!(left_out.len(), 2, "{shown:#}");
+    assert!(site.ok(["show", &id]).contains(&site.volumes[1].display().to_string()), "{}", site.ok(["show", &id]));
 }
 
 fn a_copy_is_copied() {
