@@ -90,7 +90,12 @@ impl Cgroup {
             let thread = format!("{:?}", std::thread::current().id());
             let thread: String = thread.chars().filter(char::is_ascii_digit).collect();
             let dir = Path::new(point).join(format!("fsnap-engines-{number}-{thread}"));
-            if found.iter().all(|cgroup| cgroup.control != control) && fs::create_dir(&dir).is_ok() {
+            if found.iter().any(|cgroup| cgroup.control == control) {
+                continue;
+            }
+            // The kernel gives the numbers of namespaces again: what has the name was left by an earlier run that was killed.
+            let _ = fs::remove_dir(&dir);
+            if fs::create_dir(&dir).is_ok() {
                 let cgroup = Self { dir, control };
                 if cgroup.dir.join(control).exists() {
                     found.push(cgroup);
