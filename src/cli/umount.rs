@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use fsnap::fuse::session;
+use fsnap::fuse::session::{self, Server};
 
 use super::Outcome;
+use super::failure::say;
 
 /// Unmount what fsnap serves
 ///
@@ -16,5 +17,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
-    Ok(session::unmount(&args.dir)?)
+    if session::unmount(&args.dir)? == Server::GoesOn {
+        say(
+            "note",
+            "it is unmounted here, and goes on being served: another mount namespace, of a container perhaps, has it as well",
+        );
+    }
+    Ok(())
 }

@@ -227,10 +227,18 @@ fn is_stale(dir: &Path) -> bool {
     rustix::fs::statfs(dir).err() == Some(Errno::NOTCONN)
 }
 
-/// Unmounts what fsnap serves at `dir`.
-///
-/// Returns when the server has ended, so that its store can be opened again at once.
-pub fn unmount(dir: &Path) -> Result<(), Error> {
+/// What has become of the server of a mount that was taken off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Server {
+    /// It has ended: its store can be opened again at once.
+    Ended,
+    /// It goes on, because another mount namespace has the mount as well: that of a container, for one, which was made meanwhile.
+    GoesOn,
+}
+
+/// Unmounts what fsnap serves at `dir`, and waits some seconds for the end of the server.
+pub fn unmount(dir: &Path) -> Result<Server, Error> {
     let refused = || Error::NotMounted { dir: dir.to_owned() };
     let stale = is_stale(dir);
     let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
@@ -239,7 +247,7 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     let note = store.join(SERVERS).join(root.device.to_string());
     if stale {
         let _ = std::fs::remove_file(note);
-        return mounting::detach(&path);
+        return mounting::detach(&path).map(|()| Server::Ended);
     }
     // Opened before the server ends, which takes its note away then.
     let lock = if note.exists() { note } else { store.join("lock") };
@@ -247,19 +255,19 @@ pub fn unmount(dir: &Path) -> Result<(), Error> {
     let lock = rustix::fs::openat(CWD, lock, flags, Mode::empty());
     mounting::unmount(&path)?;
     // Without it, there is nobody to wait for.
-    lock.iter().for_each(wait_for_server);
-    Ok(())
+    Ok(lock.map_or(Server::Ended, |lock| wait_for_server(&lock)))
 }
 
 /// Waits until nobody has the lock, for a while.
-fn wait_for_server(lock: &OwnedFd) {
+fn wait_for_server(lock: &OwnedFd) -> Server {
     let until = std::time::Instant::now() + Duration::from_secs(10);
     while rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
         if std::time::Instant::now() > until {
-            return;
+            return Server::GoesOn;
         }
         std::thread::sleep(Duration::from_millis(2));
     }
+    Server::Ended
 }
 
 /// Our mount that is uppermost at `dir`.

@@ -14,10 +14,10 @@ use fsnap_backend::{Dir, MountSpec, Source, beneath};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::fs::XattrFlags;
-use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::Case;
-use crate::site::{Site, is_mounted};
+use crate::site::{Site, fsnap, is_mounted};
 use crate::tree;
 
 pub(crate) const CASES: &[Case] = &[
@@ -28,6 +28,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_server_that_is_to_end_leaves_no_mount", a_server_that_is_to_end_leaves_no_mount),
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
     ("a_second_server_is_refused", a_second_server_is_refused),
+    ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
     ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
@@ -322,6 +323,21 @@ fn a_second_server_is_refused() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("is in use by another server") && said.contains("fsnap umount"), "{said}");
     tree::assert_equal(&before, &tree::of(&site.dir()), "after the second server");
+    site.end();
+}
+
+fn a_mount_that_others_have_as_well_goes_on_being_served() {
+    let site = Site::new(|lower| fs::write(lower.join("f"), "below").unwrap());
+    // As a mount namespace that is made meanwhile has one, but of this mount alone.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let copy = rustix::mount::open_tree(rustix::fs::CWD, site.dir(), flags).unwrap();
+    let output = fsnap().arg("umount").arg(site.dir()).output().unwrap();
+    drop(copy);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("goes on being served"), "{said}");
+    site.ends();
+    site.mount();
     site.end();
 }
 

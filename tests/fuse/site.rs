@@ -97,6 +97,11 @@ impl Site {
     pub(crate) fn unmount(&self) {
         // The kernel lets go of a file a little after the process that had it.
         self.until("it is unmounted", || fsnap().arg("umount").arg(self.dir()).status().unwrap().success());
+        self.ends();
+    }
+
+    /// Waits for the end of the server, whose mount was taken off.
+    pub(crate) fn ends(&self) {
         self.until("the server ends", || self.ended().is_some());
         assert_eq!(self.ended(), Some(true), "the server failed");
         assert!(!is_mounted(&self.dir()));
