@@ -249,19 +249,30 @@ impl Partial {
     pub(super) fn complete(&self) -> Result<()> {
         let mut at = 0;
         while at < self.valid {
-            let data = next_data(&*self.file, at)?.unwrap_or(self.valid).min(self.valid);
-            while at < data {
-                let mut buffer = vec![0; CHUNK.min(data - at) as usize];
-                self.read_lower(&mut buffer, at)?;
-                self.file.write_all_at(&buffer, at).map_err(io_errno)?;
-                at += buffer.len() as u64;
-            }
+            let above = next_data(&*self.file, at)?.unwrap_or(self.valid).min(self.valid);
+            self.bring_up(at, above)?;
+            at = above;
             if at < self.valid {
                 at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
             }
         }
         rustix::fs::fdatasync(&*self.file)?;
         rustix::fs::fremovexattr(&*self.file, self.keys.partial())
+    }
+
+    /// Copies what is below in a range of which nothing is above. Holes stay holes.
+    fn bring_up(&self, mut at: u64, end: u64) -> Result<()> {
+        while let Some(data) = self.lower.data(at)?.filter(|&data| data < end) {
+            let hole = self.lower.hole(data)?.min(end);
+            at = data;
+            while at < hole {
+                let mut buffer = vec![0; CHUNK.min(hole - at) as usize];
+                self.read_lower(&mut buffer, at)?;
+                self.file.write_all_at(&buffer, at).map_err(io_errno)?;
+                at += buffer.len() as u64;
+            }
+        }
+        Ok(())
     }
 
     fn zero(&self, offset: u64, end: u64) -> Result<()> {
@@ -562,4 +573,42 @@ impl Content for Nothing {
 fn copy_range(from: &File, at: &mut u64, to: &File, target: &mut u64, length: u64) -> Result<u64> {
     let length = usize::try_from(length).unwrap_or(usize::MAX).min(1 << 30);
     Ok(rustix::fs::copy_file_range(from, Some(at), to, Some(target), length)? as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn in_memory(length: u64) -> File {
+        let file = rustix::fs::memfd_create("content", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, length).unwrap();
+        file.into()
+    }
+
+    #[test]
+    fn what_is_brought_up_keeps_its_holes() {
+        const LENGTH: u64 = 3 << 20;
+        let (below, above) = (in_memory(LENGTH), Arc::new(in_memory(LENGTH)));
+        below.write_all_at(&[b'x'; 8192], 1 << 20).unwrap();
+        above.write_all_at(&[b'y'; 4096], 0).unwrap();
+        let partial = Partial {
+            file: above.clone(),
+            lower: LowerContent::File(below, LENGTH),
+            valid: LENGTH,
+            block: 4096,
+            keys: super::super::store::keys_of_ours(),
+            path: Vec::new(),
+        };
+        partial.bring_up(4096, LENGTH).unwrap();
+        let mut content = vec![0; LENGTH as usize];
+        above.read_exact_at(&mut content, 0).unwrap();
+        let expected = |at: usize| match at {
+            0..0x1000 => b'y',
+            0x10_0000..0x10_2000 => b'x',
+            _ => 0,
+        };
+        assert!(content.iter().enumerate().all(|(at, &byte)| byte == expected(at)));
+        assert_eq!(next_data(&*above, 4096).unwrap(), Some(1 << 20), "the hole before the data was filled");
+        assert_eq!(next_data(&*above, (1 << 20) + 8192).unwrap(), None, "the hole behind the data was filled");
+    }
 }
