@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fsnap_backend::mounts::{self, Mount};
 use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
@@ -91,8 +91,10 @@ pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, read
     served
 }
 
-/// How often it is looked whether images were deleted, so that layers can be merged.
-const MERGING: Duration = Duration::from_secs(15);
+/// How often it is looked whether images were deleted, so that layers can be merged; they are before each snapshot, too.
+///
+/// Seldom: to move a file from layer to layer changes its `ctime`, and who compares that reads the file again.
+const MERGING: Duration = Duration::from_secs(600);
 
 /// Mounts past states and branches at `dir`, calls `ready`, and serves them until they are unmounted.
 ///
@@ -114,12 +116,16 @@ pub fn serve_all(
     let looked_after = (browse.clone(), branches.clone());
     let keeper = std::thread::Builder::new().name("idle".into()).spawn(move || {
         let (browse, branches) = looked_after;
+        let mut merged = Instant::now();
         while waits.recv_timeout(idle / 4) == Err(RecvTimeoutError::Timeout) {
             browse.let_go_of_removed();
             branches.let_go_of_removed();
             browse.let_go(idle);
             branches.let_go(idle);
-            branches.merge();
+            if merged.elapsed() >= MERGING {
+                branches.merge();
+                merged = Instant::now();
+            }
         }
         browse.let_go(Duration::ZERO);
         branches.close();
@@ -260,9 +266,9 @@ pub fn unmount(dir: &Path) -> Result<Server, Error> {
 
 /// Waits until nobody has the lock, for a while.
 fn wait_for_server(lock: &OwnedFd) -> Server {
-    let until = std::time::Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(10);
     while rustix::fs::flock(lock, rustix::fs::FlockOperation::NonBlockingLockShared).is_err() {
-        if std::time::Instant::now() > until {
+        if Instant::now() > until {
             return Server::GoesOn;
         }
         std::thread::sleep(Duration::from_millis(2));
