@@ -70,6 +70,11 @@ impl IntentFiles {
         self.dir.join(format!("{}.taken", self.id))
     }
 
+    /// Whether everything was taken, or may have been.
+    fn is_taken(&self) -> bool {
+        self.taken().symlink_metadata().is_ok()
+    }
+
     fn search(&self) -> PathBuf {
         self.dir.join(format!("{}.search", self.id))
     }
@@ -303,7 +308,7 @@ impl Catalog {
 
     /// Whether everything was taken, or may have been, of the checkpoint that the intent is for.
     pub fn may_be_taken(&self, id: IntentId) -> bool {
-        IntentFiles::of(&self.state, id).taken().symlink_metadata().is_ok()
+        IntentFiles::of(&self.state, id).is_taken()
     }
 }
 
@@ -366,14 +371,12 @@ fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl
     }
 }
 
-/// The intents that have files in the directory.
 /// Whether there is a note that a checkpoint was taken, which is there until it is sealed; looks at no database.
 pub fn is_any_taken(state: &Path) -> Result<bool> {
-    Ok(ids_in(&state.join("intents"))?
-        .into_iter()
-        .any(|id| IntentFiles::of(state, id).taken().symlink_metadata().is_ok()))
+    Ok(ids_in(&state.join("intents"))?.into_iter().any(|id| IntentFiles::of(state, id).is_taken()))
 }
 
+/// The intents that have files in the directory.
 fn ids_in(dir: &Path) -> Result<BTreeSet<IntentId>> {
     let entries = match std::fs::read_dir(dir) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeSet::new()),
