@@ -24,7 +24,6 @@ use rustix::io::Errno;
 use super::node::Ino;
 use super::object::{self, SAFE};
 use super::plan::Planner;
-use super::sealed::SealedDir;
 use super::steps::{self, Place, Root, Step};
 use super::store::{self, Error, PATIENCE};
 use super::{Overlay, Result, Tree, seal};
@@ -170,7 +169,7 @@ impl Tree {
             let (upper, index) = seal::parts(&self.store.dir, low)?;
             Ok(Self::new(self.stack(&under)?, self.store.reading(upper, index)))
         };
-        let state = SealedDir::root(std::sync::Arc::new(Overlay::of(layer()?)));
+        let state = layer()?.into_state();
         let planner = Planner::new(layer()?, state, seal::parts(&self.store.dir, high)?);
         Ok(move || planner.plan())
     }

@@ -138,7 +138,7 @@ impl Overlay {
         for number in numbers.into_iter().skip(1).take_while(|&at| at <= number) {
             tree.step(number).map_err(&failed)?;
         }
-        Ok(Arc::new(SealedDir::root(Arc::new(Self::of(tree)))))
+        Ok(Arc::new(tree.into_state()))
     }
 }
 
@@ -148,6 +148,11 @@ impl Tree {
         let dirs = if store.read_only { FdCache::small() } else { FdCache::default() };
         let origin = lower.again();
         Self { lower, origin, store, nodes, dirs, epoch: 0 }
+    }
+
+    /// The root of what it shows, for reading.
+    pub(super) fn into_state(self) -> SealedDir {
+        SealedDir::root(Arc::new(Overlay::of(self)))
     }
 
     /// Goes up to the layer that is written. Finishes or undoes what a server that was killed had begun.
@@ -176,7 +181,7 @@ impl Tree {
         let below = self.store.replace_layer(upper, index);
         let nothing = self.origin.again();
         let sealed = Self::new(std::mem::replace(&mut self.lower, nothing), below);
-        self.lower = Lower::over(SealedDir::root(Arc::new(Overlay::of(sealed))), &self.store.dir)?;
+        self.lower = Lower::over(sealed.into_state(), &self.store.dir)?;
         self.dirs = if self.store.read_only { FdCache::small() } else { FdCache::default() };
         self.epoch += 1;
         let (epoch, lower) = (self.epoch, self.lower.root());
@@ -193,7 +198,7 @@ impl Tree {
         for &number in numbers {
             let (upper, index) = parts(&self.store.dir, number)?;
             let layer = Self::new(lower, self.store.reading(upper, index));
-            lower = Lower::over(SealedDir::root(Arc::new(Overlay::of(layer))), &self.store.dir)?;
+            lower = Lower::over(layer.into_state(), &self.store.dir)?;
         }
         Ok(lower)
     }
