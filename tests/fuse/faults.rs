@@ -7,7 +7,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap::stores::{Kind, layers};
 use fsnap_backend::{Dir, MountSpec, Source, beneath};
@@ -300,10 +300,7 @@ fn a_full_store_changes_nothing_by_halves() {
     fs::remove_file(site.at("filler")).unwrap();
     // The kernel tells of a closing when it has returned already, and only then is the room free.
     let has_room = || rustix::fs::statvfs(site.store()).is_ok_and(|space| space.f_bfree > space.f_blocks / 2);
-    let until = Instant::now() + Duration::from_secs(60);
-    while !has_room() && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    site.until("there is room again", has_room);
     for name in ["f", "h", "d/in"] {
         fs::File::options().append(true).open(site.at(name)).unwrap().write_all(b"more").unwrap();
     }

@@ -159,7 +159,8 @@ impl Site {
         server.as_mut().and_then(|child| child.try_wait().unwrap()).map(|status| status.success())
     }
 
-    fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+    /// Waits for what comes a moment later.
+    pub(crate) fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !holds() {
             assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
