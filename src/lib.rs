@@ -47,7 +47,7 @@
 //! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
 //! | `fuse` | past states and copy-on-write trees, served through FUSE |
-//! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
+//! | `cli` (in the binary) | arguments, environment, text and JSON; a file for each command, and three that they share |
 //!
 //! The backends are the crates `backends/*`; `backends/conformance` is the suite that all of them pass; `tests/` drives
 //! the binary as users do, and `tests/oracle` is a process that knows what its files must hold.

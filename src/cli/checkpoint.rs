@@ -15,7 +15,7 @@ use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
-use super::{Context, Failure, Outcome, Output, attendant, environment, hook, internal, json};
+use super::{Context, Failure, Outcome, Output, environment, hook, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
@@ -173,7 +173,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         message: &args.message,
-        dismiss: attendant::dismiss,
+        dismiss: hook::attendant::dismiss,
         stores: &context.config.stores(),
     }
     .take();

@@ -1,4 +1,8 @@
-//! `fsnap hook`
+//! `fsnap hook`, and CRIU's action script.
+
+pub(crate) mod attendant;
+mod generic;
+mod search;
 
 use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
 use fsnap::coordinator::{Begun, Coordinator, Request, Target, Window};
@@ -7,10 +11,9 @@ use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase};
 use fsnap::processes::{Policy, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
-use super::deadline::{Deadline, hold_off_signals};
-use super::failure::say;
-use super::search::{self, Search};
-use super::{Context, Failure, Outcome, Output, attendant, environment, generic};
+use super::process::deadline::{Deadline, hold_off_signals};
+use super::{Context, Failure, Outcome, Output, environment, say};
+use search::Search;
 
 /// The name under which fsnap is CRIU's action script.
 pub(crate) const CRIU_HOOK_NAME: &str = "fsnap-criu-hook";
@@ -45,7 +48,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
-    let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    let Some(call) = HookCall::parse(environment::of_engine, environment::parent())? else { return Ok(()) };
     if environment::is_outer(call.images.path()) {
         return Ok(());
     }

@@ -8,8 +8,8 @@ use fsnap::fuse::browse::Records;
 use fsnap::fuse::session::{self, Options};
 use fsnap::name::Name;
 
-use super::failure::say;
-use super::{Context, Outcome, json, server};
+use super::process::server;
+use super::{Context, Outcome, json, say};
 
 /// Show every checkpoint and branch as files
 ///

@@ -6,7 +6,8 @@ use fsnap::fuse::lower;
 use fsnap::fuse::overlay::{Origin, Overlay, note};
 use fsnap::fuse::session::{self, Options};
 
-use super::{Outcome, server};
+use super::Outcome;
+use super::process::server;
 
 /// Write to a directory copy-on-write
 ///

@@ -14,8 +14,7 @@ use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::Quiesce;
 
 use super::super::checkpoint::{everyone_in, print, take_standing};
-use super::super::failure::say;
-use super::super::{Context, Failure, Outcome, environment, hook, internal};
+use super::super::{Context, Failure, Outcome, environment, hook, internal, say};
 use super::{Kind, Runtime, failed};
 
 /// Save a container, its processes and its volumes, at one instant, and let it run on

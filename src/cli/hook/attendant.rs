@@ -27,8 +27,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::deadline::Deadline;
-use super::{Context, Failure, environment, hook, search, sys};
+use super::super::process::deadline::Deadline;
+use super::super::process::sys;
+use super::super::{Context, Failure, environment};
+use super::search;
 
 /// No engine needs longer between its two calls; and if one does, its hook does without.
 const LONGEST: Duration = Duration::from_secs(3600);
@@ -191,14 +193,14 @@ impl Attendant<'_> {
         let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: self.limit.as_secs_f64() };
         let Ok(deadline) = Deadline::set(self.limit, &late.into()) else { return };
         let tree = read_tree();
-        let taken = hook::take_all(&mut window, self.images);
+        let taken = super::take_all(&mut window, self.images);
         let mut search = tree.end();
         let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
         let taken = taken.and_then(|()| search::keep(&search, &mut window, self.images));
         let told = match taken.and_then(|()| window.write_note()) {
             Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
             Err(error) => {
-                let failure = Failure::from(hook::take_back(window, self.images, error));
+                let failure = Failure::from(super::take_back(window, self.images, error));
                 let _ = say(&mut hook, &Answer::Failed(failure.to_text()));
                 return;
             }
@@ -210,7 +212,7 @@ impl Attendant<'_> {
         let ended = told.and_then(|()| sys::wait_for_end(&mut hook));
         if window.note().symlink_metadata().is_err() {
             let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };
-            let _ = hook::take_back(window, self.images, error);
+            let _ = super::take_back(window, self.images, error);
             return;
         }
         drop(deadline);

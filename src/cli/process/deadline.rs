@@ -11,7 +11,8 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
-use super::{Failure, sys};
+use super::super::Failure;
+use super::sys;
 
 /// As long as this lives, the process ends when its time is over, whatever it is doing; with exit code 1.
 ///

@@ -18,7 +18,7 @@ use fsnap::engine::Images;
 use fsnap::processes::{AuditRules, Outlook, Policy, Standing};
 use fsnap::{Error, failpoint};
 
-use super::sys;
+use super::super::process::sys;
 
 /// The longest that the hook is told.
 const OBJECTION: usize = 4000;
