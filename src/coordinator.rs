@@ -43,6 +43,7 @@ use crate::{Error, Result, stores};
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
 pub use history::{Pinned, time_of};
+#[cfg(feature = "fuse")]
 pub(crate) use open::activate;
 pub use open::open_snapshot;
 pub use recover::{Recovered, Stray};
