@@ -27,7 +27,7 @@ use rustix::fs::{Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Coordinator, Recovered, open_snapshot};
-use crate::branch::{BranchMember, Keeper, Overlay};
+use crate::branch::{BranchMember, Form, Keeper, Overlay};
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
 use crate::mount::{Prepared, Restrictions};
@@ -128,12 +128,15 @@ impl Coordinator {
 
     /// Mounts one again, if it has to be mounted and is not; tells whether it was.
     fn mount_member(&self, checkpoint: &crate::checkpoint::CheckpointId, member: &mut BranchMember) -> Result<bool> {
-        let Some(dir) = member.home().cloned().filter(|_| member.layers.is_none()) else { return Ok(false) };
-        let dir = dir.as_path();
+        let (dir, overlay) = match &member.form {
+            Form::Clone | Form::Layers(_) => return Ok(false),
+            Form::MountedClone(home) => (home.as_path(), None),
+            Form::Overlay(overlay) => (overlay.dir.as_path(), Some(overlay)),
+        };
         if is_mounted(dir).context("examine", dir)? {
             return Ok(false);
         }
-        let Some(overlay) = member.overlay.clone() else {
+        let Some(overlay) = overlay else {
             mount_clone(&self.store(&member.store)?.activate(&member.at)?, dir)?;
             return Ok(true);
         };
@@ -143,7 +146,7 @@ impl Coordinator {
         let snapshot =
             snapshot.ok_or_else(|| fsnap_backend::Error::NotFound { what: format!("the snapshot {}", member.at) })?;
         self.mount_overlay(self.store(&member.store)?.as_ref(), &snapshot, dir)?;
-        member.identity = self.overlay_identity(&overlay)?;
+        member.identity = self.overlay_identity(overlay)?;
         Ok(true)
     }
 }

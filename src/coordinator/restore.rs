@@ -6,7 +6,7 @@ use std::path::Path;
 use fsnap_backend::MountSpec;
 
 use super::Coordinator;
-use crate::branch::Branch;
+use crate::branch::{Branch, Form};
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::engine::criu::{self, Criu};
 use crate::engine::{self, GivenBack, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
@@ -78,10 +78,10 @@ impl Coordinator {
             let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
             let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
             let restrictions = Restrictions::of(&at)?;
-            let spec = match member.overlay {
+            let spec = match member.form {
                 // One overlay cannot be mounted twice: what is mounted is shown there as well.
-                Some(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
-                None => self.store(&member.store)?.activate(&member.at)?,
+                Form::Overlay(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
+                _ => self.store(&member.store)?.activate(&member.at)?,
             };
             mounts.push(MountPlan { spec, at, restrictions });
         }
@@ -178,7 +178,7 @@ impl Coordinator {
         for branch in self.catalog.branches_to_mount()? {
             let overlays =
                 branch.members.iter().filter(|m| branch.checkpoint == checkpoint && m.volume == member.volume);
-            for (found, overlay) in overlays.filter_map(|m| Some((m, m.overlay.as_ref()?))) {
+            for (found, overlay) in overlays.filter_map(|m| Some((m, m.form.overlay()?))) {
                 let Some(keeper) = &overlay.keeper else { continue };
                 let shown = self.store(&keeper.store)?.adopt(member.path.as_path());
                 if shown.is_ok_and(|shown| *shown.identity() == found.identity) {
