@@ -46,6 +46,7 @@
 //! | [`config`] | settings |
 //! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
+//! | `error` | what can go wrong, and the one table to `errno` |
 //! | `fuse` | past states and copy-on-write trees, served through FUSE |
 //! | `cli` (in the binary) | arguments, environment, text and JSON; a file for each command, and three that they share |
 //!

@@ -182,6 +182,25 @@ fn modules_are_documented(sources: &[Source]) -> Vec<String> {
     sources.iter().filter(undocumented).map(complain).collect()
 }
 
+/// A crate's first page says what each of its modules is for.
+fn maps_name_every_module(sources: &[Source]) -> Vec<String> {
+    let is_root = |source: &&Source| source.path.ends_with("src/lib.rs") || source.path == "vm-tests/src/main.rs";
+    let mut complaints = Vec::new();
+    for source in sources.iter().filter(is_root) {
+        let lines: Vec<&str> = source.text.lines().collect();
+        for (number, line) in lines.iter().enumerate() {
+            let declared = line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ");
+            let Some(module) = declared.and_then(|declared| declared.strip_suffix(';')) else { continue };
+            let of_tests = number > 0 && lines[number - 1] == "#[cfg(test)]";
+            let named = |line: &&str| line.starts_with("//!") && line.contains(&format!("`{module}`"));
+            if !of_tests && !lines.iter().any(named) {
+                complaints.push(source.complain(number, &format!("the map above does not name `{module}`")));
+            }
+        }
+    }
+    complaints
+}
+
 fn designs_are_shown(sources: &[Source]) -> Vec<String> {
     let pages = sources.iter().filter(|source| source.path.starts_with("src/design/") && source.path.ends_with(".md"));
     // A macro may put the path together, so the name is looked for on its own, in a file that includes something.
@@ -322,6 +341,7 @@ rules![
     unsafe_is_in_sys,
     nothing_is_left_to_do,
     modules_are_documented,
+    maps_name_every_module,
     designs_are_shown,
     rules_have_cases,
     one_file_names_the_backends,
@@ -371,6 +391,16 @@ mod rule_catches {
     fn modules_are_documented() {
         assert_eq!(about(super::modules_are_documented, "src/cli/log.rs", "//! Lists checkpoints.\n"), 0);
         assert_eq!(about(super::modules_are_documented, "src/cli/log.rs", "use clap::Args;\n"), 1);
+    }
+
+    #[test]
+    fn maps_name_every_module() {
+        let rule = super::maps_name_every_module;
+        let map = "//! * `store`: the store; [`tree`](mod@tree): a tree.\n\nmod store;\npub mod tree;\n";
+        assert_eq!(about(rule, "backends/a/src/lib.rs", map), 0);
+        assert_eq!(about(rule, "backends/a/src/lib.rs", &format!("{map}// `lock`\nmod lock;\n")), 1);
+        assert_eq!(about(rule, "backends/a/src/lib.rs", &format!("{map}#[cfg(test)]\nmod tests;\n")), 0);
+        assert_eq!(about(rule, "backends/a/src/store.rs", "//! The store.\n\nmod lock;\n"), 0);
     }
 
     #[test]
