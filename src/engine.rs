@@ -48,7 +48,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Phase {
     /// A dump begins; the processes still run.
     Starting,
-    /// The processes stand, and their images are complete.
+    /// The processes are frozen, and their images are complete.
     Frozen,
     /// A restore begins; there are no processes yet.
     Restoring,

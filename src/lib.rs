@@ -22,7 +22,7 @@
 //!
 //! 1. [`begin`](coordinator::Coordinator::begin), while the processes run: find the volumes, reserve a place for each
 //!    snapshot, record the [intent](catalog::Intent) durably, flush and copy ahead.
-//! 2. [`take`](coordinator::Window::take), while they stand: one snapshot per volume, side by side; note that it is
+//! 2. [`take`](coordinator::Window::take), while they are frozen: one snapshot per volume, side by side; note that it is
 //!    done, without syncing. A process that the first step left behind [stands by](design::frozen_window) for it.
 //! 3. [`seal`](coordinator::Coordinator::seal), when they run again: make it durable, and put the checkpoint in the place
 //!    of its intent. The engine gives no hook here, so that the next command does it: every command begins with

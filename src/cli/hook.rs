@@ -143,9 +143,9 @@ pub(crate) fn external_files(
     }
 }
 
-/// The processes stand: take the snapshots, and leave all else for later.
+/// The processes are frozen: take the snapshots, and leave all else for later.
 pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
-    // As long as this process lives, the application stands. What was taken so far is undone by the next command.
+    // As long as this process lives, the application is frozen. What was taken so far is undone by the next command.
     let limit = context.config.hook.deadline();
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
     let cannot = |source| Error::Io { action: "set", object: "the deadline".into(), source };

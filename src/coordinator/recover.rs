@@ -231,7 +231,7 @@ impl Coordinator {
                 Err(error) if is_lost(&error) => return Ok(None),
                 Err(error) => return Err(error),
             };
-            // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
+            // Who was frozen and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
             members.push(plan.taken(snapshot, store.store().capabilities.live, Vec::new()));
         }
         Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None, kept: Vec::new() }))

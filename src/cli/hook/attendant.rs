@@ -1,7 +1,7 @@
 //! The process that stands by for the frozen window, and what the hooks say to it.
 //!
 //! The pre-dump hook leaves it behind as a child. It holds the intent's lock and has the stores open, has read the settings and set up what
-//! takes time. So the post-dump hook has little left to do while processes stand: it calls, waits, and lets the note appear. The note is the
+//! takes time. So the post-dump hook has little left to do while processes are frozen: it calls, waits, and lets the note appear. The note is the
 //! last thing that the *hook* does: a hook that is killed before that has failed, and then the attendant takes back what it took. When the hook
 //! has ended well, the attendant lets go of all that it holds and [searches](super::search) for other writers.
 //!
@@ -45,7 +45,7 @@ const LINE_LIMIT: u64 = 1 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Call {
-    /// The processes stand: take the snapshots.
+    /// The processes are frozen: take the snapshots.
     Take {
         /// The engine's images.
         images: EngineImages,
@@ -251,7 +251,7 @@ impl TreeReader {
             let outlook = WriterSearch::outlook(&pending);
             let _ = begun.send(rustix::thread::gettid());
             if let Ok((tree, ignore)) = asked.recv() {
-                let _ = told.send(search::among_standing(outlook, tree, ignore));
+                let _ = told.send(search::among_frozen(outlook, tree, ignore));
             }
         })?;
         let thread = begins.recv().map_err(io::Error::other)?;

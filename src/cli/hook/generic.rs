@@ -16,7 +16,7 @@ const VERSION: u32 = 1;
 
 /// Any engine's hook: called at each step of a dump or a restore, with the tree's root and the directory of images
 ///
-/// A dump is: starting (the processes run), frozen (they stand, and the images are complete), and then resumed or failed. A
+/// A dump is: starting (the processes run), frozen (they are, and the images are complete), and then resumed or failed. A
 /// restore is: restoring, restored. What fsnap answered is in fsnap_hook.json in the directory; the exit code
 /// decides. The engine must call frozen again only after starting.
 #[derive(Debug, clap::Args)]
