@@ -54,18 +54,18 @@ pub enum Form {
     /// A clone that is a file system of its own; the directory holds its mount point.
     MountedClone(PathText),
     /// The kernel's overlay over a snapshot, for a store that cannot clone.
-    Overlay(Overlay),
+    Overlay(Difference),
     /// Layers over a snapshot, written through `fsnap mount`.
-    Layers(Overlay),
+    Layers(Difference),
 }
 
 /// How a [`Form`] stands in the record: at most one of these is there.
 #[derive(Default, Serialize, Deserialize)]
 struct StoredForm {
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    overlay: Option<Overlay>,
+    overlay: Option<Difference>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    layers: Option<Overlay>,
+    layers: Option<Difference>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     home: Option<PathText>,
 }
@@ -97,9 +97,9 @@ impl From<Form> for StoredForm {
     }
 }
 
-/// A writable volume over a snapshot that is not written: what differs is kept beside it.
+/// What differs from a snapshot that is not written, and is kept beside it: the two make one writable volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Overlay {
+pub struct Difference {
     /// The directory that holds what differs.
     pub dir: PathText,
     /// Who takes snapshots of the volume, for the snapshot's own backend cannot; `None` if no backend that takes any
@@ -134,7 +134,7 @@ impl Form {
     }
 
     /// What is kept beside a snapshot that the volume is laid over, in either way; `None` for a clone.
-    pub fn over_snapshot(&self) -> Option<&Overlay> {
+    pub fn over_snapshot(&self) -> Option<&Difference> {
         match self {
             Self::Clone | Self::MountedClone(_) => None,
             Self::Overlay(kept) | Self::Layers(kept) => Some(kept),
@@ -142,7 +142,7 @@ impl Form {
     }
 
     /// The kernel's overlay, if it is one.
-    pub fn overlay(&self) -> Option<&Overlay> {
+    pub fn overlay(&self) -> Option<&Difference> {
         match self {
             Self::Overlay(overlay) => Some(overlay),
             Self::Clone | Self::MountedClone(_) | Self::Layers(_) => None,
@@ -150,7 +150,7 @@ impl Form {
     }
 
     /// The layers, if it is written through `fsnap mount`.
-    pub fn layers(&self) -> Option<&Overlay> {
+    pub fn layers(&self) -> Option<&Difference> {
         match self {
             Self::Layers(layers) => Some(layers),
             Self::Clone | Self::MountedClone(_) | Self::Overlay(_) => None,
@@ -174,9 +174,9 @@ mod tests {
     fn records_of_every_form_are_read_and_written_as_they_stand_in_catalogs() {
         let kept = || {
             let keeper = Keeper { backend: "rsync".into(), store: Identity::new("rsync:77") };
-            Overlay { dir: PathText("/b/try/data".into()), keeper: Some(keeper) }
+            Difference { dir: PathText("/b/try/data".into()), keeper: Some(keeper) }
         };
-        let unkept = Overlay { keeper: None, ..kept() };
+        let unkept = Difference { keeper: None, ..kept() };
         for (text, form, needs) in [
             (String::new(), Form::Clone, 0),
             (r#","home":"/b/try/data""#.into(), Form::MountedClone(PathText("/b/try/data".into())), 0),

@@ -6,7 +6,7 @@ use fsnap_backend::{Backend, Locator, MountSpec, Source};
 
 use super::checkpoint::boot_id;
 use super::{Coordinator, overlay, side_by_side};
-use crate::branch::{Branch, BranchMember, Form, Overlay};
+use crate::branch::{Branch, BranchMember, Difference, Form};
 use crate::catalog::{ImageRef, Intent, IntentId};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
@@ -19,7 +19,7 @@ struct Planned<'a> {
     member: &'a Member,
     store: Arc<dyn Backend>,
     at: Locator,
-    overlay: Option<Overlay>,
+    overlay: Option<Difference>,
 }
 
 impl Coordinator {

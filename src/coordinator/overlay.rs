@@ -27,7 +27,7 @@ use rustix::fs::{Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Coordinator, Recovered, open_snapshot};
-use crate::branch::{BranchMember, Form, Keeper, Overlay};
+use crate::branch::{BranchMember, Difference, Form, Keeper};
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
 use crate::mount::{Prepared, Restrictions};
@@ -49,11 +49,11 @@ const OVERLAYFS: u64 = 0x794c_7630;
 
 impl Coordinator {
     /// Where the overlay for a volume of a branch is to be; refused where none can be kept.
-    pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Overlay> {
+    pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Difference> {
         make_private(&self.homes)?;
         check(&self.homes)?;
         let dir = PathText(self.homes.join(branch.as_str()).join(volume.as_str()));
-        Ok(Overlay { dir, keeper: self.keeper()? })
+        Ok(Difference { dir, keeper: self.keeper()? })
     }
 
     /// Makes the store for snapshots of overlays, or opens it.
@@ -69,7 +69,12 @@ impl Coordinator {
     }
 
     /// Makes the overlay, empty, over the snapshot, and mounts it. Its intent is recorded.
-    pub(super) fn make_overlay(&self, store: &dyn Backend, snapshot: &Snapshot, overlay: &Overlay) -> Result<PathBuf> {
+    pub(super) fn make_overlay(
+        &self,
+        store: &dyn Backend,
+        snapshot: &Snapshot,
+        overlay: &Difference,
+    ) -> Result<PathBuf> {
         let dir = overlay.dir.as_path();
         for name in [UPPER, WORK, FILES] {
             make_private(&dir.join(name))?;
@@ -87,7 +92,7 @@ impl Coordinator {
     }
 
     /// What the branch's record says of an overlay that is mounted.
-    pub(super) fn overlay_identity(&self, overlay: &Overlay) -> Result<fsnap_backend::Identity> {
+    pub(super) fn overlay_identity(&self, overlay: &Difference) -> Result<fsnap_backend::Identity> {
         let files = overlay.dir.as_path().join(FILES);
         match &overlay.keeper {
             Some(keeper) => Ok(self.store(&keeper.store)?.adopt(&files)?.identity().clone()),

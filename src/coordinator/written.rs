@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use fsnap_backend::Identity;
 
 use super::Coordinator;
-use crate::branch::{Branch, BranchMember, Form, Keeper, Overlay};
+use crate::branch::{Branch, BranchMember, Difference, Form, Keeper};
 use crate::checkpoint::{Checkpoint, PathText};
 use crate::name::Name;
 use crate::stores::Kind;
@@ -48,7 +48,7 @@ impl Coordinator {
                 path: PathText(dir.join("files")),
                 identity: Identity::new(format!("{LAYERS}:{suffix}-{}", member.volume)),
                 origin: member.path.clone(),
-                form: Form::Layers(Overlay { dir: PathText(dir), keeper: keeper.clone() }),
+                form: Form::Layers(Difference { dir: PathText(dir), keeper: keeper.clone() }),
                 needs: member.needs.clone(),
             }
         };

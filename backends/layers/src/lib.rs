@@ -150,7 +150,7 @@ struct Tree {
     lower: Lower,
     /// What is below all layers.
     origin: Lower,
-    store: store::Store,
+    store: store::TreeStore,
     nodes: Nodes,
     /// Upper directories, by their inode number.
     dirs: FdCache<Arc<OwnedFd>>,
