@@ -252,6 +252,20 @@ fn one_file_names_the_backends(sources: &[Source]) -> Vec<String> {
     complaints
 }
 
+/// What a command takes from its environment is found in one file, and the library takes nothing.
+fn one_file_reads_the_environment(sources: &[Source]) -> Vec<String> {
+    let is_other = |source: &&Source| source.path.starts_with("src/") && source.path != "src/cli/environment.rs";
+    let mut complaints = Vec::new();
+    for source in sources.iter().filter(is_other).filter(|source| source.is_rust()) {
+        let reads = |(_, code): &(usize, String)| {
+            ["env::var", "env::var_os", "env::vars", "env::vars_os"].iter().any(|call| has_word(code, call))
+        };
+        let found = source.code().into_iter().filter(reads);
+        complaints.extend(found.map(|(number, _)| source.complain(number, "the environment is read elsewhere")));
+    }
+    complaints
+}
+
 fn words_are_ours(sources: &[Source]) -> Vec<String> {
     let mut complaints = Vec::new();
     for source in sources.iter().filter(|s| s.path != "tests/tidy.rs" && (s.is_rust() || s.path.ends_with(".md"))) {
@@ -345,6 +359,7 @@ rules![
     designs_are_shown,
     rules_have_cases,
     one_file_names_the_backends,
+    one_file_reads_the_environment,
     words_are_ours,
     lines_end_well,
     nothing_names_a_machine,
@@ -439,6 +454,14 @@ mod rule_catches {
         assert_eq!(complaints("backends/dm-thin/src/store.rs"), 0);
         assert_eq!(complaints("src/coordinator.rs"), 1);
         assert_eq!(complaints("backends/rsync/src/store.rs"), 1);
+    }
+
+    #[test]
+    fn one_file_reads_the_environment() {
+        let rule = super::one_file_reads_the_environment;
+        assert_eq!(about(rule, "src/cli/hook.rs", "let a = std::env::var_os(\"A\");\nlet b = env::var(\"B\");\n"), 2);
+        assert_eq!(about(rule, "src/cli/hook.rs", "// env::var\nlet c = std::env::current_dir();\n"), 0);
+        assert_eq!(about(rule, "src/cli/environment.rs", "let a = std::env::var_os(\"A\");\n"), 0);
     }
 
     #[test]
