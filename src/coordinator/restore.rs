@@ -203,7 +203,9 @@ impl Coordinator {
 fn file_system(path: &Path) -> String {
     let mount = File::open(path).and_then(mounts::of_file).ok().flatten();
     match mount {
-        Some(Mount { fstype, source, .. }) => format!("{} of {}", crate::printable(OsStr::from_bytes(&fstype)), PathText(source)),
+        Some(Mount { fstype, source, .. }) => {
+            format!("{} of {}", crate::printable(OsStr::from_bytes(&fstype)), PathText(source))
+        }
         None => "something else".into(),
     }
 }
