@@ -1,12 +1,12 @@
 //! Brings processes back onto files of the same instant.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use fsnap_backend::MountSpec;
 use fsnap_backend::mounts::{self, Mount};
+use rustix::fs::{Mode, OFlags};
 
 use super::Coordinator;
 use crate::branch::Branch;
@@ -201,7 +201,9 @@ impl Coordinator {
 
 /// What is mounted at a path, for people.
 fn file_system(path: &Path) -> String {
-    let mount = File::open(path).and_then(mounts::of_file).ok().flatten();
+    // To open what it is, and no more, waits for nobody: it may be a fifo.
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let mount = place.ok().and_then(|place| mounts::of_file(place).ok().flatten());
     match mount {
         Some(Mount { fstype, source, .. }) => {
             format!("{} of {}", crate::printable(OsStr::from_bytes(&fstype)), PathText(source))
