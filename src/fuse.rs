@@ -26,6 +26,7 @@ pub mod lower;
 pub mod mount_adapter;
 mod mounting;
 mod open;
+pub mod places;
 mod readers;
 pub mod session;
 

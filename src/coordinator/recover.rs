@@ -200,7 +200,8 @@ impl Coordinator {
         }
         match self.seal(Begun { id, lock, pending, taken }) {
             Ok(sealed) => Ok(Recovered::Sealed(sealed.id)),
-            Err(error) if is_lost(&error) => Ok(Recovered::Undone(checkpoint)),
+            // A store that is away, too, can be said to be not there. Whether it was undone, the catalog knows.
+            Err(_) if self.catalog.intent(id)?.is_none() => Ok(Recovered::Undone(checkpoint)),
             Err(error) => Err(error),
         }
     }

@@ -1,9 +1,12 @@
 //! Brings processes back onto files of the same instant.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use fsnap_backend::MountSpec;
+use fsnap_backend::mounts::{self, Mount};
+use rustix::fs::{Mode, OFlags};
 
 use super::Coordinator;
 use crate::branch::{Branch, Form};
@@ -149,10 +152,12 @@ impl Coordinator {
         if self.shows_overlay(checkpoint, member)? {
             return Ok(());
         }
-        let found = match self.store(&member.store)?.adopt(member.path.as_path()) {
+        let path = member.path.as_path();
+        let found = match self.store(&member.store).and_then(|store| Ok(store.adopt(path)?)) {
             Ok(volume) => volume.identity().clone(),
+            // On another file system, the store is not there either.
             Err(error) => {
-                let (expected, found) = (self.expected(member), error.to_string());
+                let (expected, found) = (self.expected(member), format!("{}: {error}", file_system(path)));
                 return Err(Error::WrongFiles { path: member.path.clone(), checkpoint, expected, found });
             }
         };
@@ -191,6 +196,19 @@ impl Coordinator {
 
     fn expected(&self, member: &Member) -> String {
         format!("volume {} ({}) or a branch of it", member.volume, member.identity)
+    }
+}
+
+/// What is mounted at a path, for people.
+fn file_system(path: &Path) -> String {
+    // To open what it is, and no more, waits for nobody: it may be a fifo.
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let mount = place.ok().and_then(|place| mounts::of_file(place).ok().flatten());
+    match mount {
+        Some(Mount { fstype, source, .. }) => {
+            format!("{} of {}", crate::printable(OsStr::from_bytes(&fstype)), PathText(source))
+        }
+        None => "something else".into(),
     }
 }
 
