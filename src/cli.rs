@@ -126,7 +126,12 @@ const WRONG_USAGE: u8 = 2;
 pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     process::prepare();
     // CRIU starts its action script without arguments: the name tells that it is us who is called.
-    let called = arguments.first().map(Path::new).and_then(Path::file_name);
+    let called = arguments.first().map(Path::new);
+    if called.is_some_and(|program| program == Path::new(internal::OWN_PROGRAM)) {
+        // Process lists would call it `exe`.
+        let _ = rustix::thread::set_name(c"fsnap");
+    }
+    let called = called.and_then(Path::file_name);
     if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
         return finish(hook::criu());
     }

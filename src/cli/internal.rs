@@ -34,7 +34,7 @@ enum Part {
 }
 
 /// Not a path: whatever takes the program's place in the file system, the same program is started.
-const OWN_PROGRAM: &str = "/proc/self/exe";
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
 
 pub(crate) fn run(args: Args) -> Outcome {
     let (input, output) = (io::stdin().lock(), io::stdout());

@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::super::internal::OWN_PROGRAM;
 use super::super::{Failure, Outcome, environment};
 
 fn io(action: &'static str, object: &Path) -> impl Fn(std::io::Error) -> Failure {
@@ -20,7 +21,7 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 
 /// Starts this program as a server, by the same command with `--detach`, and waits until it has mounted.
 pub(crate) fn start(command: &str, options: &[&str], paths: &[PathBuf]) -> Outcome {
-    let program = Path::new("/proc/self/exe");
+    let program = Path::new(OWN_PROGRAM);
     let mut server = Command::new(program);
     server.args([command, "--detach"]).args(options).arg("--").args(paths.iter().map(OsString::from));
     server.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
