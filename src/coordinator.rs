@@ -46,7 +46,7 @@ use crate::progress::{Progress, Silent, Underway, Work};
 use crate::{Error, Result, stores};
 
 pub use checkpoint::{Begun, Request};
-pub use diff::{Change, ChangeKind, Side};
+pub use diff::{Change, ChangeKind, Side, Skipped};
 pub use history::{Pinned, time_of};
 #[cfg(feature = "fuse")]
 pub(crate) use open::activate;

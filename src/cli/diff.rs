@@ -1,6 +1,6 @@
 //! `fsnap diff`
 
-use fsnap::coordinator::Side;
+use fsnap::coordinator::{Side, Skipped};
 use fsnap::processes::process_changes;
 use fsnap::reference;
 use serde_json::json;
@@ -47,9 +47,18 @@ pub(crate) fn run(args: Args) -> Outcome {
     let mut changes = Vec::new();
     let side = new.as_ref().map_or(Side::Now, Side::Checkpoint);
     let skipped = coordinator.diff(&old, side, &mut |change| changes.push(change))?;
-    for volume in skipped {
-        let why = if new.is_some() { "is in only one of the two checkpoints" } else { "is tracked no more" };
-        say("note", &format!("volume {volume} {why}"));
+    for skipped in skipped {
+        let note = match skipped {
+            Skipped::Volume(volume) if new.is_some() => {
+                format!("volume {volume} is in only one of the two checkpoints")
+            }
+            Skipped::Volume(volume) => format!("volume {volume} is tracked no more"),
+            Skipped::Mounted { volume, path } => {
+                let path = fsnap::printable(path.as_os_str());
+                format!("something else is mounted at {volume}/{path}: what it hides is not compared")
+            }
+        };
+        say("note", &note);
     }
     if args.json {
         let list: Vec<_> = changes

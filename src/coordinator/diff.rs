@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +39,20 @@ pub enum ChangeKind {
     Attributes,
 }
 
+/// What was left out of a comparison.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Skipped {
+    /// Only one side has the volume.
+    Volume(Name),
+    /// Something else is mounted there now, and hides what the volume has.
+    Mounted {
+        /// The volume.
+        volume: Name,
+        /// The path below the volume's root.
+        path: PathBuf,
+    },
+}
+
 /// What a checkpoint is compared with.
 #[derive(Debug, Clone, Copy)]
 pub enum Side<'a> {
@@ -50,8 +65,8 @@ pub enum Side<'a> {
 impl Coordinator {
     /// Tells `report` of every file that differs from `old` to `new`, volume by volume, in the order of paths.
     ///
-    /// A volume that only one side has is skipped and returned.
-    pub fn diff(&self, old: &Checkpoint, new: Side<'_>, report: &mut dyn FnMut(Change)) -> Result<Vec<Name>> {
+    /// What cannot be compared is returned.
+    pub fn diff(&self, old: &Checkpoint, new: Side<'_>, report: &mut dyn FnMut(Change)) -> Result<Vec<Skipped>> {
         let mut skipped = Vec::new();
         // How many files there are is known only when all were compared.
         let work = self.begin_work(Work::Comparing, None);
@@ -62,25 +77,28 @@ impl Coordinator {
                 Side::Now => match self.live_path(old, &member.volume)? {
                     Some(path) => Reading::live(&path)?,
                     None => {
-                        skipped.push(member.volume.clone());
+                        skipped.push(Skipped::Volume(member.volume.clone()));
                         continue;
                     }
                 },
                 Side::Checkpoint(other) => match other.members.iter().find(|m| m.volume == member.volume) {
                     Some(found) => self.read(&self.store(&found.store)?, &found.snapshot)?,
                     None => {
-                        skipped.push(member.volume.clone());
+                        skipped.push(Skipped::Volume(member.volume.clone()));
                         continue;
                     }
                 },
             };
             let roots = [before.root.as_ref(), after.root.as_ref()];
             let volume = &member.volume;
-            Comparison { volume, roots, levels: Vec::new(), differences, work: &work, report: &mut *report }.run()?;
+            let (work, report, skipped) = (&work, &mut *report, &mut skipped);
+            Comparison { volume, roots, levels: Vec::new(), differences, work, report, skipped }.run()?;
         }
         if let Side::Checkpoint(other) = new {
             let missing = |name: &&Name| !old.members.iter().any(|member| member.volume == **name);
-            skipped.extend(other.members.iter().map(|member| &member.volume).filter(missing).cloned());
+            skipped.extend(
+                other.members.iter().map(|member| &member.volume).filter(missing).cloned().map(Skipped::Volume),
+            );
         }
         Ok(skipped)
     }
@@ -127,6 +145,7 @@ struct Comparison<'a> {
     differences: Option<Box<dyn Differences>>,
     work: &'a Underway<'a>,
     report: &'a mut dyn FnMut(Change),
+    skipped: &'a mut Vec<Skipped>,
 }
 
 /// One directory, in the old tree and in the new one, or in one of them.
@@ -230,18 +249,33 @@ impl Comparison<'_> {
         self.found(&entry.name, kind);
         if entry.meta.kind == FileKind::Dir {
             let mut open = [None, None];
-            open[side] = Some(self.dir(side)?.open_dir(&entry.name)?);
+            let opened = self.dir(side)?.open_dir(&entry.name);
+            let Some(opened) = self.unless_mounted(&entry.name, opened)? else { return Ok(()) };
+            open[side] = Some(opened);
             self.descend(entry.name, [None, None], open)?;
         }
         Ok(())
+    }
+
+    /// What was opened; `None`, and noted, if the volume's own file is hidden by what is mounted on it.
+    fn unless_mounted<T>(&mut self, name: &OsStr, opened: fsnap_backend::Result<T>) -> Result<Option<T>> {
+        match opened {
+            Err(fsnap_backend::Error::Io { source, .. }) if source.kind() == ErrorKind::CrossesDevices => {
+                let path = self.path(name);
+                self.skipped.push(Skipped::Mounted { volume: self.volume.clone(), path });
+                Ok(None)
+            }
+            opened => Ok(Some(opened?)),
+        }
     }
 
     fn both(&mut self) -> Result<()> {
         let (Some(a), Some(b)) = (self.next(OLD), self.next(NEW)) else { return Ok(()) };
         let name = &a.name;
         if a.meta.kind == FileKind::Dir {
-            let open = [Some(self.dir(OLD)?.open_dir(name)?), Some(self.dir(NEW)?.open_dir(name)?)];
-            return self.descend(a.name, [None, None], open);
+            let (old, new) = (self.dir(OLD)?.open_dir(name)?, self.dir(NEW)?.open_dir(name));
+            let Some(new) = self.unless_mounted(name, new)? else { return Ok(()) };
+            return self.descend(a.name, [None, None], [Some(old), Some(new)]);
         }
         // The inode's change time moves with every change of the content or the attributes, and cannot be set back.
         let unchanged = (a.meta.ino, a.meta.ctime, a.meta.mtime, a.meta.size)
@@ -252,7 +286,8 @@ impl Comparison<'_> {
         let content_differs = match a.meta.kind {
             FileKind::File if a.meta.size != b.meta.size => true,
             FileKind::File => {
-                let (old, new) = (self.dir(OLD)?.open_file(name)?, self.dir(NEW)?.open_file(name)?);
+                let (old, new) = (self.dir(OLD)?.open_file(name)?, self.dir(NEW)?.open_file(name));
+                let Some(new) = self.unless_mounted(name, new)? else { return Ok(()) };
                 self.contents_differ(old.as_ref(), new.as_ref()).map_err(|source| Error::Io {
                     action: "compare",
                     object: crate::printable(self.path(name).as_os_str()),

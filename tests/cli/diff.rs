@@ -232,3 +232,33 @@ fn a_tree_deeper_than_any_path_is_compared() {
     // Deeper than the directory of the test could be removed.
     beneath::remove_tree(beneath::open_root(&db).unwrap(), OsStr::new("d")).unwrap();
 }
+
+#[test]
+fn what_a_mount_hides_is_not_compared() {
+    let site = Site::plain();
+    assert_snapshot!(site.session(
+        "mkdir db/in && echo hidden >db/in/hidden && echo short >db/file && echo -n same! >db/bound
+         fsnap init --store store --backend rsync db && fsnap checkpoint >/dev/null
+         mount -t tmpfs above db/in && mkdir db/new && mount -t tmpfs above db/new && echo -n other >elsewhere && mount --bind elsewhere db/bound
+         echo other >db/file
+         fsnap diff @latest
+         umount db/in db/new db/bound
+         fsnap diff @latest"
+    ), @"
+    $ mkdir db/in && echo hidden >db/in/hidden && echo short >db/file && echo -n same! >db/bound
+    $ fsnap init --store store --backend rsync db && fsnap checkpoint >/dev/null
+    volume db at $T/db: rsync snapshots in $T/store
+    $ mount -t tmpfs above db/in && mkdir db/new && mount -t tmpfs above db/new && echo -n other >elsewhere && mount --bind elsewhere db/bound
+    $ echo other >db/file
+    $ fsnap diff @latest
+    M db/file
+    A db/new
+    ! fsnap: note: something else is mounted at db/bound: what it hides is not compared
+    ! fsnap: note: something else is mounted at db/in: what it hides is not compared
+    ! fsnap: note: something else is mounted at db/new: what it hides is not compared
+    $ umount db/in db/new db/bound
+    $ fsnap diff @latest
+    M db/file
+    A db/new
+    ");
+}
