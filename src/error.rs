@@ -235,6 +235,14 @@ pub enum Error {
         /// Who uses it.
         users: String,
     },
+    /// Something is mounted among the files of a branch that was to be removed.
+    #[error("the branch {name} is in use: something is mounted at {point}")]
+    MountedInBranch {
+        /// The branch.
+        name: Name,
+        /// Where.
+        point: PathText,
+    },
     /// The engine asked for the end of a checkpoint that it did not begin.
     #[error(
         "no checkpoint was begun for process {engine} and the images in {images}: the hook was not called before the freeze, or its checkpoint was undone"

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Coordinator;
 use crate::catalog::{Doomed, IntentId, IntentLock, Removal};
-use crate::checkpoint::{Checkpoint, CheckpointId};
+use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::failpoint;
 use crate::name::Name;
 use crate::{Error, Result};
@@ -54,6 +54,9 @@ impl Coordinator {
                 return Err(Error::BranchInUse { name: name.clone(), users: users.join(", ") });
             }
             std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Some(point) = self.mounted_in(&branch)? {
+            return Err(Error::MountedInBranch { name: name.clone(), point: PathText(point) });
         }
         self.remove_unchanged_branch(name)
     }

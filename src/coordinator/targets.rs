@@ -1,14 +1,15 @@
 //! Which volumes a checkpoint is to hold.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Identity, Locator};
+use fsnap_backend::{Identity, Locator, mounts};
 
 use super::{Coordinator, Shown};
 use crate::branch::{Branch, BranchMember};
 use crate::catalog::{ImageRef, PlannedMember};
 use crate::checkpoint::PathText;
+use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{self, Candidate, CandidateKind, Tree};
 use crate::volume::RegisteredVolume;
@@ -120,6 +121,16 @@ impl Coordinator {
             candidates(branch.members.iter().map(|member| on_branch(&shown, branch, member)).collect());
         let users = processes::users(&candidates)?;
         Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
+    }
+
+    /// Where something is mounted among the files of a branch.
+    pub(super) fn mounted_in(&self, branch: &Branch) -> Result<Option<PathBuf>> {
+        let shown = self.shown();
+        let roots: Vec<PathText> = branch.members.iter().map(|member| on_branch(&shown, branch, member).path).collect();
+        let is_inside =
+            |point: &PathBuf| roots.iter().any(|root| point != root.as_path() && point.starts_with(root.as_path()));
+        let mounted = mounts::own().context("read", "/proc/thread-self/mountinfo")?;
+        Ok(mounted.into_iter().map(|mount| mount.point).find(is_inside))
     }
 }
 

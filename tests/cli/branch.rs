@@ -328,6 +328,12 @@ fn a_branch_in_use_is_not_removed() {
         assert!(said.contains(&format!("the branch used is in use: {} (sleep)", user.id())), "{said}");
         assert!(said.contains("hint: end these processes first"), "{said}");
         assert_eq!(shell.run(&format!("cat {path}/a")), "one");
+        // Nor is one in which something is mounted: half of it would be gone before that is met.
+        shell.run(&format!("mkdir {path}/in && mount -t tmpfs inside {path}/in"));
+        let said = shell.fail("fsnap rm --branch used");
+        shell.run(&format!("umount {path}/in"));
+        assert!(said.contains(&format!("something is mounted at {path}/in")), "{said}");
+        assert_eq!(shell.run(&format!("cat {path}/a")), "one");
         shell.run("fsnap rm --branch used");
         assert!(!std::path::Path::new(&path).exists());
     }

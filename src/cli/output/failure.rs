@@ -80,6 +80,7 @@ fn hint(error: &Error) -> Option<String> {
         Error::NoSuchBranch { .. } => "`fsnap branches` lists the branches",
         Error::Needed { .. } => "remove the branch first: `fsnap rm --branch NAME`",
         Error::BranchInUse { .. } => "end these processes first",
+        Error::MountedInBranch { .. } => "unmount it first",
         Error::WrongVolume { .. } => {
             "mount the right file system there, or forget the volume with `fsnap rm --volume NAME` and register it anew"
         }

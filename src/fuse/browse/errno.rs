@@ -13,7 +13,7 @@ pub(in crate::fuse) fn of(error: &Error) -> Errno {
         Error::Fuse(error) => served(error),
         Error::NameTaken { .. } => Errno::EXIST,
         Error::InvalidName(_) | Error::BadReference { .. } | Error::Ambiguous { .. } => Errno::INVAL,
-        Error::Needed { .. } | Error::BranchInUse { .. } => Errno::BUSY,
+        Error::Needed { .. } | Error::BranchInUse { .. } | Error::MountedInBranch { .. } => Errno::BUSY,
         Error::Mount(crate::mount::Error::Io { source, .. }) | Error::Io { source, .. } => system(source),
         Error::NoSuchCheckpoint { .. }
         | Error::TooFarBack { .. }
