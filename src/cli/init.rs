@@ -65,7 +65,11 @@ fn limits(can: &Capabilities) -> Vec<&'static str> {
         (can.xattrs, "its snapshots keep no extended attributes, and so no file capabilities"),
         (can.acls, "its snapshots keep no ACLs"),
         (can.ownership, "its snapshots keep no owners and no device nodes"),
-        (can.clones, "its branches are overlays over the snapshots, which the kernel's overlayfs makes"),
+        (
+            can.clones || !can.mountable,
+            "its branches are overlays over the snapshots, which the kernel's overlayfs makes",
+        ),
+        (can.clones || can.mountable, "its branches are seen where `fsnap mount` shows them"),
     ];
     limits.into_iter().filter(|(kept, _)| !kept).map(|(_, limit)| limit).collect()
 }

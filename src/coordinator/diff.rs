@@ -6,10 +6,10 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use fsnap_backend::{Content, Differences, Dir, Entry, FileKind, Source};
+use fsnap_backend::{Content, Differences, Dir, Entry, FileKind, Source, Volume};
 
-use super::Coordinator;
 use super::open::Reading;
+use super::{Coordinator, Target, adopt};
 use crate::checkpoint::{Checkpoint, Member};
 use crate::name::Name;
 use crate::progress::{Underway, Work};
@@ -74,8 +74,8 @@ impl Coordinator {
             let differences = self.differences(old, member, new)?;
             let before = self.read(&self.store(&member.store)?, &member.snapshot)?;
             let after = match new {
-                Side::Now => match self.live_path(old, &member.volume)? {
-                    Some(path) => Reading::live(&path)?,
+                Side::Now => match self.live(old, &member.volume)? {
+                    Some(volume) => Reading::live(volume.dir())?,
                     None => {
                         skipped.push(Skipped::Volume(member.volume.clone()));
                         continue;
@@ -112,21 +112,24 @@ impl Coordinator {
                 found.and_then(|found| store.differences(&member.snapshot, Source::Snapshot(&found.snapshot)).ok())
             }
             Side::Now => {
-                let volume = self.live_path(old, &member.volume)?.and_then(|path| store.adopt(&path).ok());
+                let volume = self.live(old, &member.volume)?;
                 volume.and_then(|volume| store.differences(&member.snapshot, Source::Volume(&volume)).ok())
             }
         }
         .flatten())
     }
 
-    /// Where the files of a checkpoint's line of work are now; `None` if the volume was forgotten.
-    fn live_path(&self, checkpoint: &Checkpoint, volume: &Name) -> Result<Option<PathBuf>> {
-        if let Some(name) = &checkpoint.branch {
-            let branch = self.catalog.branch(name)?.ok_or_else(|| self.no_such_branch(name))?;
-            let member = branch.members.iter().find(|member| member.volume == *volume);
-            return Ok(member.map(|member| member.path.0.clone()));
-        }
-        Ok(self.catalog.volume(volume)?.map(|volume| volume.path.0))
+    /// The volume that a checkpoint's line of work goes on in; `None` if it was forgotten.
+    ///
+    /// What is at its path now must be the volume: all files would be missing where it is only not mounted.
+    fn live(&self, checkpoint: &Checkpoint, volume: &Name) -> Result<Option<Volume>> {
+        let target = match &checkpoint.branch {
+            Some(name) => self.targets_of_branch(name)?.into_iter().find(|target| target.volume == *volume),
+            None => self.catalog.volume(volume)?.map(|volume| self.registered(volume)).transpose()?,
+        };
+        let adopted =
+            |target: Target| adopt(self.store(&target.store)?.as_ref(), &target.volume, &target.path, &target.identity);
+        target.map(adopted).transpose()
     }
 }
 

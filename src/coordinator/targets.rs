@@ -104,7 +104,7 @@ impl Coordinator {
         Ok(format!("the processes can write to none of the registered volumes: {}", names.join(", ")))
     }
 
-    fn registered(&self, volume: RegisteredVolume) -> Result<Target> {
+    pub(super) fn registered(&self, volume: RegisteredVolume) -> Result<Target> {
         let store = self.catalog.store(&volume.store)?;
         let backend = store.map(|store| store.backend).ok_or_else(|| {
             let what = format!("the store of volume {}, in the catalog,", volume.name);

@@ -167,7 +167,7 @@ fn a_volume_that_is_gone_is_said_so() {
     ! fsnap: note: volume db is in only one of the two checkpoints
     $ mv web away
     $ fsnap diff @latest
-    ! fsnap: error: cannot open the directory $T/web: No such file or directory (os error 2)
+    ! fsnap: error: cannot open the volume $T/web: No such file or directory (os error 2)
     [exit 1]
     $ fsnap rm --volume web
     $ fsnap diff @latest

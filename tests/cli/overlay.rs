@@ -73,3 +73,86 @@ fn what_fsnap_needs_is_not_hidden() {
     $ for dir in stores db state; do if mountpoint -q $dir; then echo $dir; fi; done
     "#);
 }
+
+#[test]
+fn a_tree_that_is_served_is_a_volume() {
+    let site = Site::empty();
+    assert_snapshot!(site.session(
+        "mkdir lower dir && echo one >lower/file
+         fsnap overlay lower store dir
+         fsnap init dir
+         fsnap checkpoint -t base >/dev/null
+         echo two >dir/file && rm -f dir/none && mkdir dir/new
+         fsnap diff base
+         fsnap branch base try
+         fsnap branches
+         fsnap umount dir
+         cat lower/file
+         fsnap checkpoint
+         fsnap diff base"
+    ), @"
+    $ mkdir lower dir && echo one >lower/file
+    $ fsnap overlay lower store dir
+    $ fsnap init dir
+    volume dir at $T/dir: layers snapshots in $T/store
+    ! fsnap: note: `fsnap doctor $T/dir` tells why other backends cannot hold it
+    ! fsnap: note: its branches are seen where `fsnap mount` shows them
+    $ fsnap checkpoint -t base >/dev/null
+    $ echo two >dir/file && rm -f dir/none && mkdir dir/new
+    $ fsnap diff base
+    M dir/file
+    A dir/new
+    $ fsnap branch base try
+    (not mounted: `fsnap mount DIR` shows it)
+    $ fsnap branches
+    NAME  CHECKPOINT  MADE  VOLUME  PATH
+    try  ID1  TIME  dir  (not mounted)
+    $ fsnap umount dir
+    $ cat lower/file
+    one
+    $ fsnap checkpoint
+    ! fsnap: error: $T/dir cannot be a layers volume: it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves
+    ! fsnap: hint: `fsnap doctor DIR` tells what each backend says of a directory
+    [exit 1]
+    $ fsnap diff base
+    ! fsnap: error: $T/dir cannot be a layers volume: it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves
+    ! fsnap: hint: `fsnap doctor DIR` tells what each backend says of a directory
+    [exit 1]
+    ");
+}
+
+#[test]
+fn a_branch_of_a_mount_is_compared_with_now() {
+    let site = Site::plain();
+    assert_snapshot!(site.session(
+        "fsnap init --store store --backend rsync db && fsnap checkpoint -t base >/dev/null
+         mkdir seen && fsnap mount seen && mkdir seen/branches/try@base
+         echo more >seen/branches/try/db/more
+         fsnap checkpoint --branch try -t tried >/dev/null
+         echo again >seen/branches/try/db/again
+         fsnap diff base tried
+         fsnap diff tried
+         fsnap diff base
+         fsnap umount seen
+         fsnap diff tried
+         fsnap diff base tried"
+    ), @"
+    $ fsnap init --store store --backend rsync db && fsnap checkpoint -t base >/dev/null
+    volume db at $T/db: rsync snapshots in $T/store
+    $ mkdir seen && fsnap mount seen && mkdir seen/branches/try@base
+    $ echo more >seen/branches/try/db/more
+    $ fsnap checkpoint --branch try -t tried >/dev/null
+    $ echo again >seen/branches/try/db/again
+    $ fsnap diff base tried
+    A db/more
+    $ fsnap diff tried
+    A db/again
+    $ fsnap diff base
+    $ fsnap umount seen
+    $ fsnap diff tried
+    ! fsnap: error: branch try is not shown anywhere: `fsnap mount DIR` shows it
+    [exit 1]
+    $ fsnap diff base tried
+    A db/more
+    ");
+}
