@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use fsnap::catalog;
 use fsnap::coordinator::{Coordinator, proposed_place, volume_dir};
 use fsnap::engine::criu::Diagnosis;
+use fsnap::engine::drop_in::Caller;
 use fsnap::processes::Cgroup;
 use fsnap::stores::KINDS;
 #[cfg(feature = "dm-thin")]
@@ -14,7 +15,7 @@ use fsnap::stores::pools::{Limits, PoolState, STORES, survey};
 use rustix::fs::{Access, access};
 use serde_json::json;
 
-use super::{Context, Failure, Outcome, Output, environment};
+use super::{Context, Failure, Outcome, Output, environment, install_hooks};
 
 /// Tell what this machine can do, and why not: every backend, every engine, fsnap's own state
 ///
@@ -56,6 +57,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     );
     findings.push(("directory", directory(&dir, held, &context, coordinator.as_ref().ok())));
     findings.push(("criu", criu(&context)?));
+    for (name, runtime) in [("runc", Caller::Runc), ("crun", Caller::Crun)] {
+        findings.push((name, install_hooks::verdict(name, runtime)));
+    }
+    findings.push(("podman", podman(&findings)));
     findings.push(("freezer", freezer()));
     #[cfg(feature = "fuse")]
     findings.push(("fuse", fuse()));
@@ -154,6 +159,21 @@ fn criu(context: &Context) -> Result<Verdict, Failure> {
             }
         }
     })
+}
+
+/// Whether podman is there, of whose runtimes something was said already.
+///
+/// Which of them it uses, only `podman info` knows, which makes its storage if there is none.
+fn podman(said: &[(&str, Verdict)]) -> Verdict {
+    let found = environment::in_search_path("podman");
+    let podman = shown(&found.ok_or("no directory of PATH has a program podman")?);
+    let works = |name| said.iter().any(|(what, verdict)| *what == name && verdict.is_ok());
+    match [works("runc"), works("crun")] {
+        [true, true] => Ok(format!("{podman} can call hooks: `fsnap install-hooks podman`")),
+        [true, false] => Ok(format!("{podman} can call hooks if it uses runc: `fsnap install-hooks podman` tells")),
+        [false, true] => Ok(format!("{podman} can call hooks if it uses crun: `fsnap install-hooks podman` tells")),
+        [false, false] => Err(format!("{podman} can call no hooks, since neither runc nor crun can")),
+    }
 }
 
 /// Whether control groups can be frozen by this user.

@@ -84,6 +84,17 @@ fn told(change: &Change) -> String {
     }
 }
 
+/// Whether hooks can be installed for a container runtime, as `fsnap doctor` says it.
+pub(super) fn verdict(name: &str, runtime: Caller) -> Result<String, String> {
+    let program = environment::in_search_path(name);
+    let program = program.ok_or_else(|| format!("no directory of PATH has a program {name}"))?;
+    match check(runtime, Name::Criu) {
+        Ok(()) => Ok(format!("{} can call hooks: `fsnap install-hooks {name}`", fsnap::printable(program.as_os_str()))),
+        Err(Failure::Error(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("{name} could not be asked")),
+    }
+}
+
 /// Makes sure that this caller's CRIU can have a hook.
 fn check(caller: Caller, named: Name) -> Result<(), Failure> {
     if caller == Caller::Crun && !said_by("crun", &["--version"])?.contains("+CRIU") {

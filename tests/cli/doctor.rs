@@ -189,6 +189,27 @@ fn the_freezer_freezes() {
 }
 
 #[test]
+fn runtimes_are_what_hooks_can_be_installed_for() {
+    let site = Site::plain();
+    let shell = site.shell();
+    for runtime in ["runc", "crun"] {
+        let (ok, why) = said(&shell, "", "db", runtime);
+        let line = format!("fsnap install-hooks --dry-run --root $T/root {runtime}");
+        if ok {
+            assert!(shell.run(&line).contains(&format!("/etc/criu/{runtime}.conf")), "{why}");
+        } else {
+            assert!(shell.fail(&line).starts_with(&format!("fsnap: error: {why}")), "{why}");
+        }
+        let line = format!("PATH=/nonexistent {} doctor db", site.run("command -v fsnap"));
+        let none = format!("no  {runtime}: no directory of PATH has a program {runtime}\n");
+        assert!(site.run(&line).contains(&none), "{}", site.run(&line));
+    }
+    let works = ["runc", "crun"].map(|runtime| said(&shell, "", "db", runtime).0).contains(&true);
+    let (ok, why) = said(&shell, "", "db", "podman");
+    assert_eq!(ok, works && shell.run("command -v podman || true") != "", "{why}");
+}
+
+#[test]
 #[cfg(feature = "fuse")]
 fn fuse_is_what_overlay_needs() {
     let site = Site::plain();
