@@ -206,7 +206,7 @@ fn runtimes_are_what_hooks_can_be_installed_for() {
     }
     let works = ["runc", "crun"].map(|runtime| said(&shell, "", "db", runtime).0).contains(&true);
     let (ok, why) = said(&shell, "", "db", "podman");
-    assert_eq!(ok, works && shell.run("command -v podman || true") != "", "{why}");
+    assert_eq!(ok, works && !shell.run("command -v podman || true").is_empty(), "{why}");
 }
 
 #[test]
