@@ -48,7 +48,10 @@ const IN_QEMU: &[&str] = &["fsnap::engines"];
 /// * `fuse`: branches over those volumes.
 const USUAL_PARTS: &[(&str, Sample)] = &[
     ("fsnap::engines", Sample { with: &["consistency::"], without: &[] }),
-    ("fsnap::cli", Sample { with: &["checkpoint::", "processes::the_processes_"], without: &[] }),
+    (
+        "fsnap::cli",
+        Sample { with: &["checkpoint::", "processes::the_processes_", "faults::two_removals_"], without: &[] },
+    ),
     ("fsnap::recovery", Sample { with: &["dm-thin::"], without: ELSEWHERE }),
     ("fsnap::recovery", Sample { with: &["nilfs2::"], without: ELSEWHERE }),
     ("fsnap::fuse", Sample { with: &["branches::over_"], without: &[] }),
