@@ -4,6 +4,9 @@
 
 #[path = "support/kernel.rs"]
 mod kernel;
+#[cfg(feature = "fuse")]
+#[path = "support/unlinked.rs"]
+mod unlinked;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -274,6 +277,11 @@ fn an_unfit_place_is_refused() -> Done {
     ensure(said.contains("`branches` in the settings"), &said)
 }
 
+#[cfg(feature = "fuse")]
+fn an_unlinked_file_comes_back() -> Done {
+    unlinked::it_comes_back(&Site::with_volume()?.dir)
+}
+
 /// Why nothing of this can run here, if so.
 fn lacks() -> Option<&'static str> {
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
@@ -293,6 +301,8 @@ fn main() -> ExitCode {
         #[cfg(feature = "fuse")]
         ("checkpoints_are_browsed", checkpoints_are_browsed),
         ("an_unfit_place_is_refused", an_unfit_place_is_refused),
+        #[cfg(feature = "fuse")]
+        ("an_unlinked_file_comes_back", an_unlinked_file_comes_back),
     ];
     kernel::run(CASES.iter(), lacks())
 }

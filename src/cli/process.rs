@@ -30,6 +30,8 @@ pub(crate) fn prepare() {
     let _ = OPEN_FILES.set(limit.current);
     limit.current = limit.maximum;
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+    // Older kernels tell it in a file only, and there may be no descriptor left for that by the time it is needed.
+    let _ = rustix::param::page_size();
     // A file that may not grow is an error of the call that writes it, which is told and undone, and not a signal.
     let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigIgn, SaFlags::empty());
     let _ = sys::handle(Signal::SIGBUS, SigHandler::Handler(sys::end_without_page), SaFlags::empty());

@@ -97,7 +97,9 @@ impl Site {
 
     /// How many images the volume's own store has.
     pub(crate) fn stored(&self) -> usize {
-        self.images(self.store()).len()
+        // In the store of a pool, that is where its volumes are recorded.
+        let of_pool = self.top == "thin";
+        self.images(self.store()).iter().filter(|name| !(of_pool && name.starts_with("volumes/"))).count()
     }
 
     /// Where that store is.

@@ -12,6 +12,9 @@ mod site;
 mod standing;
 #[path = "../support/thin.rs"]
 mod thin;
+#[cfg(feature = "fuse")]
+#[path = "../support/unlinked.rs"]
+mod unlinked;
 
 use std::path::Path;
 use std::process::ExitCode;

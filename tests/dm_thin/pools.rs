@@ -22,7 +22,17 @@ pub(crate) const CASES: &[Case] = &[
     ("btrfs_is_left_to_its_own_backend", btrfs_is_left_to_its_own_backend),
     ("diff_reads_only_what_can_differ", diff_reads_only_what_can_differ),
     ("a_killed_diff_leaves_no_copy_of_the_metadata", a_killed_diff_leaves_no_copy_of_the_metadata),
+    #[cfg(feature = "fuse")]
+    ("an_unlinked_file_comes_back", an_unlinked_file_comes_back),
 ];
+
+#[cfg(feature = "fuse")]
+fn an_unlinked_file_comes_back() -> Done {
+    for file_system in ["ext4", "xfs"] {
+        crate::unlinked::it_comes_back(&Site::with_volume("1G", file_system)?.dir)?;
+    }
+    Ok(())
+}
 
 fn a_pool_is_made_shown_and_removed() -> Done {
     let site = Site::new("1G")?;

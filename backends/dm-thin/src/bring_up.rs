@@ -276,15 +276,14 @@ fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Setting
             .load(name, std::slice::from_ref(&table), false)
             .and_then(|()| mapper.start(name))
             .context("start", By::Name(name).to_string()),
-        None => mapper.make(name, &settings.pool_uuid, &[table], false).map(drop),
+        None => mapper.make(name, &settings.pool_uuid, &[table], false),
     };
     // The pool holds its devices now; the files are let go with it.
     let released = parts.release();
-    if let Err(error) = started.and(released) {
+    if let Err(error) = started.map(drop).and(released) {
         return Err(error.and_undo(remove_pool(mapper, name)));
     }
-    let device = mapper.find(By::Name(name))?.map(|device| Pool::of(mapper, device)).transpose()?.flatten();
-    let pool = device.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
+    let pool = Pool::named(mapper, name)?.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
     for (volume, record) in volumes(dir, place)? {
         start_volume(mapper, &pool, &settings.uuid, &volume, &record)?;
     }
@@ -502,13 +501,10 @@ fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &
     let table = pool.table(volume.id, volume.length);
     let made = match mapper.find(By::Name(&device))? {
         Some(found) if found.active => found,
-        Some(found) => {
-            mapper
-                .load(&device, &[table], false)
-                .and_then(|()| mapper.start(&device))
-                .context("start", By::Name(&device).to_string())?;
-            found
-        }
+        Some(_) => mapper
+            .load(&device, &[table], false)
+            .and_then(|()| mapper.start(&device))
+            .context("start", By::Name(&device).to_string())?,
         None => mapper.make(&device, &uuid, &[table], false)?,
     };
     Ok(made.number.named_node(&device))

@@ -89,7 +89,7 @@ impl Store {
     }
 
     fn run(&self, origin: ThinId, other: ThinId) -> Result<Option<Vec<Range<u64>>>> {
-        let table = self.mapper.table(&self.pool.name)?;
+        let table = self.mapper.table(&self.pool.name)?.map(|(_, table)| table).unwrap_or_default();
         let metadata = table.first().and_then(|target| Number::parse(target.text.split(' ').next()?));
         let damaged = |reason: String| Error::Damaged { what: self.pool.to_string(), reason };
         let metadata = metadata.ok_or_else(|| damaged("its table cannot be understood".to_owned()))?;

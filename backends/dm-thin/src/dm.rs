@@ -157,11 +157,11 @@ impl Mapper {
         }
     }
 
-    /// Finds the device of that number; `None` if it is not one of device-mapper's.
-    pub(crate) fn of_number(&self, number: Number) -> Result<Option<Device>> {
+    /// Tells the name of the device of that number; `None` if it is not one of device-mapper's.
+    pub(crate) fn name_of(&self, number: Number) -> Result<Option<String>> {
         let path = format!("/sys/dev/block/{number}/dm/name");
         match fs::read_to_string(&path) {
-            Ok(name) => self.find(By::Name(name.trim_end())),
+            Ok(name) => Ok(Some(name.trim_end().to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).context("read", path),
         }
@@ -173,22 +173,27 @@ impl Mapper {
         Ok(list.into_iter().map(|(name, ..)| name.to_string()).collect())
     }
 
-    /// The table of a device.
-    pub(crate) fn table(&self, name: &str) -> Result<Vec<Target>> {
+    /// Looks for a device and its table, which is empty for one without.
+    pub(crate) fn table(&self, name: &str) -> Result<Option<(Device, Vec<Target>)>> {
         self.lines(name, DmFlags::DM_STATUS_TABLE)
     }
 
     /// The status of a device's targets; `flush` lets a pool commit before, so that the figures are exact.
     pub(crate) fn status(&self, name: &str, flush: bool) -> Result<Vec<Target>> {
-        self.lines(name, if flush { DmFlags::empty() } else { DmFlags::DM_NOFLUSH })
+        let found = self.lines(name, if flush { DmFlags::empty() } else { DmFlags::DM_NOFLUSH })?;
+        found.map(|(_, lines)| lines).ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })
     }
 
-    fn lines(&self, name: &str, flags: DmFlags) -> Result<Vec<Target>> {
+    fn lines(&self, name: &str, flags: DmFlags) -> Result<Option<(Device, Vec<Target>)>> {
         let options = DmOptions::default().set_flags(flags);
-        let (_, lines) = self
-            .call(By::Name(name), |dm, id| dm.table_status(id, options))
-            .context("read the table of", By::Name(name).to_string())?;
-        Ok(lines.into_iter().map(|(_, length, kind, text)| Target { length, kind, text }).collect())
+        match self.call(By::Name(name), |dm, id| dm.table_status(id, options)) {
+            Ok((info, lines)) => {
+                let target = |(_, length, kind, text)| Target { length, kind, text };
+                Ok(Some((describe(&info), lines.into_iter().map(target).collect())))
+            }
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => Ok(None),
+            Err(error) => Err(error).context("read the table of", By::Name(name).to_string()),
+        }
     }
 
     /// Makes a device without a table.
@@ -214,8 +219,8 @@ impl Mapper {
     ///
     /// udev's rules leave it alone: it may have the UUID of a file system that is mounted, and `/dev/disk/by-uuid` must
     /// go on naming that one.
-    pub(crate) fn start(&self, name: &str) -> io::Result<()> {
-        self.call(By::Name(name), |dm, id| dm.device_suspend(id, DmOptions::private())).map(drop)
+    pub(crate) fn start(&self, name: &str) -> io::Result<Device> {
+        self.call(By::Name(name), |dm, id| dm.device_suspend(id, DmOptions::private())).map(|info| describe(&info))
     }
 
     /// Makes a device with its table, ready for use; one that cannot be is gone again.
@@ -226,10 +231,7 @@ impl Mapper {
             .load(name, targets, read_only)
             .context("load the table of", shown())
             .and_then(|()| self.start(name).context("start", shown()));
-        if let Err(error) = made {
-            return Err(error.and_undo(self.remove(name).context("remove", shown())));
-        }
-        self.find(By::Name(name))?.ok_or_else(|| Error::NotFound { what: shown() })
+        made.map_err(|error| error.and_undo(self.remove(name).context("remove", shown())))
     }
 
     /// Removes a device; waits a little for users that are about to go.

@@ -61,18 +61,20 @@ impl Store {
     ///
     /// The caller holds the image's record.
     fn exists(&self, at: &Locator, form: Form, record: &Record) -> Result<bool> {
-        if self.is_active(at)? {
+        let there = self.device(at)?;
+        if there.as_ref().is_some_and(|device| device.active) {
             return Ok(true);
         }
-        let loaded = self.load(at, form, record);
+        let loaded = self.load(there.is_some(), at, form, record);
         self.stop(at)?;
         loaded
     }
 
-    /// Makes the device of an image with a table that is not in use yet; false if its thin device is not in the pool.
-    fn load(&self, at: &Locator, form: Form, record: &Record) -> Result<bool> {
+    /// Makes the device of an image, unless it is there, with a table that is not in use yet; false if its thin device is not in the
+    /// pool.
+    fn load(&self, there: bool, at: &Locator, form: Form, record: &Record) -> Result<bool> {
         let name = self.device_name(at);
-        if self.device(at)?.is_none() {
+        if !there {
             self.mapper.create(&name, &self.device_uuid(at)).context("make", By::Name(&name).to_string())?;
         }
         let read_only = form.kind == ImageKind::Snapshot;
@@ -87,17 +89,14 @@ impl Store {
     /// The caller holds the image's record.
     pub(crate) fn start(&self, at: &Locator, form: Form, record: &Record) -> Result<PathBuf> {
         let name = self.device_name(at);
-        let started = |device: Option<Device>| device.filter(|device| device.active && !device.suspended);
-        let device = match started(self.device(at)?) {
-            Some(device) => device,
-            None => {
-                if !self.load(at, form, record)? {
+        let device = match self.device(at)? {
+            Some(device) if device.active && !device.suspended => device,
+            there => {
+                if !self.load(there.is_some(), at, form, record)? {
                     self.stop(at)?;
                     return Err(no_image(at));
                 }
-                self.mapper.start(&name).context("start", By::Name(&name).to_string())?;
-                let device = started(self.device(at)?);
-                device.ok_or_else(|| Error::NotFound { what: By::Name(&name).to_string() })?
+                self.mapper.start(&name).context("start", By::Name(&name).to_string())?
             }
         };
         let node = device.number.node();
@@ -127,6 +126,7 @@ impl Store {
     /// Removes an image, whole or partial, and then its record.
     pub(crate) fn remove(&self, at: &Locator) -> Result<()> {
         let Some(form) = Form::of(at) else { return Err(no_image(at)) };
+        self.notes.discard(at)?;
         self.records.sweep(at)?;
         let Some(found) = self.records.find(at)? else { return Ok(()) };
         self.stop(at)?;
@@ -158,8 +158,7 @@ impl Store {
         let mut found = BTreeSet::new();
         for name in self.mapper.names()? {
             // Any may be gone, or change, since it was listed.
-            let Some(device) = self.mapper.find(By::Name(&name))?.filter(|device| device.active) else { continue };
-            let Ok(Ok(thin)) = ThinDevice::of(&self.mapper, device) else { continue };
+            let Ok(Ok(thin)) = ThinDevice::named(&self.mapper, &name) else { continue };
             if thin.pool == self.pool.number && !own.contains(&thin.id) {
                 found.extend(format!("foreign:{}", thin.id).parse::<Locator>().ok());
             }

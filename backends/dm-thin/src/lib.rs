@@ -61,6 +61,7 @@ mod verify;
 mod volume;
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use fsnap_backend::{
@@ -89,8 +90,10 @@ impl Backend for Store {
     }
 
     fn adopt(&self, dir: &Path) -> Result<Volume> {
-        let live = self.open_volume(dir)?;
-        Ok(Volume::new(dir, live.identity(&self.settings.uuid), live.root))
+        let (root, live) = self.open_volume(dir)?;
+        let identity = live.identity(&self.settings.uuid);
+        self.known.keep(identity.clone(), live);
+        Ok(Volume::new(dir, identity, root))
     }
 
     fn reserve(&self, source: Source<'_>, known: &BTreeSet<Locator>) -> Result<Locator> {
@@ -114,6 +117,7 @@ impl Backend for Store {
         self.pool.check_room(&self.mapper, &self.settings.limits, true)?;
         self.begin(&live, volume.identity(), at)?;
         self.guards.prepare(&self.mapper, at).context("start", "the process that resumes if this one is killed")?;
+        self.notes.prepare(&live.thin, at)?;
         rustix::fs::syncfs(volume).context("write out the file system of", volume.dir())
     }
 
@@ -267,9 +271,9 @@ impl Store {
     }
 
     /// Opens a directory that is to be a volume of this store.
-    fn open_volume(&self, dir: &Path) -> Result<Live> {
+    fn open_volume(&self, dir: &Path) -> Result<(OwnedFd, Live)> {
         let refused = |reason: String| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason };
-        let live = Live::open(&self.mapper, dir)?;
+        let (root, live) = Live::open(&self.mapper, dir)?;
         if live.pool.number != self.pool.number {
             return Err(refused(format!(
                 "it lies in {}, and the store {} is for {}",
@@ -279,21 +283,24 @@ impl Store {
             )));
         }
         let device = |file| rustix::fs::fstat(file).map(|meta| meta.st_dev);
-        if device(&live.root).context("look at", dir)? == device(&self.root).context("look at", &self.place)? {
+        if device(&root).context("look at", dir)? == device(&self.root).context("look at", &self.place)? {
             return Err(refused(format!(
                 "the store {} lies in it, and could not be written while it is suspended",
                 self.place.display()
             )));
         }
-        Ok(live)
+        Ok((root, live))
     }
 
     /// Checks that the volume's path still leads to the volume.
     pub(crate) fn check(&self, volume: &Volume) -> Result<Live> {
         let what = || format!("the directory {}", volume.dir().display());
         let replaced = |found| Error::WrongIdentity { what: what(), expected: volume.identity().clone(), found };
+        if let Some(live) = self.known.still(&self.mapper, volume)? {
+            return Ok(live);
+        }
         match self.open_volume(volume.dir()) {
-            Ok(live) => match live.identity(&self.settings.uuid) {
+            Ok((_, live)) => match live.identity(&self.settings.uuid) {
                 same if same == *volume.identity() => Ok(live),
                 other => Err(replaced(other)),
             },

@@ -157,9 +157,9 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// Takes the device as a pool, if it is one.
-    pub(crate) fn of(mapper: &Mapper, device: Device) -> Result<Option<Self>> {
-        let table = mapper.table(&device.name)?;
+    /// Takes the device of that name as a pool, if it is one.
+    pub(crate) fn named(mapper: &Mapper, name: &str) -> Result<Option<Self>> {
+        let Some((device, table)) = mapper.table(name)? else { return Ok(None) };
         let is_pool = matches!(&table[..], [target] if target.kind == "thin-pool");
         Ok(is_pool.then_some(Self { name: device.name, uuid: device.uuid, number: device.number }))
     }
@@ -181,7 +181,7 @@ impl Pool {
 
     /// The bytes of one of its data blocks.
     pub(crate) fn block(&self, mapper: &Mapper) -> Result<u64> {
-        let table = mapper.table(&self.name)?;
+        let table = mapper.table(&self.name)?.map(|(_, table)| table).unwrap_or_default();
         // The devices of the metadata and of the data, and then the sectors of a block.
         let sectors = table.first().and_then(|target| target.text.split(' ').nth(2)?.parse::<u64>().ok());
         Ok(sectors.unwrap_or(0) * 512)
@@ -283,9 +283,9 @@ pub(crate) struct ThinDevice {
 }
 
 impl ThinDevice {
-    /// Takes the device as a thin device, or says why it is none that can be a volume.
-    pub(crate) fn of(mapper: &Mapper, device: Device) -> Result<Result<Self, &'static str>> {
-        let table = mapper.table(&device.name)?;
+    /// Takes the device of that name as a thin device, or says why it is none that can be a volume.
+    pub(crate) fn named(mapper: &Mapper, name: &str) -> Result<Result<Self, &'static str>> {
+        let Some((device, table)) = mapper.table(name)? else { return Ok(Err("its device is gone")) };
         let [Target { length, kind, text }] = &table[..] else {
             return Ok(Err("its device is put together of several targets"));
         };
@@ -298,6 +298,17 @@ impl ThinDevice {
             (Some((pool, id)), None) => Ok(Self { device, pool, id: ThinId(id), length: *length }),
             (Some(_), Some(_)) => Err("its device takes what is not in the pool from another device"),
             (None, _) => Err("its table cannot be understood"),
+        })
+    }
+
+    /// Refuses a device on which every access waits.
+    pub(crate) fn check_running(&self) -> Result<()> {
+        if !self.device.suspended {
+            return Ok(());
+        }
+        Err(Error::Busy {
+            what: format!("the device {}", self.device.name),
+            by: "somebody has suspended it, so that every access waits; `dmsetup resume` ends that".to_owned(),
         })
     }
 }

@@ -249,7 +249,8 @@ impl Drop for Lock {
 }
 
 fn read(file: &File) -> io::Result<Option<Record>> {
-    let mut text = Vec::new();
+    // At once, and not in ever larger pieces.
+    let mut text = Vec::with_capacity(LONGEST as usize);
     file.take(LONGEST).read_to_end(&mut text)?;
     let record = serde_json::from_slice::<Record>(&text).ok();
     Ok(record.filter(|record| record.version == VERSION))

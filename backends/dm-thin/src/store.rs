@@ -24,12 +24,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::KIND;
 use crate::bring_up::{self, Backing};
-use crate::dm::{By, Mapper};
+use crate::dm::Mapper;
 use crate::guard::Guards;
 use crate::pool::{Fill, Limits, Pool};
 use crate::record::{Records, Stage, random_hex};
 use crate::suspend::{self, Notes};
-use crate::volume::Live;
+use crate::volume::{Known, Live};
 
 /// Where stores lie unless the user names another place.
 pub const STORES: &str = "/var/lib/fsnap/dm-thin";
@@ -84,6 +84,7 @@ pub struct Store {
     pub(crate) records: Records,
     pub(crate) notes: Notes,
     pub(crate) guards: Guards,
+    pub(crate) known: Known,
 }
 
 impl Store {
@@ -93,7 +94,7 @@ impl Store {
     /// Fails with [`ErrorKind::NotAVolume`](fsnap_backend::ErrorKind::NotAVolume) if `dir` is not the mount point of a
     /// file system on a thin device.
     pub fn probe(dir: &Path) -> Result<PathBuf> {
-        let live = Live::open(&Mapper::open()?, dir)?;
+        let (_, live) = Live::open(&Mapper::open()?, dir)?;
         Ok(Path::new(STORES).join(live.pool.name))
     }
 
@@ -156,7 +157,8 @@ impl Store {
             },
         };
         let records = Records::open(&root, &place)?;
-        let store = Self { info, place, root, settings, mapper, pool, records, notes, guards: Guards::default() };
+        let (guards, known) = (Guards::default(), Known::default());
+        let store = Self { info, place, root, settings, mapper, pool, records, notes, guards, known };
         store.release_left_behind()?;
         Ok(store)
     }
@@ -199,8 +201,8 @@ pub fn resume_left_behind(place: &Path) -> Result<Vec<String>> {
 }
 
 fn find_pool(mapper: &Mapper, place: &Path, name: &str) -> Result<Pool> {
-    let found = mapper.find(By::Name(name))?.map(|device| Pool::of(mapper, device)).transpose()?.flatten();
-    let pool = found.ok_or_else(|| Error::NotFound { what: format!("the thin pool {}", name.escape_debug()) })?;
+    let pool = Pool::named(mapper, name)?
+        .ok_or_else(|| Error::NotFound { what: format!("the thin pool {}", name.escape_debug()) })?;
     match pool.owner() {
         Some(why) => Err(not_a_store(place, &format!("{pool} is not for fsnap: {why}"))),
         None => Ok(pool),

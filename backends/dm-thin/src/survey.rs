@@ -65,8 +65,7 @@ pub fn survey(stores: &Path) -> Result<Vec<PoolState>> {
     let mut found = BTreeMap::new();
     for name in mapper.names()? {
         // Any may be gone since it was listed.
-        let Some(device) = mapper.find(By::Name(&name))?.filter(|device| device.active) else { continue };
-        let Some(pool) = Pool::of(&mapper, device)? else { continue };
+        let Some(pool) = Pool::named(&mapper, &name)? else { continue };
         let mut state = PoolState::unknown(&name);
         state.not_for_us = pool.owner();
         state.fill = Some(pool.fill(&mapper, false)?);

@@ -11,18 +11,20 @@
 //! The note is also what makes two calls for one volume follow each other: the kernel takes a second suspension for
 //! granted, and the first resume would end both.
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fsnap_backend::{Error, IoContext, Locator, Result, beneath};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use crate::dm::{By, Mapper};
+use crate::dm::{By, Device, Mapper};
 use crate::guard::{Guard, Guards};
 use crate::pool::ThinDevice;
 use crate::record::{Lock, random_hex};
@@ -32,11 +34,26 @@ use crate::sys::Remembered;
 pub(crate) const DIR: &str = "suspended";
 
 /// What a note says: which device is suspended.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
     device: String,
     uuid: String,
     number: String,
+}
+
+impl Note {
+    fn of(thin: &ThinDevice) -> Self {
+        let Device { name, uuid, number, .. } = &thin.device;
+        Self { device: name.clone(), uuid: uuid.clone(), number: number.to_string() }
+    }
+}
+
+/// A note that is written and locked, under a name that says nothing yet.
+#[derive(Debug)]
+struct Hidden {
+    name: String,
+    note: Note,
+    lock: Lock,
 }
 
 /// The notes of a store.
@@ -44,12 +61,56 @@ struct Note {
 pub(crate) struct Notes {
     dir: OwnedFd,
     path: PathBuf,
+    /// Written ahead, for the snapshots that are going to be made.
+    ready: Mutex<BTreeMap<Locator, Hidden>>,
 }
 
 impl Notes {
     pub(crate) fn open(root: &OwnedFd, place: &Path) -> Result<Self> {
         let path = place.join(DIR);
-        Ok(Self { dir: beneath::open_dir(root, OsStr::new(DIR)).context("open", &path)?, path })
+        let dir = beneath::open_dir(root, OsStr::new(DIR)).context("open", &path)?;
+        Ok(Self { dir, path, ready: Mutex::default() })
+    }
+
+    /// Writes the note ahead that the snapshot at `at` will need.
+    pub(crate) fn prepare(&self, thin: &ThinDevice, at: &Locator) -> Result<()> {
+        let hidden = match self.take_ready(thin, at)? {
+            Some(hidden) => hidden,
+            None => self.hide(thin)?,
+        };
+        self.ready().insert(at.clone(), hidden);
+        Ok(())
+    }
+
+    /// Removes what was written ahead for the snapshot at `at`, which needs it no more.
+    pub(crate) fn discard(&self, at: &Locator) -> Result<()> {
+        let unused = self.ready().remove(at);
+        unused.map_or(Ok(()), |hidden| self.remove(OsStr::new(&hidden.name)))
+    }
+
+    fn ready(&self) -> MutexGuard<'_, BTreeMap<Locator, Hidden>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The note that was written ahead, if it is of that device.
+    fn take_ready(&self, thin: &ThinDevice, at: &Locator) -> Result<Option<Hidden>> {
+        if self.ready().get(at).is_some_and(|hidden| hidden.note != Note::of(thin)) {
+            self.discard(at)?;
+        }
+        Ok(self.ready().remove(at))
+    }
+
+    /// Writes a note and locks it.
+    fn hide(&self, thin: &ThinDevice) -> Result<Hidden> {
+        let (name, note) = (format!(".{}", random_hex(8)?), Note::of(thin));
+        let write = || {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let mut file = File::from(rustix::fs::openat(&self.dir, &*name, flags, Mode::RUSR | Mode::WUSR)?);
+            file.write_all(&serde_json::to_vec(&note)?)?;
+            Lock::take(file)
+        };
+        let lock = write().context("write", self.path.join(&name))?;
+        Ok(Hidden { name, note, lock })
     }
 
     /// Resumes what killed calls left suspended; tells what was.
@@ -120,40 +181,41 @@ impl Notes {
         }
     }
 
-    /// Notes that the device is about to be suspended, once nobody else has it so.
-    fn write(&self, mapper: &Mapper, thin: &ThinDevice) -> Result<(OsString, Lock)> {
+    /// Notes that the device is about to be suspended for the snapshot at `at`, once nobody else has it so.
+    fn write(&self, mapper: &Mapper, thin: &ThinDevice, at: &Locator) -> Result<(OsString, Lock)> {
         let name = OsString::from(thin.id.to_string());
         let path = self.path.join(&name);
-        let hidden = format!(".{}", random_hex(8)?);
-        let note = Note {
-            device: thin.device.name.clone(),
-            uuid: thin.device.uuid.clone(),
-            number: thin.device.number.to_string(),
-        };
-        let prepare = || {
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            let mut file = File::from(rustix::fs::openat(&self.dir, &*hidden, flags, Mode::RUSR | Mode::WUSR)?);
-            file.write_all(&serde_json::to_vec(&note)?)?;
-            Lock::take(file)
-        };
-        let lock = prepare().context("write", self.path.join(&hidden))?;
+        let mut ready = self.take_ready(thin, at)?;
         loop {
-            match rustix::fs::linkat(&self.dir, &*hidden, &self.dir, &*name, AtFlags::empty()) {
-                Ok(()) => break,
+            let hidden = match ready.take() {
+                Some(hidden) => hidden,
+                None => self.hide(thin)?,
+            };
+            match rustix::fs::renameat_with(&self.dir, &*hidden.name, &self.dir, &*name, RenameFlags::NOREPLACE) {
+                Ok(()) => return Ok((name, hidden.lock)),
                 Err(Errno::EXIST) => {
                     // Somebody is at work on the volume, or was killed there.
+                    ready = Some(hidden);
                     let Some(file) = self.open_note(&name).context("open", &path)? else { continue };
                     let theirs = Lock::take(file).context("lock", &path)?;
                     self.settle(mapper, &name, &theirs)?;
                 }
+                // Somebody took it for torn before it was locked.
+                Err(Errno::NOENT) => {}
                 Err(error) => {
                     let error = Err(error).context("write", &path);
-                    return error.map_err(|error: Error| error.and_undo(self.remove(OsStr::new(&hidden))));
+                    return error.map_err(|error: Error| error.and_undo(self.remove(OsStr::new(&hidden.name))));
                 }
             }
         }
-        self.remove(OsStr::new(&hidden))?;
-        Ok((name, lock))
+    }
+}
+
+impl Drop for Notes {
+    fn drop(&mut self) {
+        // One that stays says nothing, and the next command removes it.
+        let ready = std::mem::take(&mut *self.ready());
+        ready.values().for_each(|hidden| drop(self.remove(OsStr::new(&hidden.name))));
     }
 }
 
@@ -180,7 +242,7 @@ impl<'a> Suspended<'a> {
         thin: &ThinDevice,
         at: &Locator,
     ) -> Result<Self> {
-        let note = notes.write(mapper, thin)?;
+        let note = notes.write(mapper, thin, at)?;
         let device = thin.device.name.clone();
         let mut guard = Self { mapper, notes, device, note: Some(note), guards, guard: None, remembered: None };
         // Somebody else may have it suspended for a purpose of their own, and is not to be resumed by us.

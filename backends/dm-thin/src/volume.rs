@@ -1,20 +1,21 @@
 //! A volume: a file system that is mounted, by its root, from a thin device.
 
-use std::os::fd::OwnedFd;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use fsnap_backend::mounts::{self, Mount};
-use fsnap_backend::{Error, Identity, IoContext, Result, beneath};
+use fsnap_backend::{Error, Identity, IoContext, Result, Volume, beneath};
 
 use crate::KIND;
 use crate::dm::{Mapper, Number};
 use crate::pool::{Pool, ThinDevice, owner};
 use crate::superblock::FileSystem;
 
-/// A directory that can be a volume, with everything that was found out about it.
-#[derive(Debug)]
+/// A file system that can be a volume, with everything that was found out about it.
+#[derive(Debug, Clone)]
 pub(crate) struct Live {
-    pub(crate) root: OwnedFd,
     pub(crate) thin: ThinDevice,
     pub(crate) pool: Pool,
     pub(crate) file_system: FileSystem,
@@ -24,7 +25,7 @@ pub(crate) struct Live {
 
 impl Live {
     /// Opens `dir` and finds what it lies on; reads nothing from a device that is suspended.
-    pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<Self> {
+    pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<(OwnedFd, Self)> {
         let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
         let root = beneath::open_volume(dir, KIND)?;
         if !beneath::look_fd(&root).context("examine", dir)?.mount_root {
@@ -53,30 +54,25 @@ impl Live {
             return Err(refused("it is mounted read-only, and has no new states to capture"));
         }
         let number = Number::from(mount.root.device);
-        let Some(device) = mapper.of_number(number)? else {
+        let Some(name) = mapper.name_of(number)? else {
             return Err(refused(&format!("its device {} is not one of device-mapper's", mount.source.display())));
         };
-        if let Some(why) = owner(&device.uuid) {
+        let thin = ThinDevice::named(mapper, &name)?.map_err(refused)?;
+        if let Some(why) = owner(&thin.device.uuid) {
             return Err(refused(why));
         }
-        let thin = ThinDevice::of(mapper, device)?.map_err(refused)?;
-        let Some(pool) = mapper.of_number(thin.pool)?.map(|device| Pool::of(mapper, device)).transpose()?.flatten()
+        let Some(pool) = mapper.name_of(thin.pool)?.map(|name| Pool::named(mapper, &name)).transpose()?.flatten()
         else {
             return Err(refused("the pool of its device cannot be found"));
         };
         if let Some(why) = pool.owner() {
             return Err(refused(why));
         }
-        if thin.device.suspended {
-            return Err(Error::Busy {
-                what: format!("the device {}", thin.device.name),
-                by: "somebody has suspended it, so that every access waits; `dmsetup resume` ends that".to_owned(),
-            });
-        }
+        thin.check_running()?;
         let node = number.node();
         let uuid = file_system.uuid_on(&node).context("read the superblock of", &node)?;
         let uuid = uuid.ok_or_else(|| refused("its device does not hold the file system that is mounted"))?;
-        Ok(Self { root, thin, pool, file_system, uuid, mount })
+        Ok((root, Self { thin, pool, file_system, uuid, mount }))
     }
 
     /// Names the volume in the store of that UUID.
@@ -85,5 +81,35 @@ impl Live {
         // is not.
         let given = self.thin.device.uuid.strip_prefix("FSNAP-").map(|rest| format!("-{rest}")).unwrap_or_default();
         Identity::new(format!("{KIND}:{store}/{}-{}{given}", self.thin.id, self.uuid))
+    }
+}
+
+/// What was found out about the volumes that were adopted, so that it need not be found out again while writers stand.
+#[derive(Debug, Default)]
+pub(crate) struct Known(Mutex<BTreeMap<Identity, Live>>);
+
+impl Known {
+    /// Remembers a volume that is adopted.
+    pub(crate) fn keep(&self, identity: Identity, live: Live) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(identity, live);
+    }
+
+    /// Tells what is known of the volume, if its path still leads there.
+    ///
+    /// Its descriptor keeps the file system mounted, and so its device open under the same number. What can have changed is
+    /// where the path leads, and the table of the device, as of one that was enlarged: both are looked at.
+    pub(crate) fn still(&self, mapper: &Mapper, volume: &Volume) -> Result<Option<Live>> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(volume.identity()).cloned();
+        let Some((known, root)) = known.zip(beneath::open_volume(volume.dir(), KIND).ok()) else { return Ok(None) };
+        let look = |file: BorrowedFd<'_>| beneath::look_fd(file).context("examine", volume.dir());
+        let (now, then) = (look(root.as_fd())?, look(volume.as_fd())?);
+        let Ok(thin) = ThinDevice::named(mapper, &known.thin.device.name)? else { return Ok(None) };
+        let same = |thin: &ThinDevice| (thin.device.number, thin.pool, thin.id);
+        let leads_there = (now.device, now.meta.ino) == (then.device, then.meta.ino);
+        if !leads_there || Number::of(now.device) != thin.device.number || same(&thin) != same(&known.thin) {
+            return Ok(None);
+        }
+        thin.check_running()?;
+        Ok(Some(Live { thin, ..known }))
     }
 }

@@ -1,6 +1,8 @@
 //! Pools that are full, pools that others manage, and numbers that others have taken.
 
 mod support;
+#[path = "../../../tests/support/thin.rs"]
+mod thin;
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -157,12 +159,9 @@ impl Drop for SmallPool {
         for name in ["volume", "thin"] {
             umount2(&self.path(name), MntFlags::MNT_DETACH).ok();
         }
-        let list = Command::new("dmsetup").arg("ls").output();
-        let list = list.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-        let names: Vec<_> = list.lines().filter_map(|line| line.split_whitespace().next()).collect();
-        let thin =
-            names.iter().filter(|name| name.starts_with("fsnap-s-") || name.starts_with(&format!("{}-", self.name)));
-        for name in thin.copied().chain([self.name.as_str()]) {
+        thin::remove_devices(&self.path("store"));
+        let thins = ["thin0", "thin1"].map(|thin| format!("{}-{thin}", self.name));
+        for name in thins.iter().chain([&self.name]) {
             Command::new("dmsetup").args(["remove", "--force", "--retry", name]).output().ok();
         }
         for device in &self.loops {

@@ -103,6 +103,19 @@ impl FileSystem {
         Ok(Self { root, device })
     }
 
+    /// Reaches a file system of that UUID from which a snapshot is to be read: the one that is mounted, without a look at any
+    /// other device, or else what [`FileSystem::reach`] finds.
+    ///
+    /// The caller compares the snapshot with its record, so that one in a copy of the file system is taken only if it is equal.
+    pub(crate) fn reach_for_reading(uuid: Uuid) -> Result<Self> {
+        let mounted = mounted(uuid).context("list", MOUNTED)?;
+        match mounted.map(|device| mount(&device, "", false).map(|root| Self { root, device })) {
+            Some(Ok(reached)) => Ok(reached),
+            // It is mounted otherwise, or was unmounted meanwhile.
+            Some(Err(_)) | None => Self::reach(uuid, Access::Read),
+        }
+    }
+
     /// Opens the root of a snapshot for reading, attached nowhere.
     pub(crate) fn open_snapshot(&self, number: Number) -> Result<OwnedFd> {
         mount(&self.device, &snapshot_options(number), true).context("mount a snapshot of", &self.device)
@@ -187,6 +200,32 @@ fn find(uuid: Uuid) -> Result<PathBuf> {
             Err(io::Error::other(why)).context("find", object)
         }
     }
+}
+
+/// The kernel's list of the NILFS2 file systems that are mounted, wherever that is seen ([sysfs-fs-nilfs2]).
+///
+/// [sysfs-fs-nilfs2]: https://www.kernel.org/doc/Documentation/ABI/testing/sysfs-fs-nilfs2
+const MOUNTED: &str = "/sys/fs/nilfs2";
+
+/// The device of the only file system of that UUID that is mounted.
+fn mounted(uuid: Uuid) -> io::Result<Option<PathBuf>> {
+    let entries = match std::fs::read_dir(MOUNTED) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    let mut found = None;
+    for entry in entries {
+        let entry = entry?;
+        // Not every entry is a file system, and one may be unmounted by now.
+        let Ok(text) = std::fs::read_to_string(entry.path().join("uuid")) else { continue };
+        if Uuid::parse(&text.trim_end().replace('-', "")) == Some(uuid) {
+            let device = Path::new("/dev").join(entry.file_name().to_string_lossy().replace('!', "/"));
+            if found.replace(device).is_some() {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Whether this mount namespace shows a mount of the device.

@@ -94,6 +94,7 @@ impl Backend for Store {
     }
 
     fn prime(&self, volume: &Volume, _: &Locator) -> Result<()> {
+        Uuid::of(volume.identity()).map_or(Ok(()), |uuid| self.prepare_lock(uuid))?;
         sys::sync(volume).context("write out", volume.dir()).map(drop)
     }
 
@@ -102,15 +103,6 @@ impl Backend for Store {
         if !owns(at) {
             return Err(no_image(at));
         }
-        match self.record(at)? {
-            None => {}
-            Some(record) if record.uuid != uuid => return Err(Error::Exists { what: self.shown(at) }),
-            Some(record) => match whole(volume, &record, volume.dir())? {
-                true => return Ok(record.snapshot(at)),
-                // What it was to be is of another instant.
-                false => self.remove_record(at)?,
-            },
-        }
         let _lock = self.lock(uuid)?;
         for _ in 0..ATTEMPTS {
             let number = sys::sync(volume).context("write out", volume.dir())?;
@@ -118,8 +110,17 @@ impl Backend for Store {
             // Gone already, or marked by somebody else at this moment. Their mark is a change: the next number is ours.
             let Some(Checkpoint { created, is_snapshot: false, .. }) = found else { continue };
             let record = Record { uuid, number, created, found: false };
-            if self.mark(volume, at, &record)? {
-                return Ok(record.snapshot(at));
+            match self.mark(volume, at, &record) {
+                Ok(true) => return Ok(record.snapshot(at)),
+                Ok(false) => {}
+                // An earlier call got so far: looked for only now, since hardly ever one did.
+                Err(Error::Exists { what }) => match self.record(at)? {
+                    Some(record) if record.uuid != uuid => return Err(Error::Exists { what }),
+                    Some(record) if whole(volume, &record, volume.dir())? => return Ok(record.snapshot(at)),
+                    // What it was to be is of another instant.
+                    _ => self.remove_record(at)?,
+                },
+                Err(error) => return Err(error),
             }
         }
         Err(cleaned(volume))
@@ -177,7 +178,7 @@ impl Backend for Store {
 
     fn activate(&self, at: &Locator) -> Result<MountSpec> {
         let record = self.record(at)?.ok_or_else(|| no_image(at))?;
-        let file_system = FileSystem::reach(record.uuid, Access::Read)?;
+        let file_system = FileSystem::reach_for_reading(record.uuid)?;
         if !whole(&file_system, &record, &file_system.device)? {
             return Err(no_image(at));
         }
@@ -200,7 +201,7 @@ impl Backend for Store {
             let (what, expected) = (self.shown(&snapshot.at), snapshot.identity.clone());
             return Err(Error::WrongIdentity { what, expected, found });
         }
-        let file_system = FileSystem::reach(record.uuid, Access::Read)?;
+        let file_system = FileSystem::reach_for_reading(record.uuid)?;
         if !whole(&file_system, &record, &file_system.device)? {
             return Err(no_image(&snapshot.at));
         }

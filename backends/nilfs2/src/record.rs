@@ -7,9 +7,11 @@
 //! snapshot is a *partial* image. A link is metadata: one fsync of its directory makes it durable, which `settle` does
 //! when the processes run again.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fsnap_backend::{Error, Identity, IoContext, Locator, Result, Snapshot, beneath};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
@@ -146,20 +148,34 @@ impl Store {
     }
 
     /// Locks a file system against other calls for this store; waits for them.
-    pub(crate) fn lock(&self, uuid: Uuid) -> Result<Lock> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let name = uuid.to_string();
-        let opened = rustix::fs::openat(&self.file_systems, &name, flags, Mode::from_raw_mode(0o600));
-        let file = opened.context("open the lock of the file system", &name)?;
+    pub(crate) fn lock(&self, uuid: Uuid) -> Result<Lock<'_>> {
+        let idle = self.lock_files.idle().remove(&uuid);
+        let file = idle.map_or_else(|| self.open_lock(uuid), Ok)?;
         loop {
             match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
                 Err(Errno::INTR) => {}
                 locked => {
-                    locked.context("lock the file system", &name)?;
-                    return Ok(Lock(file));
+                    locked.context("lock the file system", uuid.to_string())?;
+                    return Ok(Lock { file: Some(file), uuid, files: &self.lock_files });
                 }
             }
         }
+    }
+
+    /// Opens ahead what [`Store::lock`] locks.
+    pub(crate) fn prepare_lock(&self, uuid: Uuid) -> Result<()> {
+        if !self.lock_files.idle().contains_key(&uuid) {
+            let file = self.open_lock(uuid)?;
+            self.lock_files.idle().insert(uuid, file);
+        }
+        Ok(())
+    }
+
+    fn open_lock(&self, uuid: Uuid) -> Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let name = uuid.to_string();
+        let opened = rustix::fs::openat(&self.file_systems, &name, flags, Mode::from_raw_mode(0o600));
+        opened.context("open the lock of the file system", &name)
     }
 
     /// The file systems that have ever had a snapshot here.
@@ -169,15 +185,34 @@ impl Store {
     }
 }
 
+/// The files of locks that nobody in this process has: open, for the time when writers stand.
+#[derive(Debug, Default)]
+pub(crate) struct LockFiles(Mutex<BTreeMap<Uuid, OwnedFd>>);
+
+impl LockFiles {
+    fn idle(&self) -> MutexGuard<'_, BTreeMap<Uuid, OwnedFd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A file system's lock, given up when dropped.
 ///
-/// By unlocking, and not just by closing: a child that is being started has a copy of every descriptor.
+/// By unlocking, and not just by closing: a child that is being started has a copy of every descriptor. Two locks never share a
+/// file, for they would share the lock.
 #[derive(Debug)]
-pub(crate) struct Lock(OwnedFd);
+pub(crate) struct Lock<'a> {
+    /// Always there, until it is dropped.
+    file: Option<OwnedFd>,
+    uuid: Uuid,
+    files: &'a LockFiles,
+}
 
-impl Drop for Lock {
+impl Drop for Lock<'_> {
     fn drop(&mut self) {
-        let _ = rustix::fs::flock(self.0.as_fd(), FlockOperation::Unlock);
+        let Some(file) = self.file.take() else { return };
+        if rustix::fs::flock(file.as_fd(), FlockOperation::Unlock).is_ok() {
+            self.files.idle().insert(self.uuid, file);
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use rustix::rand::GetRandomFlags;
 
 use crate::KIND;
 use crate::file_system::open_volume;
+use crate::record::LockFiles;
 
 /// The usual name of a store.
 const NAME: &str = ".fsnap-nilfs2";
@@ -43,6 +44,7 @@ pub struct Store {
     pub(crate) root: OwnedFd,
     pub(crate) snapshots: OwnedFd,
     pub(crate) file_systems: OwnedFd,
+    pub(crate) lock_files: LockFiles,
 }
 
 impl Store {
@@ -110,7 +112,8 @@ impl Store {
                 live: Consistency::CrashConsistent,
             },
         };
-        Ok(Self { info, place: place.to_owned(), root, snapshots, file_systems })
+        let lock_files = LockFiles::default();
+        Ok(Self { info, place: place.to_owned(), root, snapshots, file_systems, lock_files })
     }
 }
 
