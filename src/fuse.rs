@@ -25,5 +25,6 @@ mod mounting;
 mod open;
 mod readers;
 pub mod session;
+mod sys;
 
 pub use crate::stores::layers as overlay;

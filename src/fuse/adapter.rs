@@ -489,10 +489,11 @@ impl Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let closed = self.handles.close(fh.0);
+        let behind = self.handles.close(fh.0);
         self.overlay.close_file(self.own(ino));
+        self.handles.let_go(self.own(ino));
         reply.ok();
-        if closed.is_some_and(|(_, behind)| behind) {
+        if behind {
             self.attributes_changed(self.own(ino));
         }
     }

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::Case;
 use crate::past::{Past, names, until};
 use crate::site::is_mounted;
+use crate::sys::Mapping;
 use crate::tree;
 
 pub(crate) const CASES: &[Case] = &[
@@ -23,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
     ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
+    ("a_mapping_outlives_the_closing_of_its_file", a_mapping_outlives_the_closing_of_its_file),
     ("over_dm_thin::made_and_written", || made_and_written("dm-thin")),
     ("over_dm_thin::checkpoints_of_a_branch", || checkpoints_of_a_branch("dm-thin")),
     ("over_nilfs2::made_and_written", || made_and_written("nilfs2")),
@@ -294,7 +296,52 @@ fn checkpoints_of_a_branch(backend: &str) {
 
 /// Changes a byte through a shared mapping that is given up at once; nothing is synced.
 fn store_mapped(file: &fs::File, offset: usize, byte: u8) {
-    crate::sys::store_through_mapping(file, offset, byte).unwrap();
+    Mapping::new(file).unwrap().store(offset, byte);
+}
+
+/// The kernel tells nobody that a file is mapped which it passes through, nor that it is no more.
+fn a_mapping_outlives_the_closing_of_its_file() {
+    const LENGTH: usize = 10_000;
+    let past = Past::new();
+    let db = past.volume("db", "btrfs");
+    fs::write(db.join("below"), [0; LENGTH]).unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    let at = |name: &str| past.at(&format!("branches/try/db/{name}"));
+    let mut states = Vec::new();
+    for name in ["new", "below"] {
+        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(at(name)).unwrap();
+        file.set_len(LENGTH as u64).unwrap();
+        let mapping = Mapping::new(&file).unwrap();
+        drop(file);
+        for round in 1..=3_u8 {
+            mapping.store(5_000, round);
+            assert_eq!(fs::read(at(name)).unwrap()[5_000], round, "{name}: what is stored is read");
+            states.push((name, round, past.fsnap(["checkpoint", "--branch", "try"])));
+            mapping.store(5_000, round + 100);
+            assert_eq!(fs::read(at(name)).unwrap()[5_000], round + 100, "{name}: and after a checkpoint");
+            let file = fs::File::options().write(true).open(at(name)).unwrap();
+            file.write_all_at(&[round + 200], 20).unwrap();
+            assert_eq!(mapping.load(20), round + 200, "{name}: what is written is mapped");
+        }
+    }
+    let holds = || {
+        for (name, round, id) in &states {
+            let content = fs::read(past.at(&format!("ids/{id}/db/{name}"))).unwrap();
+            let written = if *round == 1 { 0 } else { round + 199 };
+            assert_eq!((content[20], content[5_000]), (written, *round), "{name} of {round}");
+        }
+        for name in ["new", "below"] {
+            let content = fs::read(at(name)).unwrap();
+            assert_eq!((content[20], content[5_000]), (203, 103), "{name}");
+        }
+    };
+    holds();
+    past.unmount();
+    past.mount();
+    holds();
+    past.unmount();
 }
 
 fn what_was_sealed_outlives_everything_else() {
