@@ -26,6 +26,7 @@ pub(crate) const CASES: &[Case] = &[
     ("btrfs_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Btrfs])),
     ("rsync_at_any_moment", || at_any_moment(&[Volume::Rsync, Volume::Rsync])),
     ("both_in_one_checkpoint_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Rsync])),
+    ("a_branch_of_a_mount_at_any_moment", a_branch_at_any_moment),
 ];
 
 /// A case's name, the volumes that it needs, and what it does with them.
@@ -50,8 +51,21 @@ fn setting(name: &str, usual: u32) -> u32 {
 }
 
 fn at_any_moment(volumes: &[Volume]) {
-    let site = Site::new(volumes);
-    move_inode_numbers_apart(&site);
+    any_moment_of(&Site::new(volumes), volumes);
+}
+
+/// The processes write through `fsnap mount`, and each copy of them has a branch there.
+fn a_branch_at_any_moment() {
+    let volumes = [Volume::Btrfs, Volume::Rsync];
+    let mut site = Site::new(&volumes);
+    site.go_to_branch("live");
+    any_moment_of(&site, &volumes);
+    site.ok(["rm", "--branch", "live"]);
+}
+
+fn any_moment_of(site: &Site, volumes: &[Volume]) {
+    let others = site.ids().len();
+    move_inode_numbers_apart(site);
     // On a machine that does other work too, a hook of this crowd may wait long for its turn.
     site.configure("[hook]\ndeadline_seconds = 60\n");
     // NILFS2 cannot tell holes from data: all 4 GiB of a sparse file would be read for each verdict, and copied to each branch.
@@ -61,7 +75,7 @@ fn at_any_moment(volumes: &[Volume]) {
     let count = setting("FSNAP_ORACLE_CHECKPOINTS", 50) as usize;
     let dumped = std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(ALIVE);
-        let (site, reports) = (&site, oracle.reports.as_path());
+        let reports = oracle.reports.as_path();
         let restorer = scope.spawn(move || restore_each(site, reports, receiver));
         for number in 0..count {
             std::thread::sleep(any_moment());
@@ -80,9 +94,9 @@ fn at_any_moment(volumes: &[Volume]) {
         restorer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
     assert_eq!(dumped, count);
-    becomes_sure(&site, &oracle);
+    becomes_sure(site, &oracle);
     oracle.goes_on();
-    site.holds_nothing_but(0);
+    site.holds_nothing_but(others);
 }
 
 /// Makes sure that a checkpoint can be a point in time, which says that nobody was seen who could write.
