@@ -77,7 +77,6 @@ impl Coordinator {
             // A run tells where its processes see a volume: on a branch, that is not where its files are.
             let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
             let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
-            let restrictions = Restrictions::of(&at)?;
             // One overlay cannot be mounted twice, nor can what fsnap itself serves: what is mounted is shown there as well.
             let spec = if member.overlay.is_some() || member.layers.is_some() {
                 let dir =
@@ -86,6 +85,7 @@ impl Coordinator {
             } else {
                 self.store(&member.store)?.activate(&member.at)?
             };
+            let restrictions = Restrictions::of(&at)?;
             mounts.push(MountPlan { spec, at, restrictions });
         }
         let logs = self.catalog.state().join("log");

@@ -9,6 +9,7 @@
 //! longest pause of a writer in microseconds: a machine whose processor is played by a program has its hands full otherwise.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsStr;
 use std::fs;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use serde_json::Value;
 
 use crate::Case;
 use crate::oracle::{Oracle, ask};
-use crate::site::{Site, Volume, end};
+use crate::site::{Site, Volume, end, said};
 
 pub(crate) const CASES: &[Case] = &[
     ("btrfs_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Btrfs])),
@@ -51,19 +52,31 @@ fn setting(name: &str, usual: u32) -> u32 {
 }
 
 fn at_any_moment(volumes: &[Volume]) {
-    any_moment_of(&Site::new(volumes), volumes);
+    any_moment_of(&Site::new(volumes), volumes, setting("FSNAP_ORACLE_CHECKPOINTS", 50));
 }
 
 /// The processes write through `fsnap mount`, and each copy of them has a branch there.
 fn a_branch_at_any_moment() {
     let volumes = [Volume::Btrfs, Volume::Rsync];
     let mut site = Site::new(&volumes);
-    site.go_to_branch("live");
-    any_moment_of(&site, &volumes);
-    site.ok(["rm", "--branch", "live"]);
+    let mount = site.go_to_branch("live");
+    any_moment_of(&site, &volumes, setting("FSNAP_ORACLE_CHECKPOINTS", 50).div_ceil(5));
+
+    // A copy needs a mount that shows its branch.
+    let dirs: Vec<PathBuf> = site.volumes.iter().map(|volume| volume.join("more")).collect();
+    dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let oracle = Oracle::start(site.new_path("reports"), &dirs, &[Kind::Append], 1000);
+    let (id, _) = site.checkpoint(oracle.pid);
+    drop(oracle);
+    site.ok([OsStr::new("umount"), mount.as_ref()]);
+    let output = site.command(["restore", &id, "--branch", "unseen"]).output().unwrap();
+    let said = said(&output);
+    assert!(output.status.code() == Some(1) && said.contains("`fsnap mount DIR` shows it"), "{said}");
+    let branches = site.json(["branches", "--json"]);
+    assert_eq!(branches.as_array().unwrap().len(), 1, "{branches}");
 }
 
-fn any_moment_of(site: &Site, volumes: &[Volume]) {
+fn any_moment_of(site: &Site, volumes: &[Volume], count: u32) {
     let others = site.ids().len();
     move_inode_numbers_apart(site);
     // On a machine that does other work too, a hook of this crowd may wait long for its turn.
@@ -72,12 +85,11 @@ fn any_moment_of(site: &Site, volumes: &[Volume]) {
     let sparse = !volumes.contains(&Volume::Nilfs2);
     let kinds: Vec<_> = Kind::ALL.into_iter().filter(|kind| sparse || *kind != Kind::Sparse).collect();
     let oracle = site.oracle(&kinds, setting("FSNAP_ORACLE_PACE", 2000));
-    let count = setting("FSNAP_ORACLE_CHECKPOINTS", 50) as usize;
     let dumped = std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(ALIVE);
         let reports = oracle.reports.as_path();
         let restorer = scope.spawn(move || restore_each(site, reports, receiver));
-        for number in 0..count {
+        for number in 0..count as usize {
             std::thread::sleep(any_moment());
             let before = oracle.ask();
             assert!(before.ok, "the original noticed before dump {number}: {before}");
@@ -93,7 +105,7 @@ fn any_moment_of(site: &Site, volumes: &[Volume]) {
         drop(sender);
         restorer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    assert_eq!(dumped, count);
+    assert_eq!(dumped, count as usize);
     becomes_sure(site, &oracle);
     oracle.goes_on();
     site.holds_nothing_but(others);

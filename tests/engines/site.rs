@@ -76,8 +76,8 @@ impl Site {
         site
     }
 
-    /// Mounts the catalog, and makes a branch of all volumes there; from now on, they are what is worked on.
-    pub(crate) fn go_to_branch(&mut self, name: &str) {
+    /// Mounts the catalog, and makes a branch of all volumes there; from now on, they are what is worked on. Tells where the mount is.
+    pub(crate) fn go_to_branch(&mut self, name: &str) -> PathBuf {
         let mount = self.new_path("mount");
         fs::create_dir(&mount).unwrap();
         let base = self.ok(["checkpoint"]);
@@ -86,6 +86,7 @@ impl Site {
         for volume in &mut self.volumes {
             *volume = mount.join("branches").join(name).join(volume.file_name().unwrap());
         }
+        mount
     }
 
     /// The processes of fsnap that work for this site.
