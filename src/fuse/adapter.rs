@@ -31,7 +31,7 @@ pub(super) const GENERATION: Generation = Generation(0);
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
 pub struct Adapter {
-    overlay: Arc<Overlay>,
+    pub(super) overlay: Arc<Overlay>,
     handles: Arc<Handles>,
     given: Given,
     notifier: Arc<OnceLock<Notifier>>,

@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
@@ -20,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ("made_and_written_over_rsync", || made_and_written("rsync")),
     ("named_by_prefix_tag_and_latest", named_by_prefix_tag_and_latest),
     ("removed_while_nothing_was_written", removed_while_nothing_was_written),
+    ("a_first_write_and_a_removal_exclude_each_other", a_first_write_and_a_removal_exclude_each_other),
     ("one_server_has_a_branch", one_server_has_a_branch),
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
@@ -188,6 +190,43 @@ fn removed_while_nothing_was_written() {
     past.unmount();
 }
 
+/// Whoever comes first, it is never so that both succeed: what was written would be gone.
+fn a_first_write_and_a_removal_exclude_each_other() {
+    let past = Past::new();
+    fs::write(past.volume("db", "btrfs").join("file"), "one").unwrap();
+    past.checkpoint();
+    // Between the look and the removal there is time to write in.
+    past.mount_armed("rmdir:unchanged=sleep:400");
+    type Write = fn(&Path) -> std::io::Result<()>;
+    let writes: [(&str, Write); 4] = [
+        ("create", |db| fs::write(db.join("new"), "two")),
+        ("change", |db| fs::write(db.join("file"), "two")),
+        ("rename", |db| fs::rename(db.join("file"), db.join("moved"))),
+        ("attributes", |db| fs::set_permissions(db, fs::Permissions::from_mode(0o700))),
+    ];
+    for (name, write) in writes {
+        let (branch, db) = (past.at(&format!("branches/{name}")), past.at(&format!("branches/{name}/db")));
+        fs::create_dir(past.at(&format!("branches/{name}@latest"))).unwrap();
+        assert_eq!(read(db.join("file")), "one");
+        let removing = std::thread::spawn({
+            let branch = branch.clone();
+            move || fs::remove_dir(branch)
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        let written = write(&db);
+        match removing.join().unwrap() {
+            Ok(()) => assert!(written.is_err(), "{name}: what was written is gone"),
+            Err(error) => assert_eq!((number(&error), written.is_ok()), (Errno::NOTEMPTY, true), "{name}"),
+        }
+        // Written to, it stays.
+        if fs::create_dir(past.at(&format!("branches/{name}@latest"))).is_ok() {
+            write(&db).unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        assert_eq!(number(&fs::remove_dir(&branch).unwrap_err()), Errno::NOTEMPTY, "{name}");
+    }
+    past.unmount();
+}
+
 fn one_server_has_a_branch() {
     let past = Past::new();
     fs::write(past.volume("db", "btrfs").join("file"), "one").unwrap();
@@ -202,6 +241,7 @@ fn one_server_has_a_branch() {
     assert_eq!(read(second.join("latest/db/file")), "one");
     assert_eq!(names(second.join("branches/try")), ["db"]);
     assert_eq!(number(&fs::read_dir(second.join("branches/try/db")).unwrap_err()), Errno::BUSY);
+    assert_eq!(number(&fs::remove_dir(second.join("branches/try")).unwrap_err()), Errno::BUSY);
     past.unmount();
     assert_eq!(read(second.join("branches/try/db/file")), "two", "it is free now");
     until("it is unmounted", || past.command().arg("umount").arg(&second).output().unwrap().status.success());

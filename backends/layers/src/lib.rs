@@ -34,6 +34,7 @@ mod rename;
 mod seal;
 mod sealed;
 mod steps;
+mod still;
 mod store;
 mod verify;
 mod xattr;
@@ -52,7 +53,8 @@ pub use node::{Ino, ROOT};
 pub use origin::{Origin, Origins, note};
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
-pub use store::{Error, is_unchanged};
+pub use still::Still;
+pub use store::Error;
 
 use self::data::Source;
 use self::fd_cache::FdCache;

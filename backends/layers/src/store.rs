@@ -413,25 +413,6 @@ fn salt(dir: &OwnedFd, lower: &Lower) -> Result<u64> {
     Ok(((u64::from_le_bytes(bytes) % 0x7_ffff) + 1) << 33)
 }
 
-/// Whether nothing was ever written to the branch that `store` keeps; also if it keeps none.
-///
-/// Looked at from outside, without the lock: what somebody writes at this very moment may be missed.
-pub fn is_unchanged(store: &Path) -> Result<bool, Error> {
-    for part in ["upper", "index", "layers"] {
-        let path = store.join(part);
-        match std::fs::read_dir(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::Io { action: "list", object: path, source }),
-            Ok(mut entries) => {
-                if entries.next().is_some() {
-                    return Ok(false);
-                }
-            }
-        }
-    }
-    Ok(true)
-}
-
 fn exists_already(error: Errno) -> Result<()> {
     if error == Errno::EXIST { Ok(()) } else { Err(error) }
 }
