@@ -27,6 +27,7 @@ mod merge_tests;
 mod node;
 mod object;
 mod open;
+mod open_dirs;
 mod origin;
 mod plan;
 mod remove;

@@ -344,6 +344,52 @@ fn no_room_is_lost(site: &Site) {
     }
 }
 
+/// Deeper than a stack of the usual size would take, at a kilobyte for each level.
+#[test]
+fn a_deep_tree_is_merged() {
+    const DEPTH: usize = 4096;
+    let mut site = Site::new();
+    let content = |site: &Site, name: &str, top: &str| -> Result<Vec<u8>> {
+        let mut at = site.find(top)?.ino;
+        for _ in 1..DEPTH {
+            at = site.overlay().look_up(at, OsStr::new("d"))?.ino;
+        }
+        let file = site.overlay().look_up(at, OsStr::new(name))?.ino;
+        let open = site.overlay().open_file(file, false, false)?;
+        let mut bytes = vec![0; 100];
+        let length = open.read(&mut bytes, 0)?;
+        site.overlay().close_file(file);
+        bytes.truncate(length);
+        Ok(bytes)
+    };
+    let create = |site: &Site, parent: Ino, name: &str, text: &[u8]| -> Result<()> {
+        let (attr, file) = site.overlay().create(parent, OsStr::new(name), 0o644, 0, BY)?;
+        site.overlay().write(attr.ino, &file, text, 0)?;
+        site.overlay().close_file(attr.ino);
+        Ok(())
+    };
+    let mut at = ROOT;
+    for level in 0..DEPTH {
+        let name = if level == 0 { "deep" } else { "d" };
+        at = site.overlay().make_dir(at, OsStr::new(name), 0o755, 0, BY).unwrap().ino;
+    }
+    create(&site, at, "old", b"old").unwrap();
+    site.seal("first", "none").unwrap();
+    create(&site, at, "new", b"new").unwrap();
+    // All of it again, and a directory of the lower at another place.
+    site.overlay().rename((ROOT, OsStr::new("deep")), (ROOT, OsStr::new("moved")), false, false).unwrap();
+    site.seal("second", "none").unwrap();
+    for image in ["first", "second"] {
+        fs::remove_file(site.store().join("holds").join(image)).unwrap();
+    }
+    site.overlay().merge(|| ((), Vec::new())).unwrap();
+    assert!(site.layers().len() <= 2, "{:?} are left", site.layers());
+    site.open();
+    for name in ["old", "new"] {
+        assert_eq!(content(&site, name, "moved").unwrap(), name.as_bytes());
+    }
+}
+
 #[test]
 fn whatever_is_merged_reads_the_same() {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(60);
