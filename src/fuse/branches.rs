@@ -92,7 +92,7 @@ impl Branches {
 
     /// The number of the root of the branch's volume, if it is written through the mount. Opens nothing.
     pub(super) fn number_of(&self, branch: &Name, member: &BranchMember) -> Option<u64> {
-        let dir = member.layers.as_ref()?.dir.as_path();
+        let dir = member.form.layers()?.dir.as_path();
         let mut hasher = DefaultHasher::new();
         dir.hash(&mut hasher);
         let mut slots = self.slots();
@@ -141,7 +141,7 @@ impl Branches {
         let coordinator = self.records.open()?;
         let branch = coordinator.catalog().branch(&slot.branch)?.ok_or_else(gone)?;
         let is_it =
-            |member: &&BranchMember| member.layers.as_ref().is_some_and(|layers| layers.dir.as_path() == slot.dir);
+            |member: &&BranchMember| member.form.layers().is_some_and(|layers| layers.dir.as_path() == slot.dir);
         let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
         let store = coordinator.store_at(&member.store)?;
         let below = lower::of_image(store.as_ref(), &member.at)?;

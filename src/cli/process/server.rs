@@ -6,7 +6,8 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Failure, Outcome};
+use super::super::internal::OWN_PROGRAM;
+use super::super::{Failure, Outcome, environment};
 
 fn io(action: &'static str, object: &Path) -> impl Fn(std::io::Error) -> Failure {
     let object = fsnap::printable(object.as_os_str());
@@ -20,7 +21,7 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 
 /// Starts this program as a server, by the same command with `--detach`, and waits until it has mounted.
 pub(crate) fn start(command: &str, options: &[&str], paths: &[PathBuf]) -> Outcome {
-    let program = Path::new("/proc/self/exe");
+    let program = Path::new(OWN_PROGRAM);
     let mut server = Command::new(program);
     server.args([command, "--detach"]).args(options).arg("--").args(paths.iter().map(OsString::from));
     server.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
@@ -43,7 +44,7 @@ pub(crate) fn notify_ready() {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(name) = super::environment::notify_socket() else { return };
+    let Some(name) = environment::notify_socket() else { return };
     let address = match name.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&name),
