@@ -15,11 +15,11 @@
 //! * What is below: `lower`, a directory that never changes; `below`, that or a snapshot which cannot be mounted; `origin`, the note of which
 //!   it was. What is above: `store`, the directory of a branch; `object`, one file of either.
 //! * Who is meant: `node`, files by their numbers; `look`, which layer answers to a name; `list`, both as one; `fd_cache`, directories that
-//!   stay open.
+//!   stay open; `open_dirs`, directories one after the other, however deep.
 //! * One kind of call each: `attr`, `xattr`, `open`, `create`, `link`, `rename`, `remove`; `copy_up`, what a change begins with; `data`, the
 //!   contents of open files.
 //! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was; `backend` offers these as images;
-//!   `verify` reads a whole one.
+//!   `verify` reads a whole one. `still` keeps a tree from changing for a moment.
 //! * Layers that nobody needs by themselves: `plan` finds out what makes one of two, `steps` writes that down and does it, `merge` decides when.
 
 mod attr;

@@ -408,11 +408,16 @@ fn make_like(from: &Object, to: &Object, keys: Keys) -> Result<()> {
 thread_local! {
     /// After so many steps a test stops the work, as if the process had been killed.
     pub(super) static STOP: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
+    /// It is killed indeed.
+    pub(super) static KILL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 #[cfg(test)]
 fn interrupted() -> Result<()> {
     match STOP.get() {
+        Some(0) if KILL.get() => {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
         Some(0) => return Err(Errno::INTR),
         steps => STOP.set(steps.map(|steps| steps - 1)),
     }
