@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fsnap_backend::{
     Backend, Capabilities, Consistency, Damage, Error, Identity, Image, ImageKind, ImageState, IoContext, Locator,
@@ -30,6 +31,7 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::origin::{self, Origins};
+use super::store::Purpose;
 use super::{Overlay, object, seal, store, verify};
 
 /// The backend's name.
@@ -201,7 +203,7 @@ impl Store {
     fn merge_at_rest(&self, tree: &Path) {
         let Ok(origin) = origin::read(tree) else { return };
         if let Ok(below) = (self.origins.open)(&origin)
-            && let Ok(overlay) = Overlay::open_at_once(below, tree)
+            && let Ok(overlay) = Overlay::open_for(below, tree, Purpose::Merge, Duration::ZERO)
         {
             let _ = overlay.merge(|| ((), Vec::new()));
         }

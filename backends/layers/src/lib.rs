@@ -73,7 +73,7 @@ use self::data::Source;
 use self::fd_cache::FdCache;
 use self::lower::Lower;
 use self::node::Nodes;
-use self::store::PATIENCE;
+use self::store::{PATIENCE, Purpose};
 
 /// The result of one operation on the tree: what the caller of the system call is told.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -100,16 +100,16 @@ impl Overlay {
     ///
     /// Waits a moment for a server that has just begun to end.
     pub fn open(lower: Below, store: &Path) -> Result<Self, Error> {
-        Self::open_within(lower, store, PATIENCE)
+        Self::open_for(lower, store, Purpose::Serve, PATIENCE)
     }
 
-    /// The same, and does not wait.
+    /// The same, and does not wait for a server.
     pub fn open_at_once(lower: Below, store: &Path) -> Result<Self, Error> {
-        Self::open_within(lower, store, Duration::ZERO)
+        Self::open_for(lower, store, Purpose::Serve, Duration::ZERO)
     }
 
-    fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
-        let (lower, opened) = store::open(lower, store, patience)?;
+    fn open_for(lower: Below, store: &Path, purpose: Purpose, patience: Duration) -> Result<Self, Error> {
+        let (lower, opened) = store::open(lower, store, purpose, patience)?;
         let mut tree = Tree::new(lower, opened);
         tree.climb().map_err(|error| Error::Io {
             action: "open the layers of",

@@ -26,7 +26,7 @@ use super::object::{self, SAFE};
 use super::open_dirs::OpenDirs;
 use super::plan::Planner;
 use super::steps::{self, Place, Root, Step};
-use super::store::{self, Error, PATIENCE};
+use super::store::{self, Error, PATIENCE, Purpose};
 use super::{Overlay, Result, Tree, seal};
 
 const READING: &str = "reading";
@@ -67,7 +67,7 @@ pub(super) fn read_up_to(dir: &OwnedFd, store: &Path, number: u64) -> Result<Own
             return Ok(file);
         }
         drop(file);
-        match store::lock(dir, store, Duration::ZERO) {
+        match store::lock(dir, store, Purpose::Merge, Duration::ZERO) {
             Ok(_lock) => recover(dir).map_err(&failed)?,
             // A server has just begun, and does it.
             Err(Error::Locked { .. }) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
