@@ -29,5 +29,6 @@ mod open;
 pub mod places;
 mod readers;
 pub mod session;
+mod sys;
 
 pub use crate::stores::layers as overlay;

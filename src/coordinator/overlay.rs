@@ -48,6 +48,11 @@ const KEEPER_STORE: &str = ".fsnap";
 const OVERLAYFS: u64 = 0x794c_7630;
 
 impl Coordinator {
+    /// Removes the directory of a branch's volume that the catalog does not have any more.
+    pub(crate) fn discard(&self, dir: &Path) -> Result<()> {
+        remove(dir)
+    }
+
     /// Where the overlay for a volume of a branch is to be; refused where none can be kept.
     pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Difference> {
         make_private(&self.homes)?;

@@ -75,17 +75,21 @@ impl Coordinator {
     }
 
     fn restore_onto(&self, request: &RestoreRequest<'_>, branch: &Branch, images: &Images) -> Result<Restored> {
-        let mut mounts = Vec::with_capacity(branch.members.len());
+        let (mut mounts, shown) = (Vec::with_capacity(branch.members.len()), self.shown());
         for member in &branch.members {
             // A run tells where its processes see a volume: on a branch, that is not where its files are.
             let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
             let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
-            let restrictions = Restrictions::of(&at)?;
             let spec = match member.form {
-                // One overlay cannot be mounted twice: what is mounted is shown there as well.
-                Form::Overlay(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
-                _ => self.store(&member.store)?.activate(&member.at)?,
+                // One overlay cannot be mounted twice, nor can what fsnap itself serves: what is mounted is shown there as well.
+                Form::Overlay(_) | Form::Layers(_) => {
+                    let dir = shown.files_of(branch, member);
+                    let dir = dir.ok_or_else(|| Error::NotShown { name: branch.name.clone() })?;
+                    MountSpec::Bind { dir, read_only: false }
+                }
+                Form::Clone | Form::MountedClone(_) => self.store(&member.store)?.activate(&member.at)?,
             };
+            let restrictions = Restrictions::of(&at)?;
             mounts.push(MountPlan { spec, at, restrictions });
         }
         let logs = self.catalog.state().join("log");

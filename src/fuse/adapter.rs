@@ -31,7 +31,7 @@ pub(super) const GENERATION: Generation = Generation(0);
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
 pub struct Adapter {
-    overlay: Arc<Overlay>,
+    pub(super) overlay: Arc<Overlay>,
     handles: Arc<Handles>,
     given: Given,
     notifier: Arc<OnceLock<Notifier>>,
@@ -489,10 +489,11 @@ impl Filesystem for Adapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let closed = self.handles.close(fh.0);
+        let behind = self.handles.close(fh.0);
         self.overlay.close_file(self.own(ino));
+        self.handles.let_go(self.own(ino));
         reply.ok();
-        if closed.is_some_and(|(_, behind)| behind) {
+        if behind {
             self.attributes_changed(self.own(ino));
         }
     }

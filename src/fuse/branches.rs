@@ -22,10 +22,12 @@ use rustix::io::Errno;
 
 use super::adapter::Adapter;
 use super::browse::{Records, Report, errno_of};
-use super::overlay::{self, Origin, Overlay};
+use super::overlay::{self, Origin, Overlay, Still};
 use super::{lower, session};
 use crate::branch::BranchMember;
+use crate::checkpoint::PathText;
 use crate::error::IoContext;
+use crate::failpoint;
 use crate::name::Name;
 use crate::{Error, Result};
 
@@ -149,6 +151,12 @@ impl Branches {
         }
         overlay::prepare(&slot.dir, &member.identity)?;
         let tree = Overlay::open_at_once(below, &slot.dir).map_err(session::Error::from)?;
+        // Another server may have removed it before this one had it for itself.
+        if !coordinator.catalog().branch(&slot.branch)?.is_some_and(|branch| branch.members.iter().any(|m| is_it(&m))) {
+            drop(tree);
+            coordinator.discard(&slot.dir)?;
+            return Err(gone());
+        }
         let (notifier, base) = (self.notifier.clone(), number << OWN_BITS);
         if let Some(record) = coordinator.catalog().store(&member.store)? {
             let (backend, place, at) = (member.backend.clone(), record.place.0, member.at.clone());
@@ -163,17 +171,34 @@ impl Branches {
         Ok(adapter)
     }
 
-    /// Whether nothing was ever written to the branch.
-    pub(super) fn is_unchanged(&self, branch: &Name) -> Result<bool> {
-        let coordinator = self.records.open()?;
-        let Some(branch) = coordinator.catalog().branch(branch)? else { return Ok(true) };
+    /// Removes a branch by `remove`, if nothing was ever written to it; `false` if something was.
+    ///
+    /// Nobody can write to it meanwhile: this server takes its trees, so that no other one has them, and keeps them still.
+    /// Whoever comes first is seen, and whoever comes later finds nothing to write to.
+    pub(super) fn remove_unchanged(&self, name: &Name, remove: impl FnOnce() -> Result<()>) -> Result<bool> {
+        let Some(branch) = self.records.open()?.catalog().branch(name)? else {
+            return remove().map(|()| true);
+        };
+        let mut trees = Vec::with_capacity(branch.members.len());
         for member in &branch.members {
-            let Some(layers) = member.form.layers() else { return Ok(false) };
-            if !overlay::is_unchanged(layers.dir.as_path()).map_err(session::Error::from)? {
+            let Some(number) = self.number_of(name, member) else { return Ok(false) };
+            trees.push(self.open(slot_of(number))?);
+        }
+        let mut still: Vec<_> = trees.iter().map(|tree| tree.overlay.still()).collect();
+        for (tree, member) in still.iter_mut().zip(&branch.members) {
+            let examined = tree.is_unchanged();
+            if !examined.map_err(|error| failed("examine", &member.path, error))? {
                 return Ok(false);
             }
         }
-        Ok(true)
+        failpoint::hit("rmdir:unchanged");
+        let removed = remove();
+        if removed.is_ok() || self.records.open()?.catalog().branch(name)?.is_none() {
+            // Somebody may be waiting with the first write.
+            still.into_iter().for_each(Still::end);
+            self.let_go_of_removed();
+        }
+        removed.map(|()| true)
     }
 
     /// Lets go of trees of which the kernel has known nothing for so long.
@@ -238,4 +263,8 @@ fn root_of(slot: u64) -> u64 {
 
 fn gone() -> Error {
     Error::Io { action: "open", object: "a branch that is gone".into(), source: Errno::STALE.into() }
+}
+
+fn failed(action: &'static str, path: &PathText, source: Errno) -> Error {
+    Error::Io { action, object: path.to_string(), source: source.into() }
 }

@@ -163,8 +163,8 @@ impl Browse {
         let parent = self.node(parent)?;
         let What::Place(Place::Branches) = parent.what else { return Err(Errno::ROFS) };
         let branch = self.layout.make_branch(name).map_err(|error| self.failed(&error))?;
-        let found = Found::Place(Place::Branch(branch.clone()));
-        let attr = self.known(&parent, OsStr::new(branch.as_str()), &found);
+        let found = Found::Place(Place::of_branch(&branch));
+        let attr = self.known(&parent, OsStr::new(branch.name.as_str()), &found);
         Ok(Attr { name: Keep::Not, ..attr })
     }
 
@@ -173,10 +173,8 @@ impl Browse {
         let parent = self.node(parent)?;
         let What::Place(Place::Branches) = parent.what else { return Err(Errno::ROFS) };
         let name: Name = name.to_str().and_then(|name| name.parse().ok()).ok_or(Errno::NOENT)?;
-        if !self.branches.is_unchanged(&name).map_err(|error| self.failed(&error))? {
-            return Err(Errno::NOTEMPTY);
-        }
-        self.layout.remove_branch(&name).map_err(|error| self.failed(&error))
+        let removed = self.branches.remove_unchanged(&name, || self.layout.remove_branch(&name));
+        if removed.map_err(|error| self.failed(&error))? { Ok(()) } else { Err(Errno::NOTEMPTY) }
     }
 
     /// Finds a name that was listed, and counts that the kernel knows it.

@@ -4,8 +4,11 @@
 //! a file of ours without asking; one file cannot be open in both ways at once, and all that is passed through must go to
 //! the same registered file. Passing through is faster and is chosen where the whole content is one file of the upper that
 //! will stay so; not for a file of the lower, because whoever has it open must see what is written after its copy-up.
+//!
+//! A mapping of a file that is passed through is one of the registered file, and outlives the handle that it was made by; nobody tells us of
+//! its end. So a file stays registered when its last handle is closed, for as long as the kernel says that somebody has it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -14,6 +17,7 @@ use fuser::{BackingId, FopenFlags};
 
 use super::open::{Names, Table, locked};
 use super::overlay::{Ino, OpenFile};
+use super::sys;
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -49,20 +53,74 @@ pub(super) enum Access {
 struct Mode {
     cached: u64,
     passed: u64,
-    backing: Option<Arc<BackingId>>,
+    registered: Option<Registered>,
     /// Cached pages are older than what was passed through.
     stale: bool,
     /// The kernel may have attributes from before the file was written past us.
     told: bool,
     /// Pages may have been changed in memory, and not been written to us yet.
     dirty: bool,
+    /// It is among those that are [lingering](Modes::lingering).
+    lingers: bool,
+}
+
+/// What is known of files that are open, or were.
+#[derive(Debug, Default)]
+struct Modes {
+    files: HashMap<Ino, Mode>,
+    /// Files that nobody has open, and that stay registered: they are mapped, or the kernel was not done with closing them yet.
+    lingering: VecDeque<Ino>,
+}
+
+/// The file that is passed through to.
+#[derive(Debug)]
+struct Registered {
+    backing: Arc<BackingId>,
+    file: Arc<std::fs::File>,
+}
+
+impl Mode {
+    /// Lets go of the registered file, if nobody has it open or mapped any more. It is closed when what is returned is dropped.
+    fn let_go(&mut self) -> Option<Registered> {
+        let unused = self.passed == 0 && self.registered.as_ref().is_some_and(|one| !sys::is_shared(&one.file));
+        if unused {
+            self.told = false;
+        }
+        self.registered.take_if(|_| unused)
+    }
+
+    fn is_needed(&self) -> bool {
+        self.cached > 0 || self.passed > 0 || self.stale || self.registered.is_some()
+    }
+}
+
+impl Modes {
+    /// Lets go of what is known of a file, as far as nobody needs it any more.
+    fn let_go(&mut self, ino: Ino) -> Option<Registered> {
+        let mode = self.files.get_mut(&ino)?;
+        let unused = mode.let_go();
+        if !mode.is_needed() {
+            self.files.remove(&ino);
+        } else if mode.passed == 0 && mode.registered.is_some() && !mode.lingers {
+            mode.lingers = true;
+            self.lingering.push_back(ino);
+        }
+        unused
+    }
+
+    /// The same, for the file that has lingered longest.
+    fn let_go_of_oldest(&mut self) -> Option<Registered> {
+        let ino = self.lingering.pop_front()?;
+        self.files.get_mut(&ino)?.lingers = false;
+        self.let_go(ino)
+    }
 }
 
 /// All handles of one mount.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     open: Table<Handle>,
-    modes: Mutex<HashMap<Ino, Mode>>,
+    modes: Mutex<Modes>,
     /// Held while the length of a file changes that nobody needs to have open for that.
     pub(super) resizing: Mutex<()>,
     /// The kernel may be asked to pass requests through.
@@ -103,26 +161,21 @@ impl Handles {
     ) -> Opened {
         let write = access != Access::Read;
         let mut modes = locked(&self.modes);
-        let mode = modes.entry(ino).or_default();
+        let mode = modes.files.entry(ino).or_default();
         if mode.cached == 0
             // The kernel refuses to open otherwise what it passes through already.
-            && (may_pass || mode.backing.is_some())
+            && (may_pass || mode.registered.is_some())
             && self.passthrough.load(Ordering::Relaxed)
             && let Some(whole) = file.whole()
         {
-            let backing = match &mode.backing {
-                Some(backing) => Some(backing.clone()),
-                None => match register(&whole) {
-                    Ok(backing) => Some(Arc::new(backing)),
-                    Err(_) => {
-                        // Without the privilege, or on a stack of file systems that is too high, it never works.
-                        self.passthrough.store(false, Ordering::Relaxed);
-                        None
-                    }
-                },
-            };
-            if let Some(backing) = backing {
-                mode.backing = Some(backing.clone());
+            if mode.registered.is_none() {
+                match register(&whole) {
+                    Ok(backing) => mode.registered = Some(Registered { backing: Arc::new(backing), file: whole }),
+                    // Without the privilege, or on a stack of file systems that is too high, it never works.
+                    Err(_) => self.passthrough.store(false, Ordering::Relaxed),
+                }
+            }
+            if let Some(backing) = mode.registered.as_ref().map(|one| one.backing.clone()) {
                 mode.passed += 1;
                 mode.stale |= write;
                 mode.told |= access == Access::Write;
@@ -149,52 +202,56 @@ impl Handles {
         Opened { handle, flags, backing: None }
     }
 
-    /// Closes a handle; tells which file it was on, and whether something may have been written past us.
-    pub(super) fn close(&self, number: u64) -> Option<(Ino, bool)> {
-        let handle = self.open.remove(number)?;
-        let Handle::File(file) = &*handle else { return None };
-        // Let go of when nobody waits for the modes any more.
-        let _unused;
+    /// Closes a handle; tells whether something may have been written past us. [`let_go`](Self::let_go) follows, when the file itself is closed.
+    pub(super) fn close(&self, number: u64) -> bool {
+        let Some(handle) = self.open.remove(number) else { return false };
+        let Handle::File(file) = &*handle else { return false };
         let mut modes = locked(&self.modes);
-        let mode = modes.get_mut(&file.ino)?;
+        let Some(mode) = modes.files.get_mut(&file.ino) else { return false };
         if file.passed {
             mode.passed -= 1;
         } else {
             mode.cached -= 1;
         }
         mode.dirty &= mode.cached > 0 || mode.passed > 0;
-        let behind = file.passed && mode.stale && mode.told;
-        if mode.passed == 0 {
-            _unused = mode.backing.take();
-            mode.told = false;
-        }
-        if mode.cached == 0 && mode.passed == 0 && !mode.stale {
-            modes.remove(&file.ino);
-        }
-        Some((file.ino, behind))
+        file.passed && mode.stale && mode.told
     }
 
-    /// Whether the file is open for being passed through, so that its size and times may change at any moment.
+    /// Lets go of what is known of a file, as far as nobody needs it any more.
+    pub(super) fn let_go(&self, ino: Ino) {
+        // Closed when nobody waits for the modes any more.
+        let _unused;
+        let mut modes = locked(&self.modes);
+        // Two of those that linger for each that comes to it: only those that are mapped are left.
+        _unused = [modes.let_go(ino), modes.let_go_of_oldest(), modes.let_go_of_oldest()];
+    }
+
+    /// Whether the file may be written past us, so that its size and times may change at any moment.
     pub(super) fn is_passed(&self, ino: Ino) -> bool {
-        locked(&self.modes).get(&ino).is_some_and(|mode| mode.passed > 0 && mode.stale)
+        let mut modes = locked(&self.modes);
+        drop(modes.let_go(ino));
+        modes.files.get(&ino).is_some_and(|mode| mode.registered.is_some() && mode.stale)
     }
 
     /// Files of which pages may have been changed that the kernel has not written to us yet.
     pub(super) fn dirty(&self) -> Vec<Ino> {
-        locked(&self.modes).iter().filter(|(_, mode)| mode.dirty).map(|(ino, _)| *ino).collect()
+        locked(&self.modes).files.iter().filter(|(_, mode)| mode.dirty).map(|(ino, _)| *ino).collect()
     }
 
-    /// Files that are passed through now; no others begin to be before the guard is dropped.
+    /// Files that are passed through now, or mapped so; no others begin to be before the guard is dropped.
     pub(super) fn passed(&self) -> (impl Drop + '_, Vec<Ino>) {
-        let modes = locked(&self.modes);
-        let passed = modes.iter().filter(|(_, mode)| mode.backing.is_some()).map(|(ino, _)| *ino).collect();
+        let mut modes = locked(&self.modes);
+        for _ in 0..modes.lingering.len() {
+            drop(modes.let_go_of_oldest());
+        }
+        let passed = modes.files.iter().filter(|(_, mode)| mode.registered.is_some()).map(|(ino, _)| *ino).collect();
         (modes, passed)
     }
 
     pub(super) fn forgotten(&self, ino: Ino) {
         let mut modes = locked(&self.modes);
-        if modes.get(&ino).is_some_and(|mode| mode.cached == 0 && mode.passed == 0) {
-            modes.remove(&ino);
+        if modes.files.get(&ino).is_some_and(|mode| mode.cached == 0 && mode.passed == 0) {
+            modes.files.remove(&ino);
         }
     }
 }

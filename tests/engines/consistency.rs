@@ -9,6 +9,7 @@
 //! longest pause of a writer in microseconds: a machine whose processor is played by a program has its hands full otherwise.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ffi::OsStr;
 use std::fs;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Path, PathBuf};
@@ -20,12 +21,13 @@ use serde_json::Value;
 
 use crate::Case;
 use crate::oracle::{Oracle, ask};
-use crate::site::{Site, Volume, end};
+use crate::site::{Site, Volume, end, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("btrfs_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Btrfs])),
     ("rsync_at_any_moment", || at_any_moment(&[Volume::Rsync, Volume::Rsync])),
     ("both_in_one_checkpoint_at_any_moment", || at_any_moment(&[Volume::Btrfs, Volume::Rsync])),
+    ("a_branch_of_a_mount_at_any_moment", a_branch_at_any_moment),
 ];
 
 /// A case's name, the volumes that it needs, and what it does with them.
@@ -50,20 +52,46 @@ fn setting(name: &str, usual: u32) -> u32 {
 }
 
 fn at_any_moment(volumes: &[Volume]) {
-    let site = Site::new(volumes);
-    move_inode_numbers_apart(&site);
+    any_moment_of(&Site::new(volumes), volumes, setting("FSNAP_ORACLE_CHECKPOINTS", 50));
+}
+
+/// The processes write through `fsnap mount`, and each copy of them has a branch there.
+fn a_branch_at_any_moment() {
+    let volumes = [Volume::Btrfs, Volume::Rsync];
+    let mut site = Site::new(&volumes);
+    let mount = site.go_to_branch("live");
+    any_moment_of(&site, &volumes, setting("FSNAP_ORACLE_CHECKPOINTS", 50).div_ceil(10));
+
+    // A copy needs a mount that shows its branch.
+    let dirs: Vec<PathBuf> = site.volumes.iter().map(|volume| volume.join("more")).collect();
+    dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let oracle = Oracle::start(site.new_path("reports"), &dirs, &[Kind::Append], 1000);
+    let (id, _) = site.checkpoint(oracle.pid);
+    drop(oracle);
+    // What a process had open there is closed a moment after it has ended.
+    let umount = || site.command([OsStr::new("umount"), mount.as_ref()]).output().unwrap().status.success();
+    wait_until("the mount is in nobody's use", umount);
+    let output = site.command(["restore", &id, "--branch", "unseen"]).output().unwrap();
+    let said = said(&output);
+    assert!(output.status.code() == Some(1) && said.contains("`fsnap mount DIR` shows it"), "{said}");
+    let branches = site.json(["branches", "--json"]);
+    assert_eq!(branches.as_array().unwrap().len(), 1, "{branches}");
+}
+
+fn any_moment_of(site: &Site, volumes: &[Volume], count: u32) {
+    let others = site.ids().len();
+    move_inode_numbers_apart(site);
     // On a machine that does other work too, a hook of this crowd may wait long for its turn.
     site.configure("[hook]\ndeadline_seconds = 60\n");
     // NILFS2 cannot tell holes from data: all 4 GiB of a sparse file would be read for each verdict, and copied to each branch.
     let sparse = !volumes.contains(&Volume::Nilfs2);
     let kinds: Vec<_> = Kind::ALL.into_iter().filter(|kind| sparse || *kind != Kind::Sparse).collect();
     let oracle = site.oracle(&kinds, setting("FSNAP_ORACLE_PACE", 2000));
-    let count = setting("FSNAP_ORACLE_CHECKPOINTS", 50) as usize;
     let dumped = std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(ALIVE);
-        let (site, reports) = (&site, oracle.reports.as_path());
+        let reports = oracle.reports.as_path();
         let restorer = scope.spawn(move || restore_each(site, reports, receiver));
-        for number in 0..count {
+        for number in 0..count as usize {
             std::thread::sleep(any_moment());
             let before = oracle.ask();
             assert!(before.ok, "the original noticed before dump {number}: {before}");
@@ -79,10 +107,10 @@ fn at_any_moment(volumes: &[Volume]) {
         drop(sender);
         restorer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    assert_eq!(dumped, count);
-    becomes_sure(&site, &oracle);
+    assert_eq!(dumped, count as usize);
+    becomes_sure(site, &oracle);
     oracle.goes_on();
-    site.holds_nothing_but(0);
+    site.holds_nothing_but(others);
 }
 
 /// Makes sure that a checkpoint can be a point in time, which says that nobody was seen who could write.

@@ -77,6 +77,19 @@ impl Site {
         site
     }
 
+    /// Mounts the catalog, and makes a branch of all volumes there; from now on, they are what is worked on. Tells where the mount is.
+    pub(crate) fn go_to_branch(&mut self, name: &str) -> PathBuf {
+        let mount = self.new_path("mount");
+        fs::create_dir(&mount).unwrap();
+        let base = self.ok(["checkpoint"]);
+        self.ok([OsStr::new("mount"), mount.as_ref()]);
+        fs::create_dir(mount.join(format!("branches/{name}@{base}"))).unwrap();
+        for volume in &mut self.volumes {
+            *volume = mount.join("branches").join(name).join(volume.file_name().unwrap());
+        }
+        mount
+    }
+
     /// The processes of fsnap that work for this site.
     pub(crate) fn fsnaps(&self) -> Vec<i32> {
         let state = format!("FSNAP_STATE={}", self.path("state").display());

@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
@@ -12,6 +13,7 @@ use rustix::io::Errno;
 use crate::Case;
 use crate::past::{Past, names, until};
 use crate::site::is_mounted;
+use crate::sys::Mapping;
 use crate::tree;
 
 pub(crate) const CASES: &[Case] = &[
@@ -19,10 +21,12 @@ pub(crate) const CASES: &[Case] = &[
     ("made_and_written_over_rsync", || made_and_written("rsync")),
     ("named_by_prefix_tag_and_latest", named_by_prefix_tag_and_latest),
     ("removed_while_nothing_was_written", removed_while_nothing_was_written),
+    ("a_first_write_and_a_removal_exclude_each_other", a_first_write_and_a_removal_exclude_each_other),
     ("one_server_has_a_branch", one_server_has_a_branch),
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
     ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
+    ("a_mapping_outlives_the_closing_of_its_file", a_mapping_outlives_the_closing_of_its_file),
     ("over_dm_thin::made_and_written", || made_and_written("dm-thin")),
     ("over_dm_thin::checkpoints_of_a_branch", || checkpoints_of_a_branch("dm-thin")),
     ("over_nilfs2::made_and_written", || made_and_written("nilfs2")),
@@ -186,6 +190,43 @@ fn removed_while_nothing_was_written() {
     past.unmount();
 }
 
+/// Whoever comes first, it is never so that both succeed: what was written would be gone.
+fn a_first_write_and_a_removal_exclude_each_other() {
+    let past = Past::new();
+    fs::write(past.volume("db", "btrfs").join("file"), "one").unwrap();
+    past.checkpoint();
+    // Between the look and the removal there is time to write in.
+    past.mount_armed("rmdir:unchanged=sleep:400");
+    type Write = fn(&Path) -> std::io::Result<()>;
+    let writes: [(&str, Write); 4] = [
+        ("create", |db| fs::write(db.join("new"), "two")),
+        ("change", |db| fs::write(db.join("file"), "two")),
+        ("rename", |db| fs::rename(db.join("file"), db.join("moved"))),
+        ("attributes", |db| fs::set_permissions(db, fs::Permissions::from_mode(0o700))),
+    ];
+    for (name, write) in writes {
+        let (branch, db) = (past.at(&format!("branches/{name}")), past.at(&format!("branches/{name}/db")));
+        fs::create_dir(past.at(&format!("branches/{name}@latest"))).unwrap();
+        assert_eq!(read(db.join("file")), "one");
+        let removing = std::thread::spawn({
+            let branch = branch.clone();
+            move || fs::remove_dir(branch)
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        let written = write(&db);
+        match removing.join().unwrap() {
+            Ok(()) => assert!(written.is_err(), "{name}: what was written is gone"),
+            Err(error) => assert_eq!((number(&error), written.is_ok()), (Errno::NOTEMPTY, true), "{name}"),
+        }
+        // Written to, it stays.
+        if fs::create_dir(past.at(&format!("branches/{name}@latest"))).is_ok() {
+            write(&db).unwrap_or_else(|error| panic!("{name}: {error}"));
+        }
+        assert_eq!(number(&fs::remove_dir(&branch).unwrap_err()), Errno::NOTEMPTY, "{name}");
+    }
+    past.unmount();
+}
+
 fn one_server_has_a_branch() {
     let past = Past::new();
     fs::write(past.volume("db", "btrfs").join("file"), "one").unwrap();
@@ -200,6 +241,7 @@ fn one_server_has_a_branch() {
     assert_eq!(read(second.join("latest/db/file")), "one");
     assert_eq!(names(second.join("branches/try")), ["db"]);
     assert_eq!(number(&fs::read_dir(second.join("branches/try/db")).unwrap_err()), Errno::BUSY);
+    assert_eq!(number(&fs::remove_dir(second.join("branches/try")).unwrap_err()), Errno::BUSY);
     past.unmount();
     assert_eq!(read(second.join("branches/try/db/file")), "two", "it is free now");
     until("it is unmounted", || past.command().arg("umount").arg(&second).output().unwrap().status.success());
@@ -294,7 +336,52 @@ fn checkpoints_of_a_branch(backend: &str) {
 
 /// Changes a byte through a shared mapping that is given up at once; nothing is synced.
 fn store_mapped(file: &fs::File, offset: usize, byte: u8) {
-    crate::sys::store_through_mapping(file, offset, byte).unwrap();
+    Mapping::new(file).unwrap().store(offset, byte);
+}
+
+/// The kernel tells nobody that a file is mapped which it passes through, nor that it is no more.
+fn a_mapping_outlives_the_closing_of_its_file() {
+    const LENGTH: usize = 10_000;
+    let past = Past::new();
+    let db = past.volume("db", "btrfs");
+    fs::write(db.join("below"), [0; LENGTH]).unwrap();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    let at = |name: &str| past.at(&format!("branches/try/db/{name}"));
+    let mut states = Vec::new();
+    for name in ["new", "below"] {
+        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(at(name)).unwrap();
+        file.set_len(LENGTH as u64).unwrap();
+        let mapping = Mapping::new(&file).unwrap();
+        drop(file);
+        for round in 1..=3_u8 {
+            mapping.store(5_000, round);
+            assert_eq!(fs::read(at(name)).unwrap()[5_000], round, "{name}: what is stored is read");
+            states.push((name, round, past.fsnap(["checkpoint", "--branch", "try"])));
+            mapping.store(5_000, round + 100);
+            assert_eq!(fs::read(at(name)).unwrap()[5_000], round + 100, "{name}: and after a checkpoint");
+            let file = fs::File::options().write(true).open(at(name)).unwrap();
+            file.write_all_at(&[round + 200], 20).unwrap();
+            assert_eq!(mapping.load(20), round + 200, "{name}: what is written is mapped");
+        }
+    }
+    let holds = || {
+        for (name, round, id) in &states {
+            let content = fs::read(past.at(&format!("ids/{id}/db/{name}"))).unwrap();
+            let written = if *round == 1 { 0 } else { round + 199 };
+            assert_eq!((content[20], content[5_000]), (written, *round), "{name} of {round}");
+        }
+        for name in ["new", "below"] {
+            let content = fs::read(at(name)).unwrap();
+            assert_eq!((content[20], content[5_000]), (203, 103), "{name}");
+        }
+    };
+    holds();
+    past.unmount();
+    past.mount();
+    holds();
+    past.unmount();
 }
 
 fn what_was_sealed_outlives_everything_else() {

@@ -4,48 +4,24 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use fsnap::stores::layers;
 use fsnap_backend::beneath;
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestCaseError, TestError, TestRng, TestRunner};
-use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, RenameFlags, XattrFlags};
-use rustix::io::Errno;
 
 use crate::Case;
+use crate::operations::{self, Operation, fill, operation};
 use crate::site::Site;
 use crate::tree;
 
-pub(crate) const CASES: &[Case] = &[("histories", histories)];
+pub(crate) const CASES: &[Case] = &[("histories", || operations::run(HISTORIES, step(), history))];
 
-/// Few paths, so that operations meet.
-const PATHS: &[&str] =
-    &["a", "b", "big", "d", "d/a", "d/b", "d/e", "d/e/a", "d/e/b", "e", "e/a", "e/d", "e/d/a", "l", "new"];
 const HISTORIES: u32 = 48;
 
 #[derive(Debug, Clone)]
-enum Operation {
-    Create(usize),
-    Write(usize, u32, u16, u8),
-    Append(usize, u8),
-    Truncate(usize, u32),
-    Punch(usize, u32, u32),
-    MakeDir(usize),
-    RemoveDir(usize),
-    Unlink(usize),
-    Rename(usize, usize),
-    RenameNew(usize, usize),
-    Exchange(usize, usize),
-    Link(usize, usize),
-    Symlink(usize),
-    Node(usize),
-    Chmod(usize, u16),
-    Chown(usize, u8),
-    SetXattr(usize, u8),
-    RemoveXattr(usize),
-    Copy(usize, usize),
+enum Step {
+    Change(Operation),
     Remount,
     /// Of the tree alone: whoever works on it sees nothing of it.
     Seal,
@@ -53,152 +29,40 @@ enum Operation {
     Release(usize),
 }
 
-fn operation() -> impl Strategy<Value = Operation> {
-    use Operation::*;
-    let path = || 0..PATHS.len();
-    let offset = || 0..300_000_u32;
+fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        2 => path().prop_map(Create),
-        4 => (path(), offset(), 1..9000_u16, any::<u8>()).prop_map(|(p, o, l, b)| Write(p, o, l, b)),
-        // The large file, which is in the upper by parts only.
-        2 => (offset(), 1..9000_u16, any::<u8>()).prop_map(|(o, l, b)| Write(2, o, l, b)),
-        1 => (path(), any::<u8>()).prop_map(|(p, b)| Append(p, b)),
-        2 => (path(), offset()).prop_map(|(p, s)| Truncate(p, s)),
-        1 => offset().prop_map(|s| Truncate(2, s)),
-        1 => (offset(), 1..60_000_u32).prop_map(|(o, l)| Punch(2, o, l)),
-        2 => path().prop_map(MakeDir),
-        2 => path().prop_map(RemoveDir),
-        3 => path().prop_map(Unlink),
-        6 => (path(), path()).prop_map(|(p, q)| Rename(p, q)),
-        1 => (path(), path()).prop_map(|(p, q)| RenameNew(p, q)),
-        3 => (path(), path()).prop_map(|(p, q)| Exchange(p, q)),
-        3 => (path(), path()).prop_map(|(p, q)| Link(p, q)),
-        1 => path().prop_map(Symlink),
-        1 => path().prop_map(Node),
-        1 => (path(), 0..0o7777_u16).prop_map(|(p, m)| Chmod(p, m)),
-        1 => (path(), any::<u8>()).prop_map(|(p, u)| Chown(p, u)),
-        1 => (path(), any::<u8>()).prop_map(|(p, v)| SetXattr(p, v)),
-        1 => path().prop_map(RemoveXattr),
-        1 => (path(), path()).prop_map(|(p, q)| Copy(p, q)),
-        1 => Just(Remount),
-        3 => Just(Seal),
-        2 => any::<usize>().prop_map(Release),
+        40 => operation().prop_map(Step::Change),
+        1 => Just(Step::Remount),
+        3 => Just(Step::Seal),
+        2 => any::<usize>().prop_map(Step::Release),
     ]
 }
 
-fn errno(error: std::io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap()
-}
-
-fn open(path: &Path, flags: OFlags) -> Result<fs::File, Errno> {
-    rustix::fs::open(path, flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::from(0o644))
-        .map(Into::into)
-}
-
-impl Operation {
-    fn apply(&self, root: &Path) -> Result<(), Errno> {
-        use Operation::*;
-        let at = |path: usize| root.join(PATHS[path]);
-        let rename = |from: usize, to: usize, flags| rustix::fs::renameat_with(CWD, at(from), CWD, at(to), flags);
-        match *self {
-            Create(p) => open(&at(p), OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL).map(drop),
-            Write(p, offset, length, byte) => {
-                let file = open(&at(p), OFlags::WRONLY)?;
-                file.write_all_at(&vec![byte; length.into()], offset.into()).map_err(errno)
-            }
-            Append(p, byte) => {
-                let file = open(&at(p), OFlags::WRONLY | OFlags::APPEND)?;
-                rustix::io::write(&file, &[byte; 100]).map(drop)
-            }
-            Truncate(p, size) => open(&at(p), OFlags::WRONLY)?.set_len(size.into()).map_err(errno),
-            Punch(p, offset, length) => {
-                let file = open(&at(p), OFlags::RDWR)?;
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                rustix::fs::fallocate(file, flags, offset.into(), length.into())
-            }
-            MakeDir(p) => fs::create_dir(at(p)).map_err(errno),
-            RemoveDir(p) => fs::remove_dir(at(p)).map_err(errno),
-            Unlink(p) => fs::remove_file(at(p)).map_err(errno),
-            Rename(p, q) => rename(p, q, RenameFlags::empty()),
-            RenameNew(p, q) => rename(p, q, RenameFlags::NOREPLACE),
-            Exchange(p, q) => rename(p, q, RenameFlags::EXCHANGE),
-            Link(p, q) => rustix::fs::linkat(CWD, at(p), CWD, at(q), rustix::fs::AtFlags::empty()),
-            Symlink(p) => std::os::unix::fs::symlink("to nowhere", at(p)).map_err(errno),
-            Node(p) => {
-                let kind = if p % 2 == 0 { rustix::fs::FileType::Fifo } else { rustix::fs::FileType::CharacterDevice };
-                rustix::fs::mknodat(CWD, at(p), kind, Mode::from(0o600), 0)
-            }
-            Chmod(p, mode) => {
-                if fs::symlink_metadata(at(p)).map_err(errno)?.is_symlink() {
-                    return Ok(());
-                }
-                fs::set_permissions(at(p), PermissionsExt::from_mode(mode.into())).map_err(errno)
-            }
-            Chown(p, user) => std::os::unix::fs::lchown(at(p), Some(user.into()), Some(7)).map_err(errno),
-            SetXattr(p, value) => {
-                let value = vec![value; usize::from(value) + 1];
-                rustix::fs::lsetxattr(at(p), "trusted.overlay.opaque", &value, XattrFlags::empty())
-            }
-            RemoveXattr(p) => rustix::fs::lremovexattr(at(p), "user.first"),
-            Copy(p, q) => {
-                let (from, to) = (open(&at(p), OFlags::RDONLY)?, open(&at(q), OFlags::RDWR)?);
-                let (mut at, mut target) = (5000, 70_000);
-                // How much is copied at once is for the file system to say.
-                while rustix::fs::copy_file_range(&from, Some(&mut at), &to, Some(&mut target), 60_000)? != 0 {
-                    if at > 60_000 {
-                        break;
-                    }
-                }
-                Ok(())
-            }
-            Remount | Seal | Release(_) => Ok(()),
-        }
-    }
-}
-
-fn fill(root: &Path) {
-    for dir in ["d", "d/e", "e"] {
-        fs::create_dir(root.join(dir)).unwrap();
-    }
-    for (name, content) in [("a", "first"), ("d/a", "second"), ("d/b", "third"), ("d/e/a", "fourth"), ("e/a", "")] {
-        fs::write(root.join(name), content).unwrap();
-    }
-    let big: Vec<u8> = (0..200_000_u32).map(|at| (at / 7) as u8).collect();
-    fs::write(root.join("big"), big).unwrap();
-    fs::hard_link(root.join("a"), root.join("b")).unwrap();
-    fs::hard_link(root.join("a"), root.join("d/e/b")).unwrap();
-    std::os::unix::fs::symlink("a", root.join("l")).unwrap();
-    rustix::fs::setxattr(root.join("a"), "user.first", b"of a", XattrFlags::empty()).unwrap();
-    rustix::fs::setxattr(root.join("d"), "user.first", b"of d", XattrFlags::empty()).unwrap();
-}
-
-fn history(operations: &[Operation]) {
+fn history(steps: &[Step]) {
     let site = Site::new(fill);
     let plain = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     fs::set_permissions(plain.path(), fs::metadata(site.lower()).unwrap().permissions()).unwrap();
     fill(plain.path());
     let (plain, dir): (&Path, PathBuf) = (plain.path(), site.dir());
     let (mut sealed, mut seals) = (BTreeMap::new(), 0_u64);
-    for operation in operations {
-        let (expected, found) = (operation.apply(plain), operation.apply(&dir));
-        assert_eq!(expected, found, "{operation:?}");
-        match operation {
-            Operation::Remount => remount(&site),
-            Operation::Seal => {
+    for step in steps {
+        match step {
+            Step::Change(operation) => assert_eq!(operation.apply(plain), operation.apply(&dir), "{operation:?}"),
+            Step::Remount => remount(&site),
+            Step::Seal => {
                 let image = format!("test.{seals}");
                 let number = site.live();
                 sealed.insert(number, (image.clone(), tree::of(&dir)));
                 site.seal(&image);
                 seals += 1;
             }
-            Operation::Release(which) => {
+            Step::Release(which) => {
                 if let Some(&number) = sealed.keys().nth(which % sealed.len().max(1)) {
                     site.release(&sealed.remove(&number).unwrap().0);
                 }
             }
-            _ => {}
         }
-        tree::assert_equal(&tree::of(plain), &tree::of(&dir), &format!("{operation:?}"));
+        tree::assert_equal(&tree::of(plain), &tree::of(&dir), &format!("{step:?}"));
     }
     remount(&site);
     tree::assert_equal(&tree::of(plain), &tree::of(&dir), "mounted again");
@@ -215,22 +79,4 @@ fn remount(site: &Site) {
     let before = tree::numbers(&site.dir());
     site.remount();
     assert_eq!(before, tree::numbers(&site.dir()), "the inode numbers have changed");
-}
-
-fn histories() {
-    // The same histories at each run; `PROPTEST_CASES` has more of them.
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(HISTORIES);
-    let config = Config { cases, max_shrink_iters: 300, failure_persistence: None, ..Config::default() };
-    let seed = std::env::var("FSNAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    let rng = TestRng::from_seed(proptest::test_runner::RngAlgorithm::ChaCha, &[seed; 32]);
-    let ended =
-        TestRunner::new_with_rng(config, rng).run(&proptest::collection::vec(operation(), 1..30), |operations| {
-            let done = std::panic::catch_unwind(|| history(&operations));
-            done.map_err(|panic| TestCaseError::fail(panic.downcast_ref::<String>().cloned().unwrap_or_default()))
-        });
-    match ended {
-        Ok(()) => {}
-        Err(TestError::Fail(why, operations)) => panic!("{operations:#?}\n{why}"),
-        Err(error) => panic!("{error}"),
-    }
 }

@@ -28,6 +28,7 @@ pub(crate) const CASES: &[Case] = &[
     ("eight_writers_while_layers_are_sealed", eight_writers_while_layers_are_sealed),
     ("a_server_that_is_to_end_leaves_no_mount", a_server_that_is_to_end_leaves_no_mount),
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
+    ("more_layers_than_a_tree_can_have_are_refused", more_layers_than_a_tree_can_have_are_refused),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
@@ -309,6 +310,34 @@ fn a_full_store_changes_nothing_by_halves() {
     for (name, first) in [("f", "f"), ("g", "g"), ("h", "g"), ("d/in", "d/in")] {
         assert_eq!(fs::read_to_string(site.at(name)).unwrap(), first.repeat(5000) + "more", "{name}");
     }
+    site.end();
+}
+
+fn more_layers_than_a_tree_can_have_are_refused() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), "below").unwrap());
+    for number in 1..layers::MOST_LAYERS {
+        fs::write(site.at("file"), number.to_string()).unwrap();
+        site.seal(&format!("state.{number}"));
+    }
+    let images = tempfile::tempdir().unwrap();
+    let store = Kind::named("layers").unwrap().create(&images.path().join("images")).unwrap();
+    let volume = store.adopt(&site.dir()).unwrap();
+    let at = store.reserve(Source::Volume(&volume), &BTreeSet::new()).unwrap();
+    let refused = store.snapshot(&volume, &at).unwrap_err().to_string();
+    assert!(refused.contains("128 layers") && refused.contains("remove old checkpoints"), "{refused}");
+    // The tree goes on, and so does taking snapshots of it, when one that is old is gone.
+    store.delete(&at).unwrap();
+    fs::write(site.at("file"), "more").unwrap();
+    site.release("state.3");
+    let snapshot = store.snapshot(&volume, &at).unwrap();
+    drop(volume);
+    fs::write(site.at("file"), "later").unwrap();
+    let MountSpec::Tree(tree) = store.activate(&snapshot.at).unwrap() else { panic!("it is no tree") };
+    assert_eq!((content(&*tree, "file"), content(&*tree, "below")), (b"more".into(), b"below".into()));
+    assert_eq!(content(&*sealed_state(&site, 0), "file"), b"1");
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "later");
+    site.remount();
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "later");
     site.end();
 }
 

@@ -9,6 +9,8 @@ mod browse;
 mod copies;
 mod differential;
 mod faults;
+mod histories;
+mod operations;
 mod past;
 mod programs;
 mod semantics;
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),
+        ("histories", histories::CASES),
         ("programs", programs::CASES),
         ("semantics", semantics::CASES),
         ("union", union::CASES),

@@ -88,15 +88,21 @@ impl Past {
     }
 
     pub(crate) fn mount(&self) {
-        self.mount_with(&[]);
+        self.mount_with(&[], "");
     }
 
     pub(crate) fn mount_for_others(&self) {
-        self.mount_with(&["--allow-other"]);
+        self.mount_with(&["--allow-other"], "");
     }
 
-    fn mount_with(&self, options: &[&str]) {
+    /// Mounts, by a server that does something at a place in the program.
+    pub(crate) fn mount_armed(&self, failpoint: &str) {
+        self.mount_with(&[], failpoint);
+    }
+
+    fn mount_with(&self, options: &[&str], failpoint: &str) {
         let mut command = self.command();
+        command.env("FSNAP_FAILPOINT", failpoint);
         command.args(["mount", "--foreground"]).args(options).arg(self.path("mnt"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);

@@ -7,19 +7,38 @@ use std::io;
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-/// Changes one byte of a file through a shared mapping that is given up at once, and flushes nothing.
-///
-/// The offset must lie within the file.
-pub(crate) fn store_through_mapping(file: &File, offset: usize, byte: u8) -> io::Result<()> {
-    let length = file.metadata()?.len() as usize;
-    assert!(offset < length);
-    // SAFETY: the kernel chooses the address, so nothing of this process is replaced; no Rust reference to the mapping is
-    // ever made, it is gone when this function returns, and nobody shortens the file meanwhile.
-    unsafe {
-        let (protection, flags) = (ProtFlags::WRITE, MapFlags::SHARED);
-        let base = rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, file, 0)?;
-        base.cast::<u8>().add(offset).write(byte);
-        rustix::mm::munmap(base, length)?;
+/// A shared mapping of a whole file, which need not stay open.
+pub(crate) struct Mapping {
+    base: *mut u8,
+    length: usize,
+}
+
+impl Mapping {
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
+        let length = file.metadata()?.len() as usize;
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: the kernel chooses the address, so nothing of this process is replaced; no Rust reference to the mapping is ever made.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), length, protection, flags, file, 0)? };
+        Ok(Self { base: base.cast(), length })
     }
-    Ok(())
+
+    /// Changes one byte, and flushes nothing. Nobody may have shortened the file.
+    pub(crate) fn store(&self, offset: usize, byte: u8) {
+        assert!(offset < self.length);
+        // SAFETY: the offset lies within the mapping, which is there until this is dropped.
+        unsafe { self.base.add(offset).write_volatile(byte) }
+    }
+
+    pub(crate) fn load(&self, offset: usize) -> u8 {
+        assert!(offset < self.length);
+        // SAFETY: as above.
+        unsafe { self.base.add(offset).read_volatile() }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped so, and nothing points to it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.length) };
+    }
 }

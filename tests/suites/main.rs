@@ -1,5 +1,8 @@
 //! Suites of others, run on a branch: pjdfstest, fsx, and the file system class of stress-ng.
 //!
+//! fsstress and the union-mount suite are in neither Debian nor a registry of crates, and are not run here; what the second looks at is in
+//! `tests/fuse/union.rs`, and random histories beside a plain directory are in `tests/fuse/differential.rs` and `histories.rs`.
+//!
 //! `make suites` installs and runs them. Elsewhere their cases are reported as ignored: pjdfstest and fsx take minutes to build.
 //! Each runs on `fsnap overlay` as root mounts it, over ext4 (or whatever holds `target`), whose files cannot share blocks, and over btrfs, whose
 //! files can. `FSNAP_SUITES` is the directory with the programs; `FSNAP_SUITES_SEED` the number that decides what fsx

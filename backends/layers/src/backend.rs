@@ -3,6 +3,7 @@
 //! ```text
 //! <place>/identity       what the store is
 //! <place>/images/<at>    one image: the number of its layer, the identity of the tree's own store, and where that is
+//! <place>/images/.<at>   the same of one that is being taken, with no number yet
 //! ```
 //!
 //! The layers themselves stay with the tree that they were written in, in its own store, which notes in `holds` who needs them:
@@ -10,7 +11,7 @@
 //!
 //! A snapshot is asked of the server of the tree, through the tree: setting the attribute [`SEAL`] on its root seals the layer and
 //! names the image that it is for. Then the image is recorded, by one rename, and is whole. A call that is killed in between
-//! leaves a layer that no image needs, which harms nothing. Reading an image takes no server.
+//! leaves a note of the tree that was asked, by which a deletion finds what the tree holds for it. Reading an image takes no server.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -20,6 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fsnap_backend::{
     Backend, Capabilities, Consistency, Damage, Error, Identity, Image, ImageKind, ImageState, IoContext, Locator,
@@ -29,6 +31,7 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::origin::{self, Origins};
+use super::store::Purpose;
 use super::{Overlay, object, seal, store, verify};
 
 /// The backend's name.
@@ -45,6 +48,8 @@ const IMAGES: &str = "images";
 const IDENTITY: &str = "identity";
 const HOLDS: &str = "holds";
 const ABANDONED: &str = "abandoned";
+/// Stands for the number of a layer that is not sealed yet.
+const NONE: &str = "-";
 
 /// A store of images.
 #[derive(Debug)]
@@ -56,7 +61,8 @@ pub struct Store {
 
 /// What an image's file says.
 struct Record {
-    layer: u64,
+    /// `None` of one that is being taken.
+    layer: Option<u64>,
     /// Of the tree's own store.
     identity: String,
     tree: PathBuf,
@@ -124,12 +130,20 @@ impl Store {
         self.place.join(IMAGES)
     }
 
-    fn record(&self, at: &Locator) -> Result<Record> {
+    /// What is known of a whole image, with the number of its layer.
+    fn record(&self, at: &Locator) -> Result<(Record, u64)> {
+        let record = self.note(at, at.as_str())?;
+        let damaged = || Error::Damaged { what: format!("the image {at}"), reason: "its record has no layer".into() };
+        let layer = record.layer.ok_or_else(damaged)?;
+        Ok((record, layer))
+    }
+
+    fn note(&self, at: &Locator, name: &str) -> Result<Record> {
         let no_image = || Error::NotFound { what: format!("the image {at}") };
         if !is_ours(at) {
             return Err(no_image());
         }
-        let path = self.images().join(at.as_str());
+        let path = self.images().join(name);
         let text = match fs::read(&path) {
             Err(error) if error.kind() == IoKind::NotFound => return Err(no_image()),
             text => text.context("read", &path)?,
@@ -137,7 +151,8 @@ impl Store {
         let damaged = || Error::Damaged { what: format!("the image {at}"), reason: "its record cannot be read".into() };
         let mut lines = text.splitn(3, |&byte| byte == b'\n');
         let mut text_line = || std::str::from_utf8(lines.next()?).ok().map(str::to_owned);
-        let (layer, identity) = (text_line().and_then(|line| line.parse().ok()), text_line());
+        let layer = text_line().and_then(|line| if line == NONE { Some(None) } else { line.parse().ok().map(Some) });
+        let identity = text_line();
         let tree = lines.next().map(|path| PathBuf::from(std::ffi::OsString::from_vec(path.to_vec())));
         match (layer, identity, tree) {
             (Some(layer), Some(identity), Some(tree)) => Ok(Record { layer, identity, tree }),
@@ -145,8 +160,8 @@ impl Store {
         }
     }
 
-    fn snapshot_of(&self, at: &Locator, record: &Record) -> Snapshot {
-        let identity = Identity::new(format!("{KIND}:{}:{}", record.identity, record.layer));
+    fn snapshot_of(&self, at: &Locator, (record, layer): &(Record, u64)) -> Snapshot {
+        let identity = Identity::new(format!("{KIND}:{}:{layer}", record.identity));
         Snapshot { at: at.clone(), identity, omissions: Vec::new() }
     }
 
@@ -156,14 +171,14 @@ impl Store {
     }
 
     fn open_image(&self, at: &Locator) -> Result<std::sync::Arc<dyn fsnap_backend::Dir>> {
-        let record = self.record(at)?;
+        let (record, layer) = self.record(at)?;
         let found = identity_of(&record.tree)?;
         if found != record.identity {
             let (expected, found) = (Identity::new(record.identity), Identity::new(found));
             return Err(Error::WrongIdentity { what: format!("the store {}", record.tree.display()), expected, found });
         }
         let below = (self.origins.open)(&origin::read(&record.tree)?)?;
-        let opened = Overlay::sealed(below, &record.tree, record.layer);
+        let opened = Overlay::sealed(below, &record.tree, layer);
         opened.map_err(|error| Error::Io {
             action: "open the layers of",
             object: record.tree.display().to_string(),
@@ -173,12 +188,22 @@ impl Store {
 }
 
 impl Store {
+    /// Has the tree hold what is going to be sealed for the image, when it is noted that it does.
+    fn begin(&self, at: &Locator, tree: &Path, identity: &str) -> Result<String> {
+        let record = Record { layer: None, identity: identity.to_owned(), tree: tree.to_owned() };
+        write_whole(&self.images(), &taken_as(at), &record.text())?;
+        let (image, holds) = (self.hold(at), tree.join(HOLDS));
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&holds).context("make the directory", &holds)?;
+        fs::write(holds.join(&image), "").context("write in", &holds)?;
+        Ok(image)
+    }
+
     /// Gives back the room of a layer that was needed until now. Where a server has the tree, he does it; what is not done now is done when the tree is
     /// opened next.
     fn merge_at_rest(&self, tree: &Path) {
         let Ok(origin) = origin::read(tree) else { return };
         if let Ok(below) = (self.origins.open)(&origin)
-            && let Ok(overlay) = Overlay::open_at_once(below, tree)
+            && let Ok(overlay) = Overlay::open_for(below, tree, Purpose::Merge, Duration::ZERO)
         {
             let _ = overlay.merge(|| ((), Vec::new()));
         }
@@ -230,10 +255,8 @@ impl Backend for Store {
             });
         }
         let tree = tree_of(volume.as_fd(), volume.dir())?;
-        let image = self.hold(at);
-        let holds = tree.join(HOLDS);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&holds).context("make the directory", &holds)?;
-        fs::write(holds.join(&image), "").context("write in", &holds)?;
+        let identity = identity_of(&tree)?;
+        let image = self.begin(at, &tree, &identity)?;
         match rustix::fs::setxattr(magic(volume.as_fd()), SEAL, image.as_bytes(), XattrFlags::empty()) {
             Err(Errno::MLINK) => {
                 let reason = format!(
@@ -248,20 +271,19 @@ impl Backend for Store {
         let opened = beneath::open_root(&tree).context("open", &tree)?;
         let layer = seal::layer_of(&opened, &image).map_err(std::io::Error::from).context("read", &tree)?;
         let layer = layer.ok_or_else(|| Error::NotFound { what: format!("the layer that was sealed for {at}") })?;
-        let record = Record { layer, identity: identity_of(&tree)?, tree };
-        let mut text = format!("{layer}\n{}\n", record.identity).into_bytes();
-        text.extend_from_slice(record.tree.as_os_str().as_bytes());
-        write_whole(&self.images(), at.as_str(), &text)?;
-        Ok(self.snapshot_of(at, &record))
+        let record = Record { layer: Some(layer), identity, tree };
+        write_whole(&self.images(), at.as_str(), &record.text())?;
+        remove_file(&self.images().join(taken_as(at)))?;
+        Ok(self.snapshot_of(at, &(record, layer)))
     }
 
     fn settle(&self, at: &Locator) -> Result<Snapshot> {
-        let record = self.record(at)?;
-        for dir in [&record.tree, &self.images()] {
+        let found = self.record(at)?;
+        for dir in [&found.0.tree, &self.images()] {
             let opened = beneath::open_root(dir).context("open", dir)?;
             rustix::fs::syncfs(opened).map_err(std::io::Error::from).context("sync", dir)?;
         }
-        Ok(self.snapshot_of(at, &record))
+        Ok(self.snapshot_of(at, &found))
     }
 
     fn clone_snapshot(&self, _: &Snapshot, _: &Locator) -> Result<()> {
@@ -274,10 +296,12 @@ impl Backend for Store {
         let mut found = Vec::new();
         for entry in fs::read_dir(&images).context("list", &images)? {
             let name = entry.context("list", &images)?.file_name();
-            let at = name.to_str().and_then(|name| name.parse::<Locator>().ok());
-            // What was being written has a dot before its name.
-            let Some(at) = at else { continue };
+            let Some(name) = name.to_str() else { continue };
+            let begun = name.strip_prefix('.').filter(|name| !images.join(name).exists());
+            let Ok(at) = begun.unwrap_or(name).parse::<Locator>() else { continue };
             let state = match is_ours(&at) {
+                // What was being written has a dot before its name.
+                false if begun.is_some() => continue,
                 false => ImageState::Foreign,
                 true if self.record(&at).is_ok() => ImageState::Whole,
                 true => ImageState::Partial,
@@ -296,7 +320,7 @@ impl Backend for Store {
             return Err(Error::NotFound { what: format!("the image {at}") });
         }
         // Nothing is held for an active image but what its tree began with.
-        if let Ok(origin) = self.record(at).and_then(|record| origin::read(&record.tree)) {
+        if let Ok(origin) = self.record(at).and_then(|(record, _)| origin::read(&record.tree)) {
             (self.origins.let_go)(&origin);
         }
         Ok(())
@@ -312,21 +336,39 @@ impl Backend for Store {
         if !is_ours(at) {
             return Err(Error::NotFound { what: format!("the image {at}") });
         }
-        let record = match self.record(at) {
-            Err(Error::NotFound { .. } | Error::Damaged { .. }) => None,
-            record => Some(record?),
-        };
-        for name in [at.as_str().to_owned(), format!(".{at}")] {
+        let (whole, begun) = (at.as_str().to_owned(), taken_as(at));
+        let mut tree = None;
+        for name in [&whole, &begun] {
+            match self.note(at, name) {
+                Err(Error::NotFound { .. } | Error::Damaged { .. }) => {}
+                record => tree = Some(record?.tree),
+            }
+        }
+        // The note goes last: who is killed before finds the tree by it.
+        let rests = tree.map_or(Ok(None), |tree| Ok(release(&tree, &self.hold(at))?.then_some(tree)))?;
+        for name in [whole, begun] {
+            remove_file(&self.images().join(unfinished(&name)))?;
             remove_file(&self.images().join(name))?;
         }
-        match record {
-            Some(record) if release(&record.tree, &self.hold(at))? => {
-                self.merge_at_rest(&record.tree);
-                Ok(())
-            }
-            _ => Ok(()),
+        if let Some(tree) = rests {
+            self.merge_at_rest(&tree);
         }
+        Ok(())
     }
+}
+
+impl Record {
+    fn text(&self) -> Vec<u8> {
+        let layer = self.layer.map_or(NONE.to_owned(), |layer| layer.to_string());
+        let mut text = format!("{layer}\n{}\n", self.identity).into_bytes();
+        text.extend_from_slice(self.tree.as_os_str().as_bytes());
+        text
+    }
+}
+
+/// The name of the note on an image that is being taken.
+fn taken_as(at: &Locator) -> String {
+    format!(".{at}")
 }
 
 /// Makes the directory for a tree that is to have this identity as a volume, unless it is there.
@@ -393,9 +435,13 @@ fn is_ours(at: &Locator) -> bool {
     digits.is_some_and(|digits| digits.len() == 16 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
+fn unfinished(name: &str) -> String {
+    format!(".{name}.new")
+}
+
 /// Writes a small file as a whole. Not synced.
 fn write_whole(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let temporary = dir.join(format!(".{name}"));
+    let temporary = dir.join(unfinished(name));
     let written = fs::File::create(&temporary).and_then(|mut file| file.write_all(content));
     written.context("write", &temporary)?;
     fs::rename(&temporary, dir.join(name)).context("rename", &temporary)
@@ -433,5 +479,46 @@ fn identity_of(tree: &Path) -> Result<String> {
             Err(Error::NotFound { what: format!("the store {}", tree.display()) })
         }
         text => Ok(text.context("read", &path)?.trim().to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever a call that was killed has left, a deletion finds it by the image's place alone.
+    #[test]
+    fn what_a_killed_snapshot_or_deletion_left_is_found() {
+        let base = tempfile::tempdir().unwrap();
+        let (place, tree) = (base.path().join("images"), base.path().join("tree"));
+        fs::create_dir(&tree).unwrap();
+        let store = Store::create(&place).unwrap();
+        let held = || fs::read_dir(tree.join(HOLDS)).map_or(0, Iterator::count);
+        let kept = || fs::read_dir(store.images()).unwrap().count();
+        let at: Locator = "s-0123456789abcdef".parse().unwrap();
+        let record = |layer| Record { layer, identity: "some".into(), tree: tree.clone() }.text();
+        type Left<'a> = &'a dyn Fn();
+        let begun = || drop(store.begin(&at, &tree, "some").unwrap());
+        let states: [Left<'_>; 4] = [
+            &|| write_whole(&store.images(), &taken_as(&at), &record(None)).unwrap(),
+            &begun,
+            // Recorded, with the note still there.
+            &|| {
+                begun();
+                write_whole(&store.images(), at.as_str(), &record(Some(0))).unwrap();
+            },
+            // A deletion has taken the hold away, and not the record.
+            &|| {
+                write_whole(&store.images(), at.as_str(), &record(Some(0))).unwrap();
+            },
+        ];
+        for (number, left) in states.iter().enumerate() {
+            left();
+            let listed = store.list().unwrap();
+            let expected = if number < 2 { ImageState::Partial } else { ImageState::Whole };
+            assert_eq!(listed.iter().map(|image| image.state).collect::<Vec<_>>(), [expected], "{number}");
+            store.delete(&at).unwrap();
+            assert_eq!((held(), kept()), (0, 0), "{number}");
+        }
     }
 }

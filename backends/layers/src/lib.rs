@@ -15,11 +15,11 @@
 //! * What is below: `lower`, a directory that never changes; `below`, that or a snapshot which cannot be mounted; `origin`, the note of which
 //!   it was. What is above: `store`, the directory of a branch; `object`, one file of either.
 //! * Who is meant: `node`, files by their numbers; `look`, which layer answers to a name; `list`, both as one; `fd_cache`, directories that
-//!   stay open.
+//!   stay open; `open_dirs`, directories one after the other, however deep.
 //! * One kind of call each: `attr`, `xattr`, `open`, `create`, `link`, `rename`, `remove`; `copy_up`, what a change begins with; `data`, the
 //!   contents of open files.
 //! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was; `backend` offers these as images;
-//!   `verify` reads a whole one.
+//!   `verify` reads a whole one. `still` keeps a tree from changing for a moment.
 //! * Layers that nobody needs by themselves: `plan` finds out what makes one of two, `steps` writes that down and does it, `merge` decides when.
 
 mod attr;
@@ -39,6 +39,7 @@ mod merge_tests;
 mod node;
 mod object;
 mod open;
+mod open_dirs;
 mod origin;
 mod plan;
 mod remove;
@@ -46,6 +47,7 @@ mod rename;
 mod seal;
 mod sealed;
 mod steps;
+mod still;
 mod store;
 mod verify;
 mod xattr;
@@ -64,13 +66,14 @@ pub use node::{Ino, ROOT};
 pub use origin::{Origin, Origins, note};
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
-pub use store::{Error, is_unchanged};
+pub use still::Still;
+pub use store::Error;
 
 use self::data::Source;
 use self::fd_cache::FdCache;
 use self::lower::Lower;
 use self::node::Nodes;
-use self::store::PATIENCE;
+use self::store::{PATIENCE, Purpose};
 
 /// The result of one operation on the tree: what the caller of the system call is told.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -97,16 +100,16 @@ impl Overlay {
     ///
     /// Waits a moment for a server that has just begun to end.
     pub fn open(lower: Below, store: &Path) -> Result<Self, Error> {
-        Self::open_within(lower, store, PATIENCE)
+        Self::open_for(lower, store, Purpose::Serve, PATIENCE)
     }
 
-    /// The same, and does not wait.
+    /// The same, and does not wait for a server.
     pub fn open_at_once(lower: Below, store: &Path) -> Result<Self, Error> {
-        Self::open_within(lower, store, Duration::ZERO)
+        Self::open_for(lower, store, Purpose::Serve, Duration::ZERO)
     }
 
-    fn open_within(lower: Below, store: &Path, patience: Duration) -> Result<Self, Error> {
-        let (lower, opened) = store::open(lower, store, patience)?;
+    fn open_for(lower: Below, store: &Path, purpose: Purpose, patience: Duration) -> Result<Self, Error> {
+        let (lower, opened) = store::open(lower, store, purpose, patience)?;
         let mut tree = Tree::new(lower, opened);
         tree.climb().map_err(|error| Error::Io {
             action: "open the layers of",

@@ -69,7 +69,8 @@ impl Tree {
         let mut hidden = HashSet::new();
         if upper {
             let dir = self.upper_dir(ino)?;
-            for (name, kind) in object::names(dir.as_fd())? {
+            let names = if self.store.read_only { object::names } else { object::names_for_somebody };
+            for (name, kind) in names(dir.as_fd())? {
                 let device = matches!(kind, FileType::CharacterDevice | FileType::Unknown);
                 let whiteout = device && object::find_at(&dir, &name)?.is_some_and(|stat| is_whiteout(&stat));
                 if lower.is_some() {

@@ -23,9 +23,10 @@ use rustix::io::Errno;
 
 use super::node::Ino;
 use super::object::{self, SAFE};
+use super::open_dirs::OpenDirs;
 use super::plan::Planner;
 use super::steps::{self, Place, Root, Step};
-use super::store::{self, Error, PATIENCE};
+use super::store::{self, Error, PATIENCE, Purpose};
 use super::{Overlay, Result, Tree, seal};
 
 const READING: &str = "reading";
@@ -66,7 +67,7 @@ pub(super) fn read_up_to(dir: &OwnedFd, store: &Path, number: u64) -> Result<Own
             return Ok(file);
         }
         drop(file);
-        match store::lock(dir, store, Duration::ZERO) {
+        match store::lock(dir, store, Purpose::Merge, Duration::ZERO) {
             Ok(_lock) => recover(dir).map_err(&failed)?,
             // A server has just begun, and does it.
             Err(Error::Locked { .. }) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
@@ -177,11 +178,12 @@ impl Tree {
     /// Makes differences of counts into counts. A file that is written in a later layer counts its names while the tree is locked.
     fn count_links(&mut self, low: u64, high: u64, steps: &mut [Step]) -> Result<()> {
         let ((below, _), (_, above_index)) = (seal::parts(&self.store.dir, low)?, seal::parts(&self.store.dir, high)?);
+        let mut below = OpenDirs::new(below);
         for step in steps {
             let Step::Links(Place { root, path }, links) = step else { continue };
             let (dir, name) = steps::split(path);
             let object = match root {
-                Root::Below => object::Object::at(steps::open_path(&below, dir)?, name),
+                Root::Below => object::Object::at(below.open(dir)?, name),
                 _ => object::Object::at(above_index.clone(), name),
             };
             *links += self.lower_links(&object)?;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 
 use fsnap_backend::{Dir, FileKind, beneath};
@@ -268,8 +269,41 @@ impl Site {
     }
 }
 
+/// Names the directory of a site to a process of this program that is to merge there, and to be killed.
+const KILLED_IN: &str = "FSNAP_TEST_KILLED_IN";
+/// After how many steps.
+const KILLED_AFTER: &str = "FSNAP_TEST_KILLED_AFTER";
+
+/// Merges in a process of its own that is killed after so many steps, and sees to what it has left.
+fn merge_and_be_killed(site: &mut Site, stop: u32) {
+    site.overlay = None;
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "merge_tests::whatever_is_merged_reads_the_same"]);
+    command.env(KILLED_IN, site.base.path()).env(KILLED_AFTER, stop.to_string());
+    let output = command.output().unwrap();
+    let killed = output.status.signal() == Some(rustix::process::Signal::KILL.as_raw());
+    assert!(killed || output.status.success(), "{output:?}");
+    if stop % 8 < 4 {
+        let live = seal::live(&beneath::open_root(&site.store()).unwrap()).unwrap();
+        drop(Overlay::sealed(site.lower(), &site.store(), live - 1).unwrap());
+    }
+    site.open();
+}
+
+fn be_killed(base: &std::path::Path) {
+    let stop = std::env::var(KILLED_AFTER).unwrap().parse().unwrap();
+    let lower = Below::Dir(beneath::open_root(&base.join("lower")).unwrap());
+    let overlay = Overlay::open_at_once(lower, &base.join("store")).unwrap();
+    steps::KILL.set(true);
+    steps::STOP.set(Some(stop));
+    overlay.merge(|| ((), Vec::new())).unwrap();
+}
+
 /// Stops the merging after so many steps, and leaves to others what it has begun.
 fn merge(site: &mut Site, stop: u32) {
+    if stop % 4 == 3 {
+        return merge_and_be_killed(site, stop);
+    }
     steps::STOP.set(Some(stop));
     let merged = site.overlay().merge(|| ((), Vec::new()));
     steps::STOP.set(None);
@@ -344,8 +378,57 @@ fn no_room_is_lost(site: &Site) {
     }
 }
 
+/// Deeper than a stack of the usual size would take, at a kilobyte for each level.
+#[test]
+fn a_deep_tree_is_merged() {
+    const DEPTH: usize = 4096;
+    let mut site = Site::new();
+    let content = |site: &Site, name: &str, top: &str| -> Result<Vec<u8>> {
+        let mut at = site.find(top)?.ino;
+        for _ in 1..DEPTH {
+            at = site.overlay().look_up(at, OsStr::new("d"))?.ino;
+        }
+        let file = site.overlay().look_up(at, OsStr::new(name))?.ino;
+        let open = site.overlay().open_file(file, false, false)?;
+        let mut bytes = vec![0; 100];
+        let length = open.read(&mut bytes, 0)?;
+        site.overlay().close_file(file);
+        bytes.truncate(length);
+        Ok(bytes)
+    };
+    let create = |site: &Site, parent: Ino, name: &str, text: &[u8]| -> Result<()> {
+        let (attr, file) = site.overlay().create(parent, OsStr::new(name), 0o644, 0, BY)?;
+        site.overlay().write(attr.ino, &file, text, 0)?;
+        site.overlay().close_file(attr.ino);
+        Ok(())
+    };
+    let mut at = ROOT;
+    for level in 0..DEPTH {
+        let name = if level == 0 { "deep" } else { "d" };
+        at = site.overlay().make_dir(at, OsStr::new(name), 0o755, 0, BY).unwrap().ino;
+    }
+    create(&site, at, "old", b"old").unwrap();
+    site.seal("first", "none").unwrap();
+    create(&site, at, "new", b"new").unwrap();
+    // All of it again, and a directory of the lower at another place.
+    site.overlay().rename((ROOT, OsStr::new("deep")), (ROOT, OsStr::new("moved")), false, false).unwrap();
+    site.seal("second", "none").unwrap();
+    for image in ["first", "second"] {
+        fs::remove_file(site.store().join("holds").join(image)).unwrap();
+    }
+    site.overlay().merge(|| ((), Vec::new())).unwrap();
+    assert!(site.layers().len() <= 2, "{:?} are left", site.layers());
+    site.open();
+    for name in ["old", "new"] {
+        assert_eq!(content(&site, name, "moved").unwrap(), name.as_bytes());
+    }
+}
+
 #[test]
 fn whatever_is_merged_reads_the_same() {
+    if let Some(base) = std::env::var_os(KILLED_IN) {
+        return be_killed(base.as_ref());
+    }
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(60);
     let config = Config { cases, max_shrink_iters: 2000, failure_persistence: None, ..Config::default() };
     let seed = std::env::var("FSNAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);

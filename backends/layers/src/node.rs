@@ -165,6 +165,11 @@ impl Nodes {
         }
     }
 
+    /// Forgets all, the root as well.
+    pub(super) fn clear(&mut self) {
+        self.table.clear();
+    }
+
     /// The numbers of all files that are open.
     pub(super) fn open(&self) -> Vec<Ino> {
         self.table.iter().filter(|(_, node)| node.file.is_some()).map(|(ino, _)| *ino).collect()

@@ -138,12 +138,17 @@ impl Object {
         }
     }
 
+    /// Opens it for reading what never changes: its time of last access stays.
+    pub(super) fn open_sealed(&self) -> Result<OwnedFd> {
+        quietly(|flags| self.open(OFlags::RDONLY | flags))
+    }
+
     /// Opens the content of the regular file for reading.
     pub(super) fn content(&self) -> Result<LowerContent> {
         if let (Place::Below(dir, _), Some(name)) = (&self.place, &self.name) {
             return Ok(LowerContent::Content(dir.open_file(name).map_err(errno)?));
         }
-        let file = File::from(self.open(OFlags::RDONLY)?);
+        let file = File::from(self.open_sealed()?);
         let meta = file.metadata().map_err(|error| below::io_errno(&error))?;
         if meta.is_file() { Ok(LowerContent::File(file, meta.len())) } else { Err(Errno::IO) }
     }
@@ -284,10 +289,30 @@ fn growing(read: impl Fn(&mut [u8]) -> Result<usize>) -> Result<Vec<u8>> {
     Ok(buffer)
 }
 
-/// The names in a directory with what the file system says of their kinds, without `.` and `..`.
+/// Opens something that is to keep its time of last access; only the owner may ask for that.
+fn quietly(open: impl Fn(OFlags) -> Result<OwnedFd>) -> Result<OwnedFd> {
+    match open(OFlags::NOATIME) {
+        Err(Errno::PERM) => open(OFlags::empty()),
+        opened => opened,
+    }
+}
+
+/// The names in a directory with what the file system says of their kinds, without `.` and `..`. Its time of last access stays.
 pub(super) fn names(dir: BorrowedFd<'_>) -> Result<Vec<(OsString, FileType)>> {
+    names_in(quietly(|flags| open_list(dir, flags))?)
+}
+
+/// As [`names`], on behalf of somebody who reads the directory.
+pub(super) fn names_for_somebody(dir: BorrowedFd<'_>) -> Result<Vec<(OsString, FileType)>> {
+    names_in(open_list(dir, OFlags::empty())?)
+}
+
+fn open_list(dir: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
+    rustix::fs::openat(dir, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | flags, Mode::empty())
+}
+
+fn names_in(reader: OwnedFd) -> Result<Vec<(OsString, FileType)>> {
     use std::os::unix::ffi::OsStringExt;
-    let reader = rustix::fs::openat(dir, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let mut found = Vec::new();
     for entry in rustix::fs::Dir::new(reader)? {
         let entry = entry?;

@@ -102,7 +102,8 @@ impl Tree {
         if !upper {
             return Ok(Source::Lower(object.content()?));
         }
-        let file = match object.open(if self.store.read_only { OFlags::RDONLY } else { OFlags::RDWR }) {
+        let opened = if self.store.read_only { object.open_sealed() } else { object.open(OFlags::RDWR) };
+        let file = match opened {
             // Without privileges, the file's own mode may allow only one of them.
             Err(Errno::ACCESS) => object.open(OFlags::RDONLY).or_else(|_| object.open(OFlags::WRONLY))?,
             opened => opened?,

@@ -10,6 +10,7 @@
 //! * A file that is in above by parts only takes those parts back down to the file of below, which goes to its place.
 //! * A file's number may be the inode number of a file of below that goes: an empty file keeps it taken, else a new file could get it.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -26,9 +27,10 @@ use super::look::{index_name, is_whiteout};
 use super::lower::{LowerAt, LowerDir};
 use super::node::Ino;
 use super::object::{self, Object};
+use super::open_dirs::OpenDirs;
 use super::seal::Parts;
 use super::sealed::SealedDir;
-use super::steps::{self, Place, ROOT_ITEM, Root, Step, open_path, split, taken_name};
+use super::steps::{self, Place, ROOT_ITEM, Root, Step, split, taken_name};
 use super::{Result, Tree};
 
 /// A directory of the tree that below is the uppermost layer of: its part in below, and what shows through that.
@@ -70,7 +72,9 @@ pub(super) struct Planner {
     tree: Tree,
     /// The same, for reading contents.
     state: SealedDir,
-    above: Parts,
+    above_index: Arc<OwnedFd>,
+    above: OpenDirs,
+    below: OpenDirs,
     links: HashMap<u64, (Place, i64)>,
     takes: Vec<(Place, u32)>,
     puts: Vec<(u32, Place)>,
@@ -88,6 +92,22 @@ pub(super) struct Planner {
     /// Directories that above shows under another name.
     shown: HashSet<Vec<u8>>,
     unprivileged: bool,
+}
+
+/// A directory of above that was entered, and what it lies over.
+struct MergedDir {
+    path: Vec<u8>,
+    /// What the directory that it is in lies over.
+    under: Under,
+    name: OsString,
+    redirected: bool,
+    own: Under,
+}
+
+/// What is left to do while above is gone through; what is in a directory comes before its end.
+enum Visit {
+    Enter(Vec<u8>, Under),
+    Leave(Box<MergedDir>),
 }
 
 /// The number that a name in the index stands for; `None` for names that keep a number taken.
@@ -109,11 +129,13 @@ fn in_index(root: Root, name: &OsStr) -> Place {
 
 impl Planner {
     /// `tree` and `state` are both the tree whose uppermost layer is the lower of the two.
-    pub(super) fn new(tree: Tree, state: SealedDir, above: Parts) -> Self {
+    pub(super) fn new(tree: Tree, state: SealedDir, (above, above_index): Parts) -> Self {
         Self {
+            below: OpenDirs::new(tree.store.upper_root()),
             tree,
             state,
-            above,
+            above_index,
+            above: OpenDirs::new(above),
             links: HashMap::new(),
             takes: Vec::new(),
             puts: Vec::new(),
@@ -131,10 +153,10 @@ impl Planner {
 
     /// Finds all steps, in the order in which they are to be done; the counts of names are still differences.
     pub(super) fn plan(mut self) -> Result<Vec<Step>> {
-        let index = object::names(self.above.1.as_fd())?;
+        let index = object::names(self.above_index.as_fd())?;
         self.alive.extend(index.iter().filter_map(|(name, _)| number_in_index(name)));
         let root = Under { raw: Some(Vec::new()), lower: Some(self.tree.lower.root()) };
-        self.visit(b"", &root)?;
+        self.visit_all(root)?;
         self.rest.push(Step::Like(ROOT_ITEM, Vec::new()));
         for (name, _) in &index {
             self.merge_index(name)?;
@@ -153,8 +175,8 @@ impl Planner {
 
     fn ordered(mut self) -> Vec<Step> {
         let depth = |place: &Place| place.path.iter().filter(|&&byte| byte == b'/').count();
-        self.takes.sort_by(|(a, _), (b, _)| (depth(b), &a.path).cmp(&(depth(a), &b.path)));
-        self.puts.sort_by(|(_, a), (_, b)| (depth(a), &a.path).cmp(&(depth(b), &b.path)));
+        self.takes.sort_by_cached_key(|(at, _)| (Reverse(depth(at)), at.path.clone()));
+        self.puts.sort_by_cached_key(|(_, at)| (depth(at), at.path.clone()));
         let order = |step: &Step| match step {
             Step::Like(..) => 0,
             Step::Mark(..) => 1,
@@ -172,9 +194,8 @@ impl Planner {
             .collect()
     }
 
-    /// Opens a directory of a layer in which something may have to be changed.
-    fn open(&self, root: &Arc<OwnedFd>, path: &[u8]) -> Result<Arc<OwnedFd>> {
-        let dir = open_path(root, path)?;
+    /// Makes sure that something may be changed in a directory of a layer.
+    fn check(&self, dir: Arc<OwnedFd>) -> Result<Arc<OwnedFd>> {
         // Who is not root cannot work in directories that he has closed to himself.
         if self.unprivileged && rustix::fs::fstat(&dir)?.st_mode & 0o700 != 0o700 {
             return Err(Errno::ACCESS);
@@ -182,11 +203,12 @@ impl Planner {
         Ok(dir)
     }
 
-    fn open_below(&self, path: &[u8]) -> Result<Arc<OwnedFd>> {
-        self.open(&self.tree.store.upper_root(), path)
+    fn open_below(&mut self, path: &[u8]) -> Result<Arc<OwnedFd>> {
+        let dir = self.below.open(path)?;
+        self.check(dir)
     }
 
-    fn stat_below(&self, raw: &[u8]) -> Result<Stat> {
+    fn stat_below(&mut self, raw: &[u8]) -> Result<Stat> {
         let (dir, name) = split(raw);
         if name.is_empty() {
             return rustix::fs::fstat(&*self.tree.store.upper_root());
@@ -194,7 +216,7 @@ impl Planner {
         object::stat_at(&*self.open_below(dir)?, name)
     }
 
-    fn object_below(&self, raw: &[u8]) -> Result<Object> {
+    fn object_below(&mut self, raw: &[u8]) -> Result<Object> {
         let (dir, name) = split(raw);
         Ok(Object::at(self.open_below(dir)?, name))
     }
@@ -271,9 +293,22 @@ impl Planner {
         Ok(at)
     }
 
+    /// Goes through above, whose root lies over `root`. What is left to do is a list, and not the stack, for a tree may be deeper than that.
+    fn visit_all(&mut self, root: Under) -> Result<()> {
+        let mut left = vec![Visit::Enter(Vec::new(), root)];
+        while let Some(next) = left.pop() {
+            match next {
+                Visit::Enter(path, under) => self.visit(&path, &under, &mut left)?,
+                Visit::Leave(dir) => self.leave_dir(*dir)?,
+            }
+        }
+        Ok(())
+    }
+
     /// Goes through a directory of above, which lies over `under`.
-    fn visit(&mut self, path: &[u8], under: &Under) -> Result<()> {
-        let dir = self.open(&self.above.0.clone(), path)?;
+    fn visit(&mut self, path: &[u8], under: &Under, left: &mut Vec<Visit>) -> Result<()> {
+        let dir = self.above.open(path)?;
+        let dir = self.check(dir)?;
         self.times.insert(path.to_owned(), steps::times(&object::times_of(&rustix::fs::fstat(&dir)?)));
         for (name, _) in object::names(dir.as_fd())? {
             let stat = object::stat_at(&dir, &name)?;
@@ -281,7 +316,9 @@ impl Planner {
             if is_whiteout(&stat) {
                 self.hide(path, under, &name, standing)?;
             } else if object::kind_of(&stat) == FileType::Directory {
-                self.merge_dir(&Object::at(dir.clone(), name.clone()), path, under, &name, standing)?;
+                let merged = self.enter_dir(&Object::at(dir.clone(), name.clone()), path, under, name, standing)?;
+                let (path, own) = (merged.path.clone(), merged.own.clone());
+                left.extend([Visit::Leave(Box::new(merged)), Visit::Enter(path, own)]);
             } else {
                 self.merge_file(&Object::at(dir.clone(), name.clone()), &stat, path, under, &name, standing)?;
             }
@@ -325,15 +362,15 @@ impl Planner {
         self.rest.push(Step::Mark(below(path), key, value));
     }
 
-    fn merge_dir(
+    fn enter_dir(
         &mut self,
         object: &Object,
         parent: &[u8],
         under: &Under,
-        name: &OsStr,
+        name: OsString,
         standing: Standing,
-    ) -> Result<()> {
-        let (path, keys) = (join(parent, name), self.tree.store.keys());
+    ) -> Result<MergedDir> {
+        let (path, keys) = (join(parent, &name), self.tree.store.keys());
         let redirect = object.xattr(keys.redirect())?;
         let natural = if let Standing::Dir(natural) = &standing { natural.clone() } else { Under::default() };
         let own = match &redirect {
@@ -348,15 +385,20 @@ impl Planner {
             self.shown.extend(own.key());
             self.hidden.push(standing);
         }
-        self.visit(&path, &own)?;
+        Ok(MergedDir { path, under: under.clone(), name, redirected: redirect.is_some(), own })
+    }
+
+    /// What is to be done with a directory when all that is in it was gone through.
+    fn leave_dir(&mut self, MergedDir { path, under, name, redirected, own }: MergedDir) -> Result<()> {
+        let keys = self.tree.store.keys();
         let lower = own.lower.as_ref().map(|lower| lower.path());
         let Some(raw) = &own.raw else {
             if under.raw.is_some() {
-                self.clear(under, name)?;
+                self.clear(&under, &name)?;
                 self.move_down(&path);
             }
             match lower {
-                Some(lower) if redirect.is_some() => {
+                Some(lower) if redirected => {
                     let lower = self.tree.store.shorten(lower)?;
                     self.mark(&path, keys.redirect(), Some(lower));
                 }
@@ -373,10 +415,10 @@ impl Planner {
         };
         let skeleton = self.take(Place { root: Root::Above, path: path.clone() });
         self.rest.push(Step::Like(skeleton, path.clone()));
-        if under.raw.as_ref().map(|dir| join(dir, name)).as_ref() == Some(raw) {
+        if under.raw.as_ref().map(|dir| join(dir, &name)).as_ref() == Some(raw) {
             return Ok(());
         }
-        self.clear(under, name)?;
+        self.clear(&under, &name)?;
         let item = self.take_below(raw);
         self.puts.push((item, below(&path)));
         self.moved.push((raw.clone(), path.clone()));
@@ -473,7 +515,7 @@ impl Planner {
         let at = in_index(Root::AboveIndex, name);
         let to = in_index(Root::BelowIndex, name);
         if number_in_index(name).is_some() {
-            let object = Object::at(self.above.1.clone(), name);
+            let object = Object::at(self.above_index.clone(), name);
             // A file with several names has nobody's place to take.
             let taken = self.settle_parts(&object, &object.stat()?, &to)?;
             debug_assert!(taken.is_none());
@@ -514,7 +556,8 @@ impl Planner {
                     }
                 }
                 Standing::File(raw) => {
-                    gone.insert(self.tree.number_of(&self.object_below(&raw)?, &self.stat_below(&raw)?)?);
+                    let (object, stat) = (self.object_below(&raw)?, self.stat_below(&raw)?);
+                    gone.insert(self.tree.number_of(&object, &stat)?);
                 }
                 Standing::Lower(at, stat) => {
                     gone.insert(self.tree.number_below(&at.dir, &stat));
@@ -528,7 +571,7 @@ impl Planner {
     }
 
     fn alive_in_index(&self, number: Ino) -> bool {
-        object::find_at(&self.above.1, &index_name(number)).is_ok_and(|found| found.is_some())
+        object::find_at(&self.above_index, &index_name(number)).is_ok_and(|found| found.is_some())
     }
 
     fn names(&mut self, under: &Under) -> Result<HashSet<OsString>> {
@@ -542,23 +585,25 @@ impl Planner {
         Ok(names)
     }
 
-    /// What was taken out of below and goes nowhere.
+    /// What was taken out of below and goes nowhere, with all that is in it.
     fn bury(&mut self, raw: &[u8]) -> Result<()> {
-        let stat = self.stat_below(raw)?;
-        if is_whiteout(&stat) {
-            return Ok(());
-        }
-        if object::kind_of(&stat) == FileType::Directory {
-            for (name, _) in object::names(self.open_below(raw)?.as_fd())? {
-                let inner = join(raw, &name);
-                if !self.taken.contains_key(&inner) {
-                    self.bury(&inner)?;
-                }
+        let mut left = vec![raw.to_owned()];
+        while let Some(raw) = left.pop() {
+            let stat = self.stat_below(&raw)?;
+            if object::kind_of(&stat) == FileType::Directory {
+                let names = object::names(self.open_below(&raw)?.as_fd())?;
+                let inner = names.iter().map(|(name, _)| join(&raw, name));
+                left.extend(inner.filter(|inner| !self.taken.contains_key(inner)));
+            } else if !is_whiteout(&stat) {
+                self.bury_file(&raw, &stat)?;
             }
-            return Ok(());
         }
+        Ok(())
+    }
+
+    fn bury_file(&mut self, raw: &[u8], stat: &Stat) -> Result<()> {
         let (object, keys, index) = (self.object_below(raw)?, self.tree.store.keys(), self.tree.store.index());
-        let number = self.tree.number_of(&object, &stat)?;
+        let number = self.tree.number_of(&object, stat)?;
         let indexed = object::find_at(&index, &index_name(number))?;
         if object.xattr(keys.links())?.is_some() && indexed.is_none_or(|indexed| indexed.st_ino != stat.st_ino) {
             // A file that is written in a later layer, or was: there it is counted by the names that it has in all layers.
@@ -579,6 +624,14 @@ impl Planner {
 
     /// Makes what stays of below under the number of a file in the index of above lead to that.
     fn relink_in(&mut self, raw: &[u8], path: &[u8]) -> Result<()> {
+        let mut left = vec![(raw.to_owned(), path.to_owned())];
+        while let Some((raw, path)) = left.pop() {
+            self.relink_names(&raw, &path, &mut left)?;
+        }
+        Ok(())
+    }
+
+    fn relink_names(&mut self, raw: &[u8], path: &[u8], left: &mut Vec<(Vec<u8>, Vec<u8>)>) -> Result<()> {
         let dir = self.open_below(raw)?;
         let times = steps::times(&object::times_of(&rustix::fs::fstat(&dir)?));
         let mut changed = false;
@@ -588,7 +641,7 @@ impl Planner {
                 continue;
             }
             if object::kind_of(&stat) == FileType::Directory {
-                self.relink_in(&inner, &join(path, &name))?;
+                left.push((inner, join(path, &name)));
                 continue;
             }
             if stat.st_nlink < 2 {
@@ -596,7 +649,7 @@ impl Planner {
             }
             let (object, keys) = (Object::at(dir.clone(), name.clone()), self.tree.store.keys());
             let index = index_name(self.tree.number_of(&object, &stat)?);
-            let Some(new) = object::find_at(&self.above.1, &index)? else { continue };
+            let Some(new) = object::find_at(&self.above_index, &index)? else { continue };
             let old = object::find_at(&self.tree.store.index(), &index)?;
             // One that is written in a later layer leads to the index as it is.
             let elsewhere = object.xattr(keys.links())?.is_some() && old.is_none_or(|old| old.st_ino != stat.st_ino);

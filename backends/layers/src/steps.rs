@@ -4,7 +4,6 @@
 //! reads the two layers before all is done. Everything that is to be moved is first taken out, by one rename each, into numbered items;
 //! then a file says so, and the items are put where they belong; what is left of them is removed at the end.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,6 +17,7 @@ use rustix::io::Errno;
 use super::Result;
 use super::below::io_errno;
 use super::object::{self, Object, SAFE};
+use super::open_dirs::OpenDirs;
 use super::seal::{self, Parts};
 use super::store::{self, Keys};
 
@@ -251,34 +251,16 @@ pub(super) fn finish(store: &OwnedFd) -> Result<()> {
     rustix::fs::unlinkat(&dir, LIST, AtFlags::empty())
 }
 
-/// Open directories of a layer: its index, and the upper's that was used last.
+/// A layer: its index, and the directories of its upper.
 struct Dirs {
-    upper: Arc<OwnedFd>,
+    upper: OpenDirs,
     index: Arc<OwnedFd>,
-    last: HashMap<Vec<u8>, Arc<OwnedFd>>,
 }
 
 impl Dirs {
     fn new((upper, index): Parts) -> Self {
-        Self { upper, index, last: HashMap::new() }
+        Self { upper: OpenDirs::new(upper), index }
     }
-
-    /// Opens the directory at `path` in the upper.
-    fn dir(&mut self, path: &[u8]) -> Result<Arc<OwnedFd>> {
-        if let Some(dir) = self.last.get(path) {
-            return Ok(dir.clone());
-        }
-        let dir = open_path(&self.upper, path)?;
-        self.last.clear();
-        self.last.insert(path.to_owned(), dir.clone());
-        Ok(dir)
-    }
-}
-
-/// Opens a directory by the names on the way to it, however many.
-pub(super) fn open_path(root: &Arc<OwnedFd>, path: &[u8]) -> Result<Arc<OwnedFd>> {
-    let mut names = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty());
-    names.try_fold(root.clone(), |dir, name| object::open_dir(&dir, OsStr::from_bytes(name)).map(Arc::new))
 }
 
 /// The directory's path and the name in it.
@@ -301,9 +283,9 @@ impl Work {
         Ok(match place.root {
             Root::BelowIndex => Object::at(self.below.index.clone(), name),
             Root::AboveIndex => Object::at(self.above.index.clone(), name),
-            Root::Below if place.path.is_empty() => Object::of(self.below.upper.clone()),
-            Root::Below => Object::at(self.below.dir(dir)?, name),
-            Root::Above => Object::at(self.above.dir(dir)?, name),
+            Root::Below if place.path.is_empty() => Object::of(self.below.upper.root()),
+            Root::Below => Object::at(self.below.upper.open(dir)?, name),
+            Root::Above => Object::at(self.above.upper.open(dir)?, name),
         })
     }
 
@@ -313,7 +295,7 @@ impl Work {
 
     fn item(&self, item: u32) -> Object {
         if item == ROOT_ITEM {
-            return Object::of(self.above.upper.clone());
+            return Object::of(self.above.upper.root());
         }
         Object::at(self.items.clone(), item.to_string())
     }
@@ -373,7 +355,7 @@ impl Work {
 
     fn relink(&mut self, path: &[u8], name: &OsStr, keep: bool) -> Result<()> {
         let (dir, own) = split(path);
-        let dir = self.below.dir(dir)?;
+        let dir = self.below.upper.open(dir)?;
         let (old, new) = (object::stat_at(&dir, own)?, object::stat_at(&self.below.index, name)?);
         if old.st_ino == new.st_ino {
             return Ok(());
@@ -426,11 +408,16 @@ fn make_like(from: &Object, to: &Object, keys: Keys) -> Result<()> {
 thread_local! {
     /// After so many steps a test stops the work, as if the process had been killed.
     pub(super) static STOP: std::cell::Cell<Option<u32>> = const { std::cell::Cell::new(None) };
+    /// It is killed indeed.
+    pub(super) static KILL: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 #[cfg(test)]
 fn interrupted() -> Result<()> {
     match STOP.get() {
+        Some(0) if KILL.get() => {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
         Some(0) => return Err(Errno::INTR),
         steps => STOP.set(steps.map(|steps| steps - 1)),
     }

@@ -55,8 +55,22 @@ pub enum Error {
 }
 
 const VERSION: &str = "fsnap-overlay 1\n";
-/// How long a server that was just unmounted may take to end.
-pub(super) const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a server that was just unmounted may take to end, or somebody who only merges layers.
+pub(super) const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 3 });
+/// How long whoever has the lock may take to say what for.
+const MOMENT: Duration = Duration::from_millis(50);
+
+/// What a store is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To serve it, until it is unmounted.
+    Serve,
+    /// To do something that is done in a moment.
+    Merge,
+}
+
+/// Stands behind the process id in a lock that is held for a moment only.
+const MERGES: &str = " merges";
 
 /// The store of one tree, opened by its server. Not the [`Store`](super::Store) of images, which tells of each only in which tree it is.
 #[derive(Debug)]
@@ -256,11 +270,11 @@ pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(Errn
 pub(super) type Opened = (Lower, TreeStore);
 
 /// Opens the lower and its store; makes a new one where there is none.
-pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Opened, Error> {
+pub(super) fn open(below: Below, store: &Path, purpose: Purpose, patience: Duration) -> Result<Opened, Error> {
     rustix::fs::mkdir(store, Mode::RWXU).or_else(exists_already).map_err(failed("make the directory", store))?;
     let dir = rustix::fs::openat(CWD, store, OFlags::RDONLY | OFlags::DIRECTORY | SAFE, Mode::empty());
     let dir = dir.map_err(failed("open the directory", store))?;
-    let lock = lock(&dir, store, patience)?;
+    let lock = lock(&dir, store, purpose, patience)?;
     let version = version(&dir, store)?;
 
     merge::recover(&dir).map_err(failed("finish the merging of layers of", store))?;
@@ -413,32 +427,15 @@ fn salt(dir: &OwnedFd, lower: &Lower) -> Result<u64> {
     Ok(((u64::from_le_bytes(bytes) % 0x7_ffff) + 1) << 33)
 }
 
-/// Whether nothing was ever written to the branch that `store` keeps; also if it keeps none.
-///
-/// Looked at from outside, without the lock: what somebody writes at this very moment may be missed.
-pub fn is_unchanged(store: &Path) -> Result<bool, Error> {
-    for part in ["upper", "index", "layers"] {
-        let path = store.join(part);
-        match std::fs::read_dir(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::Io { action: "list", object: path, source }),
-            Ok(mut entries) => {
-                if entries.next().is_some() {
-                    return Ok(false);
-                }
-            }
-        }
-    }
-    Ok(true)
-}
-
 fn exists_already(error: Errno) -> Result<()> {
     if error == Errno::EXIST { Ok(()) } else { Err(error) }
 }
 
 /// Takes the store for this process.
-pub(super) fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<File, Error> {
-    use std::io::{Read, Seek};
+///
+/// Waits so long for a server, and always for who only merges layers.
+pub(super) fn lock(dir: &OwnedFd, store: &Path, purpose: Purpose, patience: Duration) -> Result<File, Error> {
+    use std::io::Seek;
     let io =
         |action: &'static str| move |source: std::io::Error| Error::Io { action, object: store.join("lock"), source };
     let foreign = object::names(dir.as_fd()).map_err(|error| io("list")(error.into()))?;
@@ -448,22 +445,28 @@ pub(super) fn lock(dir: &OwnedFd, store: &Path, patience: Duration) -> Result<Fi
     let flags = OFlags::RDWR | OFlags::CREATE | SAFE;
     let file = rustix::fs::openat(dir, "lock", flags, Mode::RUSR | Mode::WUSR);
     let mut file = File::from(file.map_err(|error| io("open")(error.into()))?);
-    let until = Instant::now() + patience;
+    let begun = Instant::now();
     while let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         if error != Errno::WOULDBLOCK {
             return Err(io("lock")(error.into()));
         }
-        if Instant::now() >= until {
-            let mut by = String::new();
-            let _ = file.read_to_string(&mut by);
-            return Err(Error::Locked { store: store.into(), by: by.trim().to_owned() });
+        let mut said = [0; 32];
+        let length = std::os::unix::fs::FileExt::read_at(&file, &mut said, 0).map_err(io("read"))?;
+        let by = String::from_utf8_lossy(&said[..length]).trim().to_owned();
+        let patience = match purpose {
+            _ if by.ends_with(MERGES) => PATIENCE,
+            Purpose::Serve => patience.max(MOMENT),
+            Purpose::Merge => patience,
+        };
+        if begun.elapsed() >= patience {
+            return Err(Error::Locked { store: store.into(), by });
         }
         std::thread::sleep(Duration::from_millis(20));
     }
     let note = |file: &mut File| {
         file.set_len(0)?;
         file.rewind()?;
-        writeln!(file, "{}", std::process::id())
+        writeln!(file, "{}{}", std::process::id(), if purpose == Purpose::Merge { MERGES } else { "" })
     };
     note(&mut file).map_err(io("write"))?;
     Ok(file)
@@ -519,5 +522,30 @@ impl super::Tree {
         let (work, temporary) = (self.store.work(), self.store.fresh());
         rustix::fs::mknodat(&work, &temporary, FileType::CharacterDevice, Mode::empty(), 0)?;
         rustix::fs::renameat(&work, &temporary, dir, name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever merges has the store for a moment, in which a first look at the tree must not fail.
+    #[test]
+    fn a_server_waits_for_who_only_merges() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = fsnap_backend::beneath::open_root(base.path()).unwrap();
+        let take = |purpose| lock(&dir, base.path(), purpose, Duration::ZERO);
+        let merging = take(Purpose::Merge).unwrap();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| take(Purpose::Serve));
+            // Longer than a server would be waited for.
+            std::thread::sleep(4 * MOMENT);
+            drop(merging);
+            let serving = server.join().unwrap().expect("it waits");
+            let refused = take(Purpose::Serve).unwrap_err().to_string();
+            assert!(refused.contains(&format!("process {})", std::process::id())), "{refused}");
+            assert!(matches!(take(Purpose::Merge), Err(Error::Locked { .. })));
+            drop(serving);
+        });
     }
 }

@@ -13,6 +13,7 @@ use fsnap_backend::{FileKind, FileMeta, Timestamp};
 use super::tree::{Tree, Trees};
 use super::unchanged::Remembered;
 use super::{Keep, processes};
+use crate::branch::Branch;
 use crate::catalog::{Access, Catalog};
 use crate::checkpoint::{Checkpoint, CheckpointId};
 use crate::coordinator::{Coordinator, Side};
@@ -109,11 +110,16 @@ pub(super) enum Place {
     Descriptors(CheckpointId, i32),
     /// The content of a file that had no name, by its device and inode.
     Kept(CheckpointId, u64, u64),
-    Branch(Name),
+    /// With when it was made: a later one of the same name is another directory. What the kernel has removed, it shows nothing in any more.
+    Branch(Name, jiff::Timestamp),
     Link(PathBuf),
 }
 
 impl Place {
+    pub(super) fn of_branch(branch: &Branch) -> Self {
+        Self::Branch(branch.name.clone(), branch.time)
+    }
+
     fn kind(&self) -> FileKind {
         match self {
             Self::Readme | Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Kept(..) => FileKind::File,
@@ -125,7 +131,7 @@ impl Place {
     pub(super) fn keep(&self) -> Keep {
         match self {
             Self::Root | Self::Readme | Self::Ids | Self::Snapshots | Self::Tags | Self::Branches => Keep::Forever,
-            Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(_) => Keep::Briefly,
+            Self::Checkpoint(_) | Self::Extras(_) | Self::Branch(..) => Keep::Briefly,
             Self::Processes(_) | Self::Process(..) | Self::Descriptors(..) | Self::Kept(..) => Keep::Briefly,
             Self::Meta(_) | Self::Changed(..) | Self::CommandLine(..) | Self::Link(_) => Keep::Not,
         }
@@ -180,8 +186,8 @@ impl Layout {
         &self.records
     }
 
-    /// Makes the branch that `NAME@CKPT` asks for, and tells its name.
-    pub(super) fn make_branch(&self, wanted: &OsStr) -> Result<Name> {
+    /// Makes the branch that `NAME@CKPT` asks for.
+    pub(super) fn make_branch(&self, wanted: &OsStr) -> Result<Branch> {
         let bad = |reason| Error::BadReference { reference: wanted.to_string_lossy().into_owned(), reason };
         let text = wanted.to_str().ok_or_else(|| bad("it is no text"))?;
         let (name, checkpoint) = text.split_once('@').ok_or_else(|| bad("make a branch by `mkdir NAME@CKPT`"))?;
@@ -190,7 +196,7 @@ impl Layout {
         let checkpoint = if is_latest { format!("@{checkpoint}") } else { checkpoint.to_owned() };
         let coordinator = self.records.open_to_write()?;
         let checkpoint = reference::resolve(coordinator.catalog(), &checkpoint)?;
-        Ok(coordinator.branch_to_write(&checkpoint, &name)?.name)
+        coordinator.branch_to_write(&checkpoint, &name)
     }
 
     /// Removes a branch to which nothing was written.
@@ -213,7 +219,7 @@ impl Layout {
             Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
             Place::Checkpoint(_)
             | Place::Extras(_)
-            | Place::Branch(_)
+            | Place::Branch(..)
             | Place::Processes(_)
             | Place::Process(..)
             | Place::Descriptors(..) => {
@@ -256,7 +262,7 @@ impl Layout {
                 Err(_) => None,
             },
             Place::Branches => match name.parse::<Name>() {
-                Ok(branch) => self.records.open()?.catalog().branch(&branch)?.map(|_| Place::Branch(branch)),
+                Ok(branch) => self.records.open()?.catalog().branch(&branch)?.map(|branch| Place::of_branch(&branch)),
                 Err(_) => None,
             },
             _ => None,
@@ -301,7 +307,7 @@ impl Layout {
             }
             Place::Branches => {
                 for branch in catalog.branches()? {
-                    add(branch.name.as_str(), Place::Branch(branch.name.clone()));
+                    add(branch.name.as_str(), Place::of_branch(&branch));
                 }
             }
             Place::Checkpoint(id) => {
@@ -325,8 +331,9 @@ impl Layout {
                     }
                 }
             }
-            Place::Branch(name) => {
-                for member in catalog.branch(name)?.map(|branch| branch.members).unwrap_or_default() {
+            Place::Branch(name, made) => {
+                let branch = catalog.branch(name)?.filter(|branch| branch.time == *made);
+                for member in branch.map(|branch| branch.members).unwrap_or_default() {
                     let place = match self.branches.number_of(name, &member) {
                         Some(number) => Found::Written(number),
                         None => Found::Place(Place::Link(member.path.0)),
@@ -370,7 +377,9 @@ impl Layout {
             return Ok(kept.map(|kept| self.kept_meta(&kept.attributes)));
         }
         let (time, size) = match place {
-            Place::Branch(name) => (catalog.branch(name)?.map(|branch| branch.time), 0),
+            Place::Branch(name, made) => {
+                (catalog.branch(name)?.map(|branch| branch.time).filter(|time| time == made), 0)
+            }
             // It has a length for whoever has opened it, and was computed for him.
             Place::Changed(_, id) => (catalog.checkpoint(id)?.map(|checkpoint| checkpoint.time), 0),
             Place::Checkpoint(id)
@@ -405,7 +414,7 @@ impl Layout {
             Place::Root | Place::Ids | Place::Snapshots | Place::Tags => (dir, true),
             // Branches are made and removed in it.
             Place::Branches => (FileMeta { mode: 0o755, ..dir }, true),
-            Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(_) => (dir, false),
+            Place::Checkpoint(_) | Place::Extras(_) | Place::Branch(..) => (dir, false),
             Place::Processes(_) | Place::Process(..) | Place::Descriptors(..) => (dir, false),
             Place::Readme => (FileMeta { kind: FileKind::File, mode: 0o444, size: README.len() as u64, ..dir }, true),
             Place::Meta(_) | Place::Changed(..) | Place::CommandLine(..) | Place::Kept(..) => {

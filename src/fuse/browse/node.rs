@@ -141,9 +141,11 @@ fn same(node: &Node, parent: &Node, name: &OsStr, found: &Found) -> bool {
     match (&node.what, found) {
         (What::Place(known), Found::Place(place)) => known == place && in_place(),
         (What::Volume(known), Found::Volume(tree)) => known.number == tree.number && in_place(),
-        // Two names of one file have all of this in common; two files never have, for no two share number and file system.
+        // Two names of one file have all of this in common, but when it was last read; two files never have, for no two share number
+        // and file system.
         (What::Entry(known, meta), Found::Entry { tree, meta: found, .. }) => {
-            known.number == tree.number && meta == found && (found.kind != FileKind::Dir || in_place())
+            let meta = FileMeta { atime: found.atime, ..*meta };
+            known.number == tree.number && meta == *found && (found.kind != FileKind::Dir || in_place())
         }
         _ => false,
     }
