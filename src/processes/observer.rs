@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use fsnap_backend::mounts::unescape;
 use rustix::fs::{FileType, Mode, OFlags};
 
+use super::audit::told;
 use super::credentials::Credentials;
 use super::files::{Mapping, Target, target_of};
 use super::mounts::Mount;
@@ -207,7 +208,7 @@ impl Observation {
         let mut known = HashSet::new();
         for socket in std::mem::take(&mut self.sockets).bound() {
             let Some(dir) = &self.dirs[socket.process] else { continue };
-            let Ok((place, mount)) = socket.locate(dir, &mut survey, &names) else { continue };
+            let Ok((place, mount)) = socket.locate(dir, &mut survey, &names, &self.rules) else { continue };
             let Some((file_system, medium)) = mount.filter(|_| place.volume.is_none()) else { continue };
             let process = &self.record.processes[socket.process];
             let (pid, command, path) = (process.pid, process.command.clone(), place.path);
@@ -337,7 +338,8 @@ impl Observer<'_> {
             }
             let file = OpenFile { fd, place, kind, flags, offset, device, inode };
             if kind == OpenKind::File && file.is_writable() && Some(device) != self.memory {
-                self.audit(Via::Descriptor { fd }, &file.place, self.mount_of(view, &file.place, target.mount), record);
+                let mount = self.mount_of(view, &file.place, target.mount, |mount| self.concerned(mount));
+                self.audit(Via::Descriptor { fd }, &file.place, mount, record);
             }
             record.files.push(file);
         }
@@ -392,7 +394,7 @@ impl Observer<'_> {
             let file = &record.mapped[index];
             if file.writable {
                 let place = file.place.clone();
-                let mount = self.mount_of(view, &place, None);
+                let mount = self.mount_of(view, &place, None, |mount| self.concerned(mount));
                 self.audit(Via::Mapping, &place, mount, record);
             }
         }
@@ -405,14 +407,24 @@ impl Observer<'_> {
         if !unlinked || Some(device) == self.memory || !self.gone.insert((device, inode)) {
             return;
         }
-        let Some((_, medium)) = self.mount_of(view, place, mount) else { return };
+        let Some((_, medium)) = self.mount_of(view, place, mount, told) else { return };
         let (process, link) = (self.observation.dirs.len(), link());
         let found = Unlinked { place: place.clone(), device, inode, mount, medium, process, link };
         self.observation.unlinked.push(found);
     }
 
-    /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
-    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<u64>) -> Option<(String, Medium)> {
+    fn concerned(&self, mount: &Mount) -> Option<(String, Medium)> {
+        self.observation.rules.concerned(mount)
+    }
+
+    /// What `told` tells of the mount that the file lies on.
+    fn mount_of(
+        &self,
+        view: &View,
+        place: &FilePlace,
+        mount: Option<u64>,
+        told: impl Fn(&Mount) -> Option<(String, Medium)>,
+    ) -> Option<(String, Medium)> {
         let by_path = || view.resolve(place.path.as_path());
         let found: Option<&Mount> = mount.map_or_else(by_path, |id| view.table.by_id(id));
         match found {
@@ -444,7 +456,7 @@ impl Observer<'_> {
             return Ok(());
         }
         for mount in view.table.iter().filter(|mount| mount.writable) {
-            let Some((file_system, medium)) = told(mount) else { continue };
+            let Some((file_system, medium)) = self.concerned(mount) else { continue };
             let visible = view.table.resolve(&mount.point).is_some_and(|top| top.id == mount.id);
             let inside = mount.point.starts_with(&view.root) || view.root.starts_with(&mount.point);
             if !visible || !inside || self.survey.owner(&mount.root).is_some() {
@@ -499,12 +511,6 @@ fn kind_of(target: &Target, text: &Path) -> OpenKind {
         _ if text.is_absolute() => OpenKind::File,
         _ => OpenKind::Other,
     }
-}
-
-/// The type of a mount's file system, and what that keeps its files on; `None` if it has no files of anybody's.
-pub(super) fn told(mount: &Mount) -> Option<(String, Medium)> {
-    let medium = Medium::of(&mount.fstype)?;
-    Some((String::from_utf8_lossy(&mount.fstype).into_owned(), medium))
 }
 
 /// The flags and the offset of a descriptor, of its file in `fdinfo`.
