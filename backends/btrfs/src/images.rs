@@ -295,7 +295,9 @@ impl Store {
                     remove_tree(parent, &hidden(at))?;
                 }
             }
-            sys::commit(parent)
+            // By this process, which commits the transaction itself: processes may stand, and the file system's own thread, which
+            // BTRFS_IOC_START_SYNC asks to, sleeps through that for half a minute if it is asked while it ends another commit.
+            rustix::fs::fsync(parent).map_err(io::Error::from)
         })();
         removed.map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::PERM) if is_admin() => Error::Busy {
