@@ -370,7 +370,7 @@ impl Observer<'_> {
             }
             let text = PathBuf::from(unescape(mapping.name));
             // A file may be *named* so; whether it is gone is asked of the file.
-            let marked = text.as_os_str().as_bytes().ends_with(MARK);
+            let marked = has_mark(&text);
             let link = || format!("map_files/{}", mapping.range);
             let target = if marked { target_of(dir, &link()).ok().filter(|target| target.unlinked) } else { None };
             let unlinked = target.is_some();
@@ -494,6 +494,10 @@ fn without_mark(text: PathBuf) -> PathBuf {
         Some(path) => OsStr::from_bytes(path).into(),
         None => text,
     }
+}
+
+pub(super) fn has_mark(text: &Path) -> bool {
+    text.as_os_str().as_bytes().ends_with(MARK)
 }
 
 /// What the kernel writes behind the name of a file that is not found under it any more.

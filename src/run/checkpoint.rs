@@ -19,7 +19,7 @@ use crate::coordinator::Coordinator;
 use crate::engine::criu::{self, Criu};
 use crate::engine::{Dump, Images, StageCommand, sys};
 use crate::error::IoContext;
-use crate::processes::{AuditRules, ProcessId};
+use crate::processes::{self, AuditRules, Policy, ProcessId, Tree};
 use crate::{Error, Result, stores};
 
 /// How to call fsnap as the engine's action script: a program, and the name that it is called by.
@@ -82,6 +82,7 @@ impl RunCheckpoint<'_> {
     /// Takes it; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
         let (init, root) = self.run.running()?;
+        refuse_out_of_reach(root)?;
         let (dir, _lock) = self.make_directory()?;
         let mut id = None;
         match self.dump(init, root, &dir, &mut id) {
@@ -193,6 +194,15 @@ impl RunCheckpoint<'_> {
                 return Ok((dir.clone(), lock.context("lock", &dir)?));
             }
         }
+    }
+}
+
+/// The engine would find out only while the processes stand.
+fn refuse_out_of_reach(root: ProcessId) -> Result<()> {
+    let rules = AuditRules { policy: Policy::Ignore, ..AuditRules::default() };
+    match processes::observe(&Tree::of_pid(root.pid)?, Vec::new(), &rules)?.out_of_reach() {
+        Some((pid, path)) => Err(Error::OutOfReach { pid, path: path.clone() }),
+        None => Ok(()),
     }
 }
 
