@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use fsnap_backend::mounts::unescape;
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::audit::told;
@@ -328,8 +327,10 @@ impl Observer<'_> {
                 OpenKind::Other | OpenKind::Socket => (0, 0),
                 _ => info_of(&infos, &name).unwrap_or_default(),
             };
+            let is_mounted = || target.mount.is_none_or(|id| view.table.by_id(id).is_some());
+            let is_memory = Some(target.device) == self.memory || names_memory(&text) && !is_mounted();
             let place = self.place(view, text, target.mount, target.unlinked);
-            if kind == OpenKind::File {
+            if kind == OpenKind::File && !is_memory {
                 self.unlinked(&target, &place, view, || format!("fd/{name}"));
             }
             let Target { device, inode, .. } = target;
@@ -337,7 +338,7 @@ impl Observer<'_> {
                 sockets.push((inode, fd));
             }
             let file = OpenFile { fd, place, kind, flags, offset, device, inode };
-            if kind == OpenKind::File && file.is_writable() && Some(device) != self.memory {
+            if kind == OpenKind::File && file.is_writable() && !is_memory {
                 let mount = self.mount_of(view, &file.place, target.mount, |mount| self.concerned(mount));
                 self.audit(Via::Descriptor { fd }, &file.place, mount, record);
             }
@@ -362,13 +363,14 @@ impl Observer<'_> {
                 file.writable |= mapping.writable && mapping.shared;
                 continue;
             }
-            if Some(device) == self.memory {
+            let text = mapping.path();
+            let is_mounted = || view.table.iter().any(|mount| mount.root.device == mapping.device);
+            if Some(device) == self.memory || names_memory(&text) && !is_mounted() {
                 continue;
             }
             if !self.take_one() {
                 break;
             }
-            let text = PathBuf::from(unescape(mapping.name));
             // A file may be *named* so; whether it is gone is asked of the file.
             let marked = has_mark(&text);
             let link = || format!("map_files/{}", mapping.range);
@@ -404,7 +406,7 @@ impl Observer<'_> {
     /// Remembers a file that has no name any more, so that it can be opened while the process stands.
     fn unlinked(&mut self, target: &Target, place: &FilePlace, view: &View, link: impl Fn() -> String) {
         let &Target { device, inode, mount, unlinked, .. } = target;
-        if !unlinked || Some(device) == self.memory || !self.gone.insert((device, inode)) {
+        if !unlinked || !self.gone.insert((device, inode)) {
             return;
         }
         let Some((_, medium)) = self.mount_of(view, place, mount, told) else { return };
@@ -534,6 +536,14 @@ fn info_of(infos: &OwnedFd, name: &str) -> Option<(u32, u64)> {
 fn memory_device() -> Option<u64> {
     let file = rustix::fs::memfd_create("fsnap", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
     Some(rustix::fs::fstat(file).ok()?.st_dev)
+}
+
+/// Whether the kernel gives such names to memory that it keeps in file systems of its own, which are mounted nowhere: huge pages, secrets, the
+/// rings of asynchronous input and output. The engine saves it with the processes, or cannot.
+fn names_memory(text: &Path) -> bool {
+    const NAMES: [&[u8]; 4] = [b"/memfd:", b"/anon_hugepage", b"/secretmem", b"/[aio]"];
+    let text = text.as_os_str().as_bytes();
+    NAMES.iter().any(|name| text.starts_with(name))
 }
 
 /// Whether anybody still waits for command lines.
