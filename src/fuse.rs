@@ -7,6 +7,9 @@
 //! [`browse`] is the tree of past states, and [`browse_adapter`] its way to the kernel; [`branches`] are the copy-on-write trees
 //! that the same mount shows, and [`mount_adapter`] decides to whom a request goes.
 //!
+//! Beside these: [`lower`] opens what a tree begins with, `mounting` puts a file system where it is seen, `open`, `handles` and `readers` are
+//! what the kernel has open, and `given` what it is given before it asks.
+//!
 //! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
 //! directory's descriptor by one name, and no symbolic link of the tree is followed.
 //!
@@ -23,6 +26,7 @@ pub mod lower;
 pub mod mount_adapter;
 mod mounting;
 mod open;
+pub mod places;
 mod readers;
 pub mod session;
 
