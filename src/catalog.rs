@@ -31,7 +31,7 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 
-pub use attendant::{Attending, attendants};
+pub use attendant::{Attending, attendants, end_if_stopped};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, RoomRef, Taken};
 pub use lock::{HiddenNote, IntentLock, Note, find_plan, is_any_taken};
 pub use query::Removal;

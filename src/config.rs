@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::name::Name;
-use crate::processes::AuditRules;
+use crate::processes::{AuditRules, Pattern, Policy};
 use crate::stores::{Options, Room};
 use crate::{Error, Result};
 
@@ -23,7 +23,7 @@ pub struct Config {
     /// The engine CRIU.
     pub criu: Criu,
     /// What is done about what processes can write to outside their checkpoint.
-    pub audit: AuditRules,
+    pub audit: Audit,
     /// Stores in thin pools.
     #[serde(rename = "dm-thin")]
     pub dm_thin: Room,
@@ -61,6 +61,23 @@ impl Hook {
 pub struct Criu {
     /// The program; searched for, if not set.
     pub program: Option<PathBuf>,
+}
+
+/// What is done about what processes can write to outside their checkpoint.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Audit {
+    /// What is done about it.
+    pub policy: Policy,
+    /// What does not matter.
+    pub ignore: Vec<Pattern>,
+}
+
+impl Audit {
+    /// The rules that it makes.
+    pub fn rules(&self) -> AuditRules {
+        AuditRules { policy: self.policy, ignore: self.ignore.clone(), ..AuditRules::default() }
+    }
 }
 
 impl Config {

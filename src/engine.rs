@@ -28,6 +28,7 @@ pub(crate) mod sys;
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
+pub(crate) use confine::SCRATCH_TYPE;
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
 pub use dump::{Action, Dump, run_dump_stage};
 pub use external::key as external_key;

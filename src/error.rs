@@ -175,6 +175,26 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// Two files without names that the engine cannot tell apart.
+    #[error(
+        "{one} and {other} have no names any more, and one inode number on one mount: the engine would take one for the other"
+    )]
+    Doubles {
+        /// Where one was.
+        one: PathText,
+        /// Where the other was.
+        other: PathText,
+    },
+    /// A mapped file without a name, which the engine cannot reach without root.
+    #[error(
+        "process {pid} has mapped a file whose name is gone, {path}, and the kernel lets nobody but root look at that: the engine cannot save it"
+    )]
+    OutOfReach {
+        /// The process.
+        pid: i32,
+        /// What the kernel calls the file.
+        path: PathText,
+    },
     /// The engine has left out a file that has a name, or that fsnap does not find.
     #[error(
         "the engine has left {key} out of its images, as it was told to; but that is no file without a name any more"

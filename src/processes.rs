@@ -43,6 +43,7 @@ use census::Census;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use diff::{ProcessChange, process_changes};
 pub use files::How;
+pub(crate) use mounts::uncovered;
 pub use observer::{Observation, Outlook, observe};
 pub use pattern::{InvalidPattern, Pattern};
 pub use process_id::{BootTicks, ProcessId};

@@ -20,6 +20,7 @@
 
 mod checkpoint;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Read};
@@ -30,13 +31,13 @@ use fsnap_backend::beneath;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::remove_images;
-pub use checkpoint::{EXTERNAL, HookCommand, RunCheckpoint, UNLINKED, engine_args, sweep_images};
+pub use checkpoint::{AUDIT, EXTERNAL, HookCommand, RunCheckpoint, UNLINKED, engine_args, sweep_images};
 
 use crate::checkpoint::{CheckpointId, PathText};
-use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, TerminalId, os_text};
+use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, os_text};
 use crate::error::IoContext;
 use crate::name::Name;
-use crate::processes::{ProcessId, Tree};
+use crate::processes::{self, ProcessId, Tree};
 use crate::{Error, Result};
 
 /// The newest version of [`RunRecord`].
@@ -328,6 +329,26 @@ impl Run {
             RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
             RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
+    }
+
+    /// The mounts that are its own, by the kernel's numbers: its scratch places, which a checkpoint saves with its processes, and
+    /// the one with its log.
+    pub fn own_mounts(&self) -> Result<BTreeSet<u64>> {
+        let (init, _) = self.running()?;
+        let mounts = processes::uncovered(init).context("read the mounts of the run", self.record.name.as_str())?;
+        let RunRecord { confinement, volumes, .. } = &self.record;
+        // Instead of a scratch place there may be what was asked for.
+        let others = || confinement.writable.iter().chain(volumes.iter().map(|volume| &volume.at));
+        let is_own = |at: &PathText, fstype: &[u8]| match &confinement.output == at {
+            true => true,
+            false => {
+                fstype == SCRATCH_TYPE.as_bytes()
+                    && confinement.scratch.contains(at)
+                    && others().all(|other| other != at)
+            }
+        };
+        let own = mounts.into_iter().filter(|mount| is_own(&PathText(mount.point.clone()), &mount.fstype));
+        Ok(own.map(|mount| mount.id).collect())
     }
 }
 

@@ -13,16 +13,27 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{getsockopt, sockopt};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::Signal;
 
 use super::lock::{io_error, unless_missing};
 use super::{IntentLock, Result};
 use crate::checkpoint::EngineImages;
+use crate::processes::ProcessId;
+
+/// So many callers may wait: there is one at a time.
+const BACKLOG: i32 = 16;
 
 /// The end of it where the process listens.
 #[derive(Debug)]
 pub struct Attending(UnixListener);
 
 impl Attending {
+    /// Makes this process the one that the socket names to its callers: the one before has opened it, and ends.
+    pub fn take_over(&self) -> io::Result<()> {
+        Ok(rustix::net::listen(&self.0, BACKLOG)?)
+    }
+
     /// Waits for the next caller; `None` if it is another user's, to which there is nothing to say.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         let (caller, _) = self.0.accept()?;
@@ -57,6 +68,32 @@ pub fn attendants(state: &Path, images: &EngineImages) -> impl Iterator<Item = U
     // Where nobody listens any more, there is nobody to call.
     let called = sockets.filter_map(|path| UnixStream::connect(Place::of(&path).ok()?.path()).ok());
     called.filter(|stream| is_ours(stream).is_ok_and(|ours| ours))
+}
+
+/// Ends the process that was called if somebody has stopped it: it would answer whenever it is set going again, and nobody can wait for that.
+///
+/// Returns when it is gone, or if it is not stopped.
+pub fn end_if_stopped(attendant: &UnixStream) -> io::Result<()> {
+    let pid = getsockopt(attendant, sockopt::PeerCredentials)?.pid();
+    let named = ProcessId::of(pid).map_err(io::Error::other)?;
+    let process = named.open()?;
+    // As long as the connection is open, so is the socket: the process is there, and its pid nobody else's. One that is not this program
+    // has not taken over yet.
+    let is_it = || -> io::Result<bool> {
+        let program = |process: &str| rustix::fs::stat(format!("/proc/{process}/exe")).map(|it| (it.st_dev, it.st_ino));
+        Ok(!is_hung_up(attendant)? && program(&pid.to_string())? == program("self")?)
+    };
+    if named.thread_states()?.all_stopped() && is_it()? {
+        rustix::process::pidfd_send_signal(&process, Signal::KILL)?;
+        poll(&mut [PollFd::new(&process, PollFlags::IN)], None)?;
+    }
+    Ok(())
+}
+
+fn is_hung_up(stream: &UnixStream) -> io::Result<bool> {
+    let mut events = [PollFd::new(stream, PollFlags::empty())];
+    poll(&mut events, Some(&Timespec::default()))?;
+    Ok(events[0].revents().contains(PollFlags::HUP))
 }
 
 /// Eight small letters that other images hardly have (FNV-1a).

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use fsnap::config::Config;
 use fsnap::coordinator::{Audit, Coordinator, Target};
 use fsnap::processes::{AuditRules, Cgroup, Pattern, Policy, Tree};
+use fsnap::run::Runs;
 
 use super::{Context, Failure, Outcome, Output, json};
 
@@ -15,9 +15,9 @@ use super::{Context, Failure, Outcome, Output, json};
 /// are listed too.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The process, with all its descendants
-    #[arg(required_unless_present = "cgroup", conflicts_with = "cgroup")]
-    pid: Option<i32>,
+    /// The process, with all its descendants; or a run
+    #[arg(value_name = "PID|RUN", required_unless_present = "cgroup", conflicts_with = "cgroup")]
+    process: Option<String>,
     /// All processes of this control group
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
@@ -61,14 +61,8 @@ impl From<Outside> for Policy {
 }
 
 impl Rules {
-    /// Whether there is any.
-    pub(crate) fn are_given(&self) -> bool {
-        self.outside.is_some() || !self.ignore.is_empty()
-    }
-
     /// The settings' rules, with what was asked for.
-    pub(crate) fn over(&self, config: &Config) -> AuditRules {
-        let mut rules = config.audit.clone();
+    pub(crate) fn over(&self, mut rules: AuditRules) -> AuditRules {
         rules.policy = self.outside.map_or(rules.policy, Policy::from);
         rules.ignore.extend(self.ignore.iter().cloned());
         rules
@@ -78,13 +72,21 @@ impl Rules {
 pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.read()?;
-    let tree = match (args.pid, &args.cgroup) {
-        (Some(pid), _) => Tree::of_pid(pid)?,
+    let mut rules = args.rules.over(context.config.audit.rules());
+    let tree = match (&args.process, &args.cgroup) {
+        (Some(process), _) => match process.parse() {
+            Ok(pid) => Tree::of_pid(pid)?,
+            Err(_) => {
+                let run = Runs::of(&context.state).get(&process.parse()?)?;
+                rules.own = run.own_mounts()?;
+                Tree::of_pid(run.running()?.1.pid)?
+            }
+        },
         (None, Some(path)) => Tree::of_cgroup(Cgroup::open(path)?)?,
         (None, None) => return Err(Failure::Reported),
     };
     let targets = targets(&coordinator, &tree, &args.volumes)?;
-    let audit = coordinator.audit(&tree, targets, &args.rules.over(&context.config))?;
+    let audit = coordinator.audit(&tree, targets, &rules)?;
     let out = Output::new();
     if args.json {
         out.json(&json::audit(&audit))?

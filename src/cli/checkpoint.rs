@@ -84,7 +84,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         (None, Some(tree)) => coordinator.targets_reached(tree)?,
         (None, None) => coordinator.targets()?,
     };
-    let audit = args.rules.over(&context.config);
+    let audit = args.rules.over(context.config.audit.rules());
     if let Some(tree) = &tree {
         coordinator.refuse_outside(tree, &targets, &audit)?;
     }
@@ -147,10 +147,6 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         (args.pid.is_some() || args.cgroup.is_some(), "--pid and --cgroup name other processes than the run's"),
         (args.freeze_writers, "--freeze-writers is for checkpoints without an engine"),
         (args.branch.is_some(), "a run is saved with the branch that it works on"),
-        (
-            args.rules.are_given(),
-            "what is done about what lies outside a run is set by the settings, or by FSNAP_OUTSIDE",
-        ),
     ] {
         if given {
             return Err(Failure::Usage(flag.to_owned()));
@@ -170,6 +166,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         criu: &environment::find_criu(&context.config)?,
         args: &args.args,
         external: &external,
+        audit: &args.rules.over(environment::audit(&context.config)?),
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         message: &args.message,

@@ -238,14 +238,19 @@ pub(crate) fn message() -> String {
     std::env::var_os("FSNAP_MESSAGE").unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// What hooks do about what lies outside: the configuration's rules, with the policy of `FSNAP_OUTSIDE`.
+/// What hooks do about what lies outside: as fsnap has told them for a run; else the configuration's rules, with the policy of
+/// `FSNAP_OUTSIDE`.
 pub(crate) fn audit(config: &Config) -> Result<AuditRules, Failure> {
-    let mut rules = config.audit.clone();
+    let bad = |reason: String| fsnap::Error::Config { path: "environment".into(), reason };
+    if let Some(rules) = std::env::var_os(fsnap::run::AUDIT) {
+        let parsed = serde_json::from_slice(rules.as_encoded_bytes());
+        return Ok(parsed.map_err(|error| bad(format!("{} is not fsnap's: {error}", fsnap::run::AUDIT)))?);
+    }
+    let mut rules = config.audit.rules();
     if let Some(policy) = std::env::var_os("FSNAP_OUTSIDE").filter(|policy| !policy.is_empty()) {
         let known = policy.to_str().and_then(|policy| super::audit::Outside::from_str(policy, false).ok());
-        let reason = || format!("FSNAP_OUTSIDE is {policy:?}, and not refuse, record or ignore");
-        let environment = || fsnap::Error::Config { path: "environment".into(), reason: reason() };
-        rules.policy = known.ok_or_else(environment)?.into();
+        let unknown = || bad(format!("FSNAP_OUTSIDE is {policy:?}, and not refuse, record or ignore"));
+        rules.policy = known.ok_or_else(unknown)?.into();
     }
     Ok(rules)
 }

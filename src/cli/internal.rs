@@ -1,6 +1,8 @@
 //! `fsnap internal`: what fsnap starts of itself; not for users.
 
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use fsnap::engine::{StageCommand, run_dump_stage, run_program, run_stage};
 use fsnap::quiesce::{GuardCommand, run_guard};
@@ -41,7 +43,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     match args.part {
         Part::ThawGuard => Ok(run_guard(input, output)?),
         // It reports its failure to the one who started it.
-        Part::RestoreStage => match run_stage(input, output) {
+        Part::RestoreStage => match run_stage(input, &connection()?) {
             0 => Ok(()),
             _ => Err(Failure::Reported),
         },
@@ -56,6 +58,12 @@ pub(crate) fn run(args: Args) -> Outcome {
             Err(Failure::Reported)
         }
     }
+}
+
+/// The connection to whoever started this stage, which is its standard output.
+fn connection() -> Result<UnixStream, Failure> {
+    let cannot = |source| fsnap::Error::Io { action: "use", object: "standard output".into(), source };
+    Ok(io::stdout().as_fd().try_clone_to_owned().map_err(cannot)?.into())
 }
 
 /// Hands a call of CRIU's action script inside a run to the fsnap outside.

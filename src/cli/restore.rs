@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 
-use fsnap::coordinator::RestoreRequest;
-use fsnap::engine::PidSpace;
+use fsnap::branch::Branch;
+use fsnap::coordinator::{Coordinator, RestoreRequest};
+use fsnap::engine::{PidSpace, Restored};
 use fsnap::name::Name;
 use fsnap::{Error, reference};
 use serde_json::json;
@@ -50,7 +51,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         None => free_name(&coordinator, &checkpoint.id)?,
     };
     let criu = environment::find_criu(&context.config)?;
-    let (branch, restored) = coordinator.restore(&RestoreRequest {
+    let (branch, mut restored) = coordinator.restore(&RestoreRequest {
         checkpoint: &checkpoint,
         branch: &name,
         criu: &criu,
@@ -59,19 +60,25 @@ pub(crate) fn run(args: Args) -> Outcome {
         pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
         run: None,
     })?;
-    let out = Output::new();
-    if args.json {
-        let mut object = json::branch(&coordinator.shown(), &branch);
-        object["init"] = json!(restored.init.pid);
-        object["pid"] = json!(restored.root.map(|root| root.pid));
-        out.json(&object)?;
-    } else {
-        let root = restored.root.map_or_else(|| "which has ended already".into(), |root| root.pid.to_string());
-        out.line(format_args!("restored onto branch {}: process {root}, under {}", branch.name, restored.init.pid))?;
-        branch.members.iter().try_for_each(|member| out.line(&member.path))?;
-    }
+    let told = tell(&coordinator, &branch, &restored, args.json);
+    // Not before it was told which processes those are.
+    restored.keep()?;
+    told?;
     if args.wait {
         restored.wait();
     }
     Ok(())
+}
+
+fn tell(coordinator: &Coordinator, branch: &Branch, restored: &Restored, as_json: bool) -> Outcome {
+    let out = Output::new();
+    if as_json {
+        let mut object = json::branch(&coordinator.shown(), branch);
+        object["init"] = json!(restored.init.pid);
+        object["pid"] = json!(restored.root.map(|root| root.pid));
+        return out.json(&object);
+    }
+    let root = restored.root.map_or_else(|| "which has ended already".into(), |root| root.pid.to_string());
+    out.line(format_args!("restored onto branch {}: process {root}, under {}", branch.name, restored.init.pid))?;
+    branch.members.iter().try_for_each(|member| out.line(&member.path))
 }

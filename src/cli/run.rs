@@ -115,8 +115,9 @@ fn start(
         last_stage: &internal::program_command(),
     };
     match start.run() {
-        Ok(started) => {
+        Ok(mut started) => {
             place.started(started.root)?;
+            started.keep()?;
             Ok(started)
         }
         Err(error) => Err(fsnap::Error::from(error).and_undo(place.discard()).into()),

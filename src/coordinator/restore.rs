@@ -18,7 +18,7 @@ use crate::mount::Restrictions;
 use crate::name::Name;
 use crate::progress::Work;
 use crate::run::RunRecord;
-use crate::{Error, Result};
+use crate::{Error, Result, failpoint};
 
 /// What is to be restored, and how.
 #[derive(Debug)]
@@ -108,7 +108,9 @@ impl Coordinator {
             terminal: request.run.and_then(|run| run.terminal),
         };
         let _work = self.begin_work(Work::Restoring, None);
-        Ok(restore.run()?)
+        let restored = restore.run()?;
+        failpoint::hit("restore:reported");
+        Ok(restored)
     }
 
     /// The files that the engine left to fsnap: each comes back in the directory on the branch that it was in, if that is still there.

@@ -48,9 +48,11 @@ impl Coordinator {
         }
     }
 
-    /// Copies ahead what has no name, while the processes run. What fails here fails again when it matters, and is told then.
+    /// Copies ahead what has no name, while the processes run. What fails here fails again when it matters, and is told then; what
+    /// the engine cannot tell apart is refused at once.
     pub(super) fn prime_unlinked(&self, pending: &PendingCheckpoint, tree: &Tree) -> Result<()> {
         let Ok(seen) = planned(pending).and_then(|volumes| look(tree, volumes)) else { return Ok(()) };
+        refuse_doubles(pending, &seen)?;
         let stores = pending.members.iter().map(|member| self.store(&member.store)).collect::<Result<Vec<_>>>()?;
         let stores: Vec<&dyn Backend> = stores.iter().map(AsRef::as_ref).collect();
         let keeper = Keeper { pending, stores: &stores, state: self.catalog.state() };
@@ -141,6 +143,9 @@ fn keep(
     if unlinked.is_empty() && !pending.external {
         return Ok(Vec::new());
     }
+    if let Some(seen) = seen {
+        refuse_doubles(pending, seen)?;
+    }
     let engine = pending.engine.as_ref().map_or("", |engine| &engine.name);
     let mut external = match images {
         Some(images) => engine::external_files(engine, images)?,
@@ -173,6 +178,18 @@ fn keep(
     match external.pop_first() {
         Some(key) => Err(Error::LeftOut { key }),
         None => Ok(all),
+    }
+}
+
+/// CRIU knows a file without a name by its mount and its number; whoever calls it.
+fn refuse_doubles(pending: &PendingCheckpoint, seen: &Observation) -> Result<()> {
+    let by_criu = pending.engine.as_ref().is_some_and(|engine| engine.name != engine::GENERIC);
+    match seen.doubles().filter(|_| by_criu) {
+        Some([one, other]) => {
+            let path = |file: &Unlinked| file.place.path.clone();
+            Err(Error::Doubles { one: path(one), other: path(other) })
+        }
+        None => Ok(()),
     }
 }
 

@@ -26,6 +26,9 @@ use crate::processes::ProcessId;
 /// Where programs expect to find a place for files that need not last.
 pub const SCRATCH: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 
+/// The file system of such a place.
+pub(crate) const SCRATCH_TYPE: &str = "tmpfs";
+
 /// Where the kernel shows terminals.
 const TERMINALS: &str = "/dev/pts";
 
@@ -148,7 +151,7 @@ impl Cell {
                 continue;
             }
             let spec = MountSpec::Mount {
-                fstype: "tmpfs".into(),
+                fstype: SCRATCH_TYPE.into(),
                 source: "fsnap".into(),
                 options: "mode=1777".into(),
                 read_only: false,

@@ -15,9 +15,10 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use fsnap_backend::MountSpec;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,7 +30,7 @@ use super::confine::{Cell, Confinement, LOG};
 use super::criu::{self, Criu};
 use super::given_back::{GivenBack, PlannedFile};
 use super::program::{Program, TerminalId};
-use super::stage::{Failure, Plan, PlannedMount, Report};
+use super::stage::{Failure, KEPT, Plan, PlannedMount, Report};
 use super::{Error, Images, Result, os_text};
 use crate::checkpoint::PathText;
 use crate::mount::Restrictions;
@@ -124,8 +125,9 @@ pub enum Ended {
     Unknown,
 }
 
-/// Processes that were restored and run.
+/// Processes that were restored and run. Dropped before they are [kept](Self::keep), all of them end, and so they do when fsnap is killed.
 #[derive(Debug)]
+#[must_use = "the processes end when this is dropped and was not kept"]
 pub struct Restored {
     /// The process that waits for them; in a pid namespace of their own, all end with it.
     pub init: ProcessId,
@@ -134,11 +136,12 @@ pub struct Restored {
     /// CRIU's log.
     pub log: PathBuf,
     pids: PidSpace,
-    reports: BufReader<ChildStdout>,
+    reports: BufReader<UnixStream>,
+    kept: bool,
 }
 
 impl Restore<'_> {
-    /// Runs it until the processes are restored; they do not end with fsnap.
+    /// Runs it until the processes are restored.
     ///
     /// On failure nothing that was restored is left.
     pub fn run(&self) -> Result<Restored> {
@@ -167,7 +170,7 @@ impl Restore<'_> {
 }
 
 impl Start<'_> {
-    /// Starts it; it does not end with fsnap.
+    /// Starts it.
     ///
     /// On failure nothing runs.
     pub fn run(&self) -> Result<Restored> {
@@ -206,19 +209,19 @@ impl Launch<'_> {
     fn run(&self, plan: &Plan) -> Result<Restored> {
         let step = |step: &str, source: io::Error| Error::Restore { step: step.into(), reason: source.to_string() };
         let log = self.create_log().map_err(|error| step(&format!("create the log {:?}", self.log), error))?;
+        let (reports, its) = UnixStream::pair().map_err(|error| step("listen to the stages", error))?;
         let mut child = Command::new(&self.stage.program)
             .args(&self.stage.args)
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdout(OwnedFd::from(its))
             .stderr(log)
             .spawn()
             .map_err(|source| Error::Run { program: self.stage.program.clone(), source })?;
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-        let (Some(mut stdin), Some(stdout)) = (stdin, stdout) else { unreachable!("both were asked for") };
+        let Some(mut stdin) = child.stdin.take() else { unreachable!("it was asked for") };
         let sent = serde_json::to_vec(plan).map_err(io::Error::from).and_then(|plan| stdin.write_all(&plan));
         drop(stdin);
         let restored = match sent {
-            Ok(()) => self.follow(BufReader::new(stdout)),
+            Ok(()) => self.follow(BufReader::new(reports)),
             Err(error) => Err(step("start the restore", error)),
         };
         // The first stage ends when the second runs.
@@ -236,14 +239,14 @@ impl Launch<'_> {
         Ok(rustix::fs::openat(CWD, self.log, flags, Mode::RUSR | Mode::WUSR)?.into())
     }
 
-    fn follow(&self, mut reports: BufReader<ChildStdout>) -> Result<Restored> {
+    fn follow(&self, mut reports: BufReader<UnixStream>) -> Result<Restored> {
         let mut init = None;
         loop {
             match (Report::read(&mut reports), init) {
                 (Some(Report::Init { pid }), None) => init = ProcessId::of(pid).ok(),
                 (Some(Report::Restored { root }), Some(init)) => {
                     let root = root.and_then(|pid| find_inside(init, pid, self.pids));
-                    return Ok(Restored { init, root, log: self.log.into(), pids: self.pids, reports });
+                    return Ok(Restored { init, root, log: self.log.into(), pids: self.pids, reports, kept: false });
                 }
                 (Some(Report::Failed(failure)), init) => {
                     // Until it has ended, it sees what is going to be removed.
@@ -288,8 +291,20 @@ fn find_inside(init: ProcessId, pid: i32, pids: PidSpace) -> Option<ProcessId> {
 }
 
 impl Restored {
-    /// Waits until all restored processes have ended.
+    /// Lets the processes go on without fsnap: whatever is to be known of them is recorded or said.
+    pub fn keep(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.kept, true) {
+            let told = self.reports.get_mut().write_all(&[KEPT]);
+            let step = || "let the processes go on".into();
+            told.map_err(|error| Error::Restore { step: step(), reason: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the processes, and waits until all of them have ended.
     pub fn wait(mut self) -> Ended {
+        // Who cannot be told has ended.
+        let _ = self.keep();
         let ended = loop {
             match Report::read(&mut self.reports) {
                 Some(Report::Ended(ended)) => break ended,

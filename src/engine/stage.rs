@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -151,24 +152,27 @@ impl Failure {
     }
 }
 
+/// The answer to [`Report::Restored`].
+pub(super) const KEPT: u8 = b'k';
+
 /// Runs as a stage of a [`Restore`](super::Restore) or a [`Start`](super::Start), which started this process; returns its
 /// exit status.
 ///
 /// Requires that this process has one thread. The first stage returns soon; the second stays until all restored processes have
 /// ended, or the restore has failed.
-pub fn run_stage(mut input: impl Read, mut output: impl Write) -> u8 {
+pub fn run_stage(mut input: impl Read, mut connection: &UnixStream) -> u8 {
     let mut text = Vec::new();
     let plan = input.read_to_end(&mut text).and_then(|_| Ok(serde_json::from_slice::<Plan>(&text)?));
     let done = match plan {
-        Ok(plan) if plan.second => second_stage(&plan, &mut output),
-        Ok(plan) => first_stage(plan, &mut output),
+        Ok(plan) if plan.second => second_stage(&plan, connection),
+        Ok(plan) => first_stage(plan, &mut connection),
         Err(error) => Err(Failure::step("understand the plan of a restore")(error)),
     };
     match done {
         Ok(()) => 0,
         Err(failure) => {
             // If nobody listens any more, the exit status says enough.
-            let _ = send(&mut output, &Report::Failed(failure));
+            let _ = send(&mut connection, &Report::Failed(failure));
             1
         }
     }
@@ -231,7 +235,7 @@ fn start_second_stage(plan: &Plan, output: &mut impl Write) -> io::Result<()> {
     child.stdin.take().map_or(Ok(()), |mut input| input.write_all(&plan))
 }
 
-fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
+fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure> {
     let images = match &plan.program {
         None => Some(open_images(&plan.images).map_err(Failure::step("open the images"))?),
         Some(_) => None,
@@ -255,8 +259,10 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
         }
         (None, None) => None,
     };
-    // Nobody knows of the processes if this cannot be said: they end with this one. In namespaces of their own the kernel sees to that.
-    send(output, &Report::Restored { root }).map_err(|error| {
+    // Nobody knows of the processes if this cannot be said, or whoever was told has ended before it was recorded: they end with this one. In
+    // namespaces of their own the kernel sees to that.
+    let kept = send(&mut connection, &Report::Restored { root }).and_then(|()| connection.read_exact(&mut [0]));
+    kept.map_err(|error| {
         end_descendants();
         Failure::step("report the restore")(error)
     })?;
@@ -267,7 +273,7 @@ fn second_stage(plan: &Plan, output: &mut impl Write) -> Result<(), Failure> {
             .and_then(|mut file| file.write_all(&serde_json::to_vec(&ended)?));
     }
     // In the meantime the one who asked for the restore has usually ended.
-    let _ = send(output, &Report::Ended(ended));
+    let _ = send(&mut connection, &Report::Ended(ended));
     Ok(())
 }
 

@@ -4,12 +4,13 @@
 //! process sees and may enter. What no snapshot can hold is not named: the kernel's own file systems, such as proc, and
 //! memory that has no name, which the engine saves with the processes.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::Pattern;
-use super::mounts::NETWORK;
+use super::mounts::{Mount, NETWORK};
 use crate::checkpoint::PathText;
 
 /// What is done about what lies outside.
@@ -33,12 +34,20 @@ pub struct AuditRules {
     pub policy: Policy,
     /// What does not matter.
     pub ignore: Vec<Pattern>,
+    /// Mounts, by the kernel's numbers, that are the processes' own: what lies there is saved with them, and not outside.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub own: BTreeSet<u64>,
 }
 
 impl AuditRules {
     /// Whether it does not matter.
     pub(super) fn ignores(&self, outside: &Outside) -> bool {
         self.ignore.iter().any(|pattern| pattern.matches(outside.path.as_path(), &outside.file_system))
+    }
+
+    /// The type of the file system and what that keeps its files on, of a mount that is of concern.
+    pub(super) fn concerned(&self, mount: &Mount) -> Option<(String, Medium)> {
+        if self.own.contains(&mount.id) { None } else { told(mount) }
     }
 }
 
@@ -136,6 +145,12 @@ impl Medium {
             _ => Self::Disk,
         })
     }
+}
+
+/// The type of a mount's file system, and what that keeps its files on; `None` if it has no files of anybody's.
+pub(super) fn told(mount: &Mount) -> Option<(String, Medium)> {
+    let medium = Medium::of(&mount.fstype)?;
+    Some((String::from_utf8_lossy(&mount.fstype).into_owned(), medium))
 }
 
 impl fmt::Display for Outside {

@@ -1,11 +1,12 @@
 //! The files that a process has in use.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use fsnap_backend::mounts::unescape;
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 
 use super::mounts::Device;
@@ -175,15 +176,14 @@ fn visit_mappings(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUs
         return Ok(true);
     }
     let content = read_all(maps)?;
-    let mut last: &[u8] = b"";
-    for (name, device) in content.split(|&byte| byte == b'\n').filter_map(shared_writable) {
+    let mut last = None;
+    for mapping in content.split(|&byte| byte == b'\n').filter_map(shared_writable) {
         // The pieces of one file's mapping follow each other.
-        if name == last {
+        if last.replace((mapping.device, mapping.inode)) == Some((mapping.device, mapping.inode)) {
             continue;
         }
-        last = name;
-        let path = PathBuf::from(unescape(name));
-        let located = lens.views.locate_mapped(lens.view, &path, device);
+        let path = mapping.path();
+        let located = lens.views.locate_mapped(lens.view, &path, mapping.device);
         if !visit(InUse { how: How::Mapping, path, located, device: None }) {
             return Ok(false);
         }
@@ -191,10 +191,9 @@ fn visit_mappings(process: &ProcDir, lens: &Lens<'_>, visit: &mut dyn FnMut(InUs
     Ok(true)
 }
 
-/// The file and its device, of a line of `/proc/PID/maps` that stands for a shared mapping which may be written.
-fn shared_writable(line: &[u8]) -> Option<(&[u8], Device)> {
-    let mapping = Mapping::parse(line)?;
-    (mapping.writable && mapping.shared).then_some((mapping.name, mapping.device))
+/// A line of `/proc/PID/maps` that stands for a shared mapping which may be written.
+fn shared_writable(line: &[u8]) -> Option<Mapping<'_>> {
+    Mapping::parse(line).filter(|mapping| mapping.writable && mapping.shared)
 }
 
 /// A line of `/proc/PID/maps` that stands for a piece of a file.
@@ -206,7 +205,7 @@ pub(super) struct Mapping<'a> {
     pub(super) device: Device,
     pub(super) inode: u64,
     /// The file's name, with the kernel's escapes.
-    pub(super) name: &'a [u8],
+    name: &'a [u8],
 }
 
 impl<'a> Mapping<'a> {
@@ -231,6 +230,18 @@ impl<'a> Mapping<'a> {
             name,
         })
     }
+
+    /// The file's name. Here the kernel escapes the end of a line and nothing else, not even a backslash: a name may look as if it had others.
+    pub(super) fn path(&self) -> PathBuf {
+        const ESCAPED: &[u8] = b"\\012";
+        let (mut path, mut rest) = (Vec::with_capacity(self.name.len()), self.name);
+        while let Some((&first, after)) = rest.split_first() {
+            let newline = rest.strip_prefix(ESCAPED);
+            path.push(if newline.is_some() { b'\n' } else { first });
+            rest = newline.unwrap_or(after);
+        }
+        OsString::from_vec(path).into()
+    }
 }
 
 #[cfg(test)]
@@ -240,8 +251,9 @@ mod tests {
     #[test]
     fn only_shared_writable_mappings_of_files_count() {
         let shared = b"7f0c7a000000-7f0c7a001000 rw-s 00000000 fe:0a 1234                       /srv/db/a b (deleted)";
-        let device = Device { major: 0xfe, minor: 0x0a };
-        assert_eq!(shared_writable(shared), Some((&b"/srv/db/a b (deleted)"[..], device)));
+        let found = shared_writable(shared).unwrap();
+        assert_eq!((found.device, found.inode), (Device { major: 0xfe, minor: 0x0a }, 1234));
+        assert_eq!(found.path().as_os_str(), "/srv/db/a b (deleted)");
         for other in [
             &b"7f0c7a000000-7f0c7a001000 rw-p 00000000 fe:0a 1234                       /srv/db/a"[..],
             b"7f0c7a000000-7f0c7a001000 r--s 00000000 fe:0a 1234                       /srv/db/a",
@@ -249,7 +261,14 @@ mod tests {
             b"7f0c7a000000-7f0c7a001000 rw-s 00000000 00:0d 5                          anon_inode:[perf_event]",
             b"",
         ] {
-            assert_eq!(shared_writable(other), None, "{}", String::from_utf8_lossy(other));
+            assert!(shared_writable(other).is_none(), "{}", String::from_utf8_lossy(other));
         }
+    }
+
+    /// Else a file beside a volume passed for one within it.
+    #[test]
+    fn a_name_that_looks_escaped_is_taken_as_it_is() {
+        let line = b"7f0c7a000000-7f0c7a001000 rw-s 00000000 fe:0a 1234    /srv/db\\057x\\012y";
+        assert_eq!(Mapping::parse(line).unwrap().path().as_os_str(), "/srv/db\\057x\ny");
     }
 }

@@ -7,7 +7,9 @@ use std::path::Path;
 use fsnap_backend::mounts;
 pub(crate) use fsnap_backend::mounts::{Device, Mount, Place};
 
+use super::ProcessId;
 use super::proc_dir::ProcDir;
+use super::reach;
 
 /// The file systems whose files are on another machine.
 pub(super) const NETWORK: &[&[u8]] = &[
@@ -30,6 +32,13 @@ pub(super) const NETWORK: &[&[u8]] = &[
 pub(crate) fn may_hang(mount: &Mount) -> bool {
     let kind = mount.fstype.as_slice();
     kind.starts_with(b"fuse") || kind == b"autofs" || NETWORK.contains(&kind)
+}
+
+/// The mounts that a process sees and that nothing covers.
+pub(crate) fn uncovered(process: ProcessId) -> io::Result<Vec<Mount>> {
+    let table = MountTable::of(&reach::open(process)?)?;
+    let on_top = |mount: &&Mount| table.resolve(&mount.point).is_some_and(|top| top.id == mount.id);
+    Ok(table.iter().filter(on_top).cloned().collect())
 }
 
 /// All mounts that a process sees.

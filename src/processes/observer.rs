@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use fsnap_backend::mounts::unescape;
 use rustix::fs::{FileType, Mode, OFlags};
 
+use super::audit::told;
 use super::credentials::Credentials;
 use super::files::{Mapping, Target, target_of};
 use super::mounts::Mount;
@@ -207,7 +207,7 @@ impl Observation {
         let mut known = HashSet::new();
         for socket in std::mem::take(&mut self.sockets).bound() {
             let Some(dir) = &self.dirs[socket.process] else { continue };
-            let Ok((place, mount)) = socket.locate(dir, &mut survey, &names) else { continue };
+            let Ok((place, mount)) = socket.locate(dir, &mut survey, &names, &self.rules) else { continue };
             let Some((file_system, medium)) = mount.filter(|_| place.volume.is_none()) else { continue };
             let process = &self.record.processes[socket.process];
             let (pid, command, path) = (process.pid, process.command.clone(), place.path);
@@ -327,8 +327,10 @@ impl Observer<'_> {
                 OpenKind::Other | OpenKind::Socket => (0, 0),
                 _ => info_of(&infos, &name).unwrap_or_default(),
             };
+            let is_mounted = || target.mount.is_none_or(|id| view.table.by_id(id).is_some());
+            let is_memory = Some(target.device) == self.memory || names_memory(&text) && !is_mounted();
             let place = self.place(view, text, target.mount, target.unlinked);
-            if kind == OpenKind::File {
+            if kind == OpenKind::File && !is_memory {
                 self.unlinked(&target, &place, view, || format!("fd/{name}"));
             }
             let Target { device, inode, .. } = target;
@@ -336,8 +338,9 @@ impl Observer<'_> {
                 sockets.push((inode, fd));
             }
             let file = OpenFile { fd, place, kind, flags, offset, device, inode };
-            if kind == OpenKind::File && file.is_writable() && Some(device) != self.memory {
-                self.audit(Via::Descriptor { fd }, &file.place, self.mount_of(view, &file.place, target.mount), record);
+            if kind == OpenKind::File && file.is_writable() && !is_memory {
+                let mount = self.mount_of(view, &file.place, target.mount, |mount| self.concerned(mount));
+                self.audit(Via::Descriptor { fd }, &file.place, mount, record);
             }
             record.files.push(file);
         }
@@ -360,15 +363,16 @@ impl Observer<'_> {
                 file.writable |= mapping.writable && mapping.shared;
                 continue;
             }
-            if Some(device) == self.memory {
+            let text = mapping.path();
+            let is_mounted = || view.table.iter().any(|mount| mount.root.device == mapping.device);
+            if Some(device) == self.memory || names_memory(&text) && !is_mounted() {
                 continue;
             }
             if !self.take_one() {
                 break;
             }
-            let text = PathBuf::from(unescape(mapping.name));
             // A file may be *named* so; whether it is gone is asked of the file.
-            let marked = text.as_os_str().as_bytes().ends_with(MARK);
+            let marked = has_mark(&text);
             let link = || format!("map_files/{}", mapping.range);
             let target = if marked { target_of(dir, &link()).ok().filter(|target| target.unlinked) } else { None };
             let unlinked = target.is_some();
@@ -392,7 +396,7 @@ impl Observer<'_> {
             let file = &record.mapped[index];
             if file.writable {
                 let place = file.place.clone();
-                let mount = self.mount_of(view, &place, None);
+                let mount = self.mount_of(view, &place, None, |mount| self.concerned(mount));
                 self.audit(Via::Mapping, &place, mount, record);
             }
         }
@@ -402,17 +406,27 @@ impl Observer<'_> {
     /// Remembers a file that has no name any more, so that it can be opened while the process stands.
     fn unlinked(&mut self, target: &Target, place: &FilePlace, view: &View, link: impl Fn() -> String) {
         let &Target { device, inode, mount, unlinked, .. } = target;
-        if !unlinked || Some(device) == self.memory || !self.gone.insert((device, inode)) {
+        if !unlinked || !self.gone.insert((device, inode)) {
             return;
         }
-        let Some((_, medium)) = self.mount_of(view, place, mount) else { return };
+        let Some((_, medium)) = self.mount_of(view, place, mount, told) else { return };
         let (process, link) = (self.observation.dirs.len(), link());
         let found = Unlinked { place: place.clone(), device, inode, mount, medium, process, link };
         self.observation.unlinked.push(found);
     }
 
-    /// The type of the file system, and what that keeps its files on; `None` if it has no files of anybody's.
-    fn mount_of(&self, view: &View, place: &FilePlace, mount: Option<u64>) -> Option<(String, Medium)> {
+    fn concerned(&self, mount: &Mount) -> Option<(String, Medium)> {
+        self.observation.rules.concerned(mount)
+    }
+
+    /// What `told` tells of the mount that the file lies on.
+    fn mount_of(
+        &self,
+        view: &View,
+        place: &FilePlace,
+        mount: Option<u64>,
+        told: impl Fn(&Mount) -> Option<(String, Medium)>,
+    ) -> Option<(String, Medium)> {
         let by_path = || view.resolve(place.path.as_path());
         let found: Option<&Mount> = mount.map_or_else(by_path, |id| view.table.by_id(id));
         match found {
@@ -444,7 +458,7 @@ impl Observer<'_> {
             return Ok(());
         }
         for mount in view.table.iter().filter(|mount| mount.writable) {
-            let Some((file_system, medium)) = told(mount) else { continue };
+            let Some((file_system, medium)) = self.concerned(mount) else { continue };
             let visible = view.table.resolve(&mount.point).is_some_and(|top| top.id == mount.id);
             let inside = mount.point.starts_with(&view.root) || view.root.starts_with(&mount.point);
             if !visible || !inside || self.survey.owner(&mount.root).is_some() {
@@ -484,6 +498,10 @@ fn without_mark(text: PathBuf) -> PathBuf {
     }
 }
 
+pub(super) fn has_mark(text: &Path) -> bool {
+    text.as_os_str().as_bytes().ends_with(MARK)
+}
+
 /// What the kernel writes behind the name of a file that is not found under it any more.
 const MARK: &[u8] = b" (deleted)";
 
@@ -499,12 +517,6 @@ fn kind_of(target: &Target, text: &Path) -> OpenKind {
         _ if text.is_absolute() => OpenKind::File,
         _ => OpenKind::Other,
     }
-}
-
-/// The type of a mount's file system, and what that keeps its files on; `None` if it has no files of anybody's.
-pub(super) fn told(mount: &Mount) -> Option<(String, Medium)> {
-    let medium = Medium::of(&mount.fstype)?;
-    Some((String::from_utf8_lossy(&mount.fstype).into_owned(), medium))
 }
 
 /// The flags and the offset of a descriptor, of its file in `fdinfo`.
@@ -524,6 +536,14 @@ fn info_of(infos: &OwnedFd, name: &str) -> Option<(u32, u64)> {
 fn memory_device() -> Option<u64> {
     let file = rustix::fs::memfd_create("fsnap", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
     Some(rustix::fs::fstat(file).ok()?.st_dev)
+}
+
+/// Whether the kernel gives such names to memory that it keeps in file systems of its own, which are mounted nowhere: huge pages, secrets, the
+/// rings of asynchronous input and output. The engine saves it with the processes, or cannot.
+fn names_memory(text: &Path) -> bool {
+    const NAMES: [&[u8]; 4] = [b"/memfd:", b"/anon_hugepage", b"/secretmem", b"/[aio]"];
+    let text = text.as_os_str().as_bytes();
+    NAMES.iter().any(|name| text.starts_with(name))
 }
 
 /// Whether anybody still waits for command lines.

@@ -10,10 +10,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::observer::{in_volume, told};
+use super::observer::in_volume;
 use super::proc_dir::{ProcDir, parse, read_all};
 use super::reach::Survey;
-use super::{FilePlace, Medium};
+use super::{AuditRules, FilePlace, Medium};
 use crate::checkpoint::PathText;
 use crate::name::Name;
 
@@ -81,12 +81,13 @@ impl Socket {
         dir: &ProcDir,
         survey: &mut Survey<'_>,
         names: &[Name],
+        rules: &AuditRules,
     ) -> io::Result<(FilePlace, Option<(String, Medium)>)> {
         let view = survey.views.of(dir)?;
         let below = self.path.strip_prefix("/").unwrap_or(&self.path);
         let text = dir.link("root")?.join(below);
         let volume = in_volume(survey, names, &survey.views.locate(&view, &text, None));
-        let mount = view.resolve(&text).and_then(told);
+        let mount = view.resolve(&text).and_then(|mount| rules.concerned(mount));
         Ok((FilePlace { path: PathText(text), volume, unlinked: false }, mount))
     }
 }

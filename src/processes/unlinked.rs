@@ -1,12 +1,16 @@
 //! Files in use that have no name any more: no snapshot holds them, and a process that has one can be asked for it.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
 
 use super::files::target_of;
-use super::{FilePlace, Medium, Observation, OpenKind};
+use super::observer::has_mark;
+use super::{FilePlace, MappedFile, Medium, Observation, OpenKind};
+use crate::checkpoint::PathText;
 
 /// A regular file in use that has no name any more, and will never have one again.
 #[derive(Debug, Clone)]
@@ -51,6 +55,32 @@ impl Observation {
         let is_it = (found.st_dev, found.st_ino) == (unlinked.device, unlinked.inode)
             && FileType::from_raw_mode(found.st_mode) == FileType::RegularFile;
         if is_it { Ok(file.into()) } else { Err(gone()) }
+    }
+
+    /// Two files without names that have one number on one mount, as files of two subvolumes of a btrfs can: who knows a file by
+    /// these takes one for the other, even to copy it.
+    pub fn doubles(&self) -> Option<[&Unlinked; 2]> {
+        let mut known: HashMap<_, &Unlinked> = HashMap::new();
+        self.unlinked.iter().find_map(|unlinked| {
+            let other = known.insert((unlinked.mount?, unlinked.inode), unlinked)?;
+            (other.device != unlinked.device).then_some([other, unlinked])
+        })
+    }
+
+    /// A file that a process has mapped, that has no name any more, and that this user cannot reach: not even to save the process.
+    pub fn out_of_reach(&self) -> Option<(i32, &PathText)> {
+        let mapped =
+            self.record.processes.iter().flat_map(|process| process.mapped.iter().map(|file| (process.pid, file)));
+        let lost = |pid: i32, file: &MappedFile| {
+            let path = file.place.path.as_path();
+            let below = path.strip_prefix("/").unwrap_or(path);
+            // A file may be *named* so.
+            has_mark(path)
+                && rustix::fs::lstat(Path::new(&format!("/proc/{pid}/root")).join(below))
+                    .map_or(true, |found| found.st_ino != file.inode)
+        };
+        let mut lost = mapped.filter(|(pid, file)| !file.place.unlinked && lost(*pid, file));
+        lost.next().map(|(pid, file)| (pid, &file.place.path))
     }
 
     /// Whether the processes have another file in use that has the same number on the same mount: two subvolumes of one btrfs

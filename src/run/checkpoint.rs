@@ -19,7 +19,7 @@ use crate::coordinator::Coordinator;
 use crate::engine::criu::{self, Criu};
 use crate::engine::{Dump, Images, StageCommand, sys};
 use crate::error::IoContext;
-use crate::processes::ProcessId;
+use crate::processes::{self, AuditRules, Policy, ProcessId, Tree};
 use crate::{Error, Result, stores};
 
 /// How to call fsnap as the engine's action script: a program, and the name that it is called by.
@@ -44,6 +44,8 @@ pub struct RunCheckpoint<'a> {
     pub args: &'a [OsString],
     /// Files without names that CRIU leaves to fsnap, as it calls them.
     pub external: &'a [String],
+    /// What is done about what it can write to besides; what is its own is known.
+    pub audit: &'a AuditRules,
     /// How to start the stage of the dump.
     pub stage: &'a StageCommand,
     /// How to call the hook.
@@ -61,6 +63,8 @@ pub struct RunCheckpoint<'a> {
 pub const UNLINKED: [&str; 3] = ["--link-remap", "--ghost-limit", "1024G"];
 /// A variable that tells the hook that CRIU leaves files to fsnap.
 pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
+/// A variable that tells the hook, in JSON, how the audit of a run is made.
+pub const AUDIT: &str = "FSNAP_AUDIT";
 /// What a user who is not root has to tell CRIU, else it insists on rights over the whole machine.
 const UNPRIVILEGED: &str = "--unprivileged";
 
@@ -78,6 +82,7 @@ impl RunCheckpoint<'_> {
     /// Takes it; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
         let (init, root) = self.run.running()?;
+        refuse_out_of_reach(root)?;
         let (dir, _lock) = self.make_directory()?;
         let mut id = None;
         match self.dump(init, root, &dir, &mut id) {
@@ -124,7 +129,10 @@ impl RunCheckpoint<'_> {
         let mut failed = None;
         let dump =
             Dump { criu: self.criu, init, root, images: &images, scratch: &scratch, args: &args, stage: self.stage };
-        let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root) {
+        let audit = AuditRules { own: self.run.own_mounts()?, ..self.audit.clone() };
+        let audit =
+            serde_json::to_string(&audit).map_err(std::io::Error::other).context("write", "the rules of the audit")?;
+        let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root, &audit) {
             Ok(said) => {
                 *id = id.or(said);
                 // Before the freeze it says which checkpoint it has begun; if it has not, there is nothing to save.
@@ -150,7 +158,7 @@ impl RunCheckpoint<'_> {
         format!("the run {} can write to no registered volume: start it with `--volume`", self.run.record.name)
     }
 
-    fn call_hook(&self, action: &str, images: &Images, root: ProcessId) -> Result<Option<CheckpointId>> {
+    fn call_hook(&self, action: &str, images: &Images, root: ProcessId, audit: &str) -> Result<Option<CheckpointId>> {
         let mut command = Command::new(&self.hook.program);
         // When this program dies, the relay fails and the processes run: nothing may be taken any more.
         let output = sys::dies_with_this_thread(&mut command)
@@ -159,6 +167,7 @@ impl RunCheckpoint<'_> {
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
             .env("CRTOOLS_INIT_PID", root.to_string())
             .envs((!self.external.is_empty()).then_some((EXTERNAL, "1")))
+            .env(AUDIT, audit)
             .env("FSNAP_MESSAGE", self.message)
             .stdin(Stdio::null())
             .output()
@@ -185,6 +194,15 @@ impl RunCheckpoint<'_> {
                 return Ok((dir.clone(), lock.context("lock", &dir)?));
             }
         }
+    }
+}
+
+/// The engine would find out only while the processes stand.
+fn refuse_out_of_reach(root: ProcessId) -> Result<()> {
+    let rules = AuditRules { policy: Policy::Ignore, ..AuditRules::default() };
+    match processes::observe(&Tree::of_pid(root.pid)?, Vec::new(), &rules)?.out_of_reach() {
+        Some((pid, path)) => Err(Error::OutOfReach { pid, path: path.clone() }),
+        None => Ok(()),
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     ("killed_anywhere_it_costs_nothing_but_the_class", killed_anywhere_it_costs_nothing_but_the_class),
     ("a_hook_that_is_killed_has_failed", a_hook_that_is_killed_has_failed),
     ("a_note_that_cannot_appear_fails_the_dump", a_note_that_cannot_appear_fails_the_dump),
-    ("stopped_it_fails_the_dump_at_the_deadline", stopped_it_fails_the_dump_at_the_deadline),
+    ("stopped_it_is_ended_and_nobody_waits", stopped_it_is_ended_and_nobody_waits),
     ("it_ends_with_the_engine", it_ends_with_the_engine),
     ("it_is_sent_away_by_a_second_begin", it_is_sent_away_by_a_second_begin),
     ("it_keeps_no_place_busy", it_keeps_no_place_busy),
@@ -116,22 +116,20 @@ fn a_note_that_cannot_appear_fails_the_dump() {
     untouched(&site, &oracle);
 }
 
-fn stopped_it_fails_the_dump_at_the_deadline() {
+/// Before it hears of the freeze, and while it works: the hook ends it, and does all by itself.
+fn stopped_it_is_ended_and_nobody_waits() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
     let oracle = site.small_oracle();
-    site.configure("[hook]\ndeadline_seconds = 0.5\n");
-    let script = site.hook_after("post-dump", &to_the_attendant(&site, "kill -STOP $attendant"));
-    let log = site.failing_dump(oracle.pid, &site.images(), &script);
-    says(&log, &["fsnap: error: taking the snapshots took longer than 0.5 s"]);
-    oracle.goes_on();
-    // It finds that nobody waits any more, and takes back what it takes.
-    let stopped = site.fsnaps();
-    assert_eq!(stopped.len(), 1);
-    kill_process(Pid::from_raw(stopped[0]).unwrap(), Signal::CONT).unwrap();
-    wait_until("its end", || site.fsnaps().is_empty());
-    site.holds_nothing_but(0);
-    site.configure("");
-    untouched(&site, &oracle);
+    for (count, place) in ["attendant:ready", "take:snapshot", "hook:written"].into_iter().enumerate() {
+        let script = site.hook_after("pre-dump", &format!("export FSNAP_FAILPOINT={place}=stop"));
+        let images = site.images();
+        site.dump(oracle.pid, &images, &script).unwrap_or_else(|error| panic!("{place}: {error}"));
+        let checkpoint = site.json(["show", "--json", &id_in(&images)]);
+        assert_eq!(classes(&checkpoint), ["point-in-time", "point-in-time"], "{place}: {checkpoint}");
+        site.holds_nothing_but(count + 1);
+        oracle.goes_on();
+    }
+    wait_until("the end of all", || site.fsnaps().is_empty());
 }
 
 fn it_ends_with_the_engine() {

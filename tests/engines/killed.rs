@@ -117,7 +117,7 @@ fn a_restore() {
     panic!("it never came through");
 }
 
-/// No namespace ends the processes of which the killed fsnap never heard: whoever restored them does.
+/// No namespace ends the processes of which the killed fsnap never heard, or never told: whoever restored them does.
 fn a_restore_on_the_pids_of_this_machine() {
     let site = Site::new(&[Volume::Btrfs]);
     let oracle = oracle(&site);
@@ -141,7 +141,13 @@ fn a_restore_on_the_pids_of_this_machine() {
     let output = output.unwrap();
     assert_eq!(output.status.signal(), Some(9), "{output:?}");
     assert!(restored.exists(), "{output:?}");
-    wait_until("the end of what was restored", || !Path::new(&format!("/proc/{pid}")).exists());
+    let ended = || !Path::new(&format!("/proc/{pid}")).exists();
+    wait_until("the end of what was restored", ended);
     site.ok(["rm", "--branch", "b"]);
+    let mut command = site.command(["restore", &id, "--branch", "c", "--host-pids"]);
+    let output = command.env("FSNAP_FAILPOINT", "restore:reported=kill").output().unwrap();
+    assert_eq!(output.status.signal(), Some(9), "{output:?}");
+    wait_until("the end of what was restored", ended);
+    site.ok(["rm", "--branch", "c"]);
     site.holds_nothing_but(1);
 }

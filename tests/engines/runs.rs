@@ -115,6 +115,7 @@ fn copies_go_on_side_by_side() {
         // It goes on where it was, in memory, in the scratch place and in its files.
         let first: u64 = running.said(name).lines().next().unwrap().parse().unwrap();
         assert!(first < running.number("one"), "{name} began with {first}");
+        site.ok(["audit", name, "--outside", "refuse"]);
     }
     assert_eq!(running.names(), ["copy-1", "copy-2", "copy-3", "one"]);
     // When one ends, the others go on; each has the files that it wrote.
@@ -240,6 +241,17 @@ fn nothing_but_volumes_can_be_written() {
     for dir in [own.as_path(), Path::new("/tmp"), Path::new("/dev/shm")] {
         assert!(!dir.join("fsnap-test").exists(), "{dir:?}");
     }
+    // So a checkpoint holds all that it can change, but what was opened up for all copies.
+    let audit = site.json(["audit", "cell", "--json"]);
+    let outside: Vec<_> = audit["outside"].as_array().unwrap().iter().map(|one| &one["path"]).collect();
+    assert_eq!(outside, [texts[0].as_str()], "{audit:#}");
+    let strict = ["checkpoint", "cell", "--outside", "refuse"];
+    let refused = site.command(strict).output().unwrap();
+    let reason = format!("can write to the mount at {} (", texts[0]);
+    assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
+    site.holds_nothing_but(0);
+    let id = site.ok([&strict[..], &["--ignore", &texts[0]]].concat());
+    assert_eq!(site.json(["show", &id, "--json"])["outside"].as_array().unwrap().len(), 0);
 }
 
 fn why_it_cannot_be_saved_is_told() {
@@ -522,7 +534,8 @@ fn without_privileges() {
     counts_on("mapped");
     let failed = fsnap(&["checkpoint", "mapped"]);
     assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
-    assert!(said(&failed).contains("a process has mapped a file whose name is gone"), "{}", said(&failed));
+    // By a look at it, before the engine is started.
+    assert!(said(&failed).contains("the engine cannot save it"), "{}", said(&failed));
     counts_on("mapped");
     let all = serde_json::from_str::<Value>(&ok(&["ps", "--json"])).unwrap();
     assert_eq!(all.as_array().unwrap().iter().map(|run| &run["name"]).collect::<Vec<_>>(), ["mapped"], "{all}");

@@ -2,17 +2,19 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use fsnap_oracle::Kind;
 
 use crate::Case;
 use crate::runs::Running;
-use crate::site::{Site, Volume, said, wait_until};
+use crate::site::{Site, Volume, end, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("every_kind_on_btrfs", || every_kind(Volume::Btrfs, 300)),
     ("every_kind_on_rsync", || every_kind(Volume::Rsync, 20)),
     ("what_is_no_file_without_a_name_is_not_left_out", what_is_no_file_without_a_name_is_not_left_out),
+    ("two_that_the_engine_cannot_tell_apart", two_that_the_engine_cannot_tell_apart),
     ("a_note_that_is_lost_with_the_power", a_note_that_is_lost_with_the_power),
 ];
 
@@ -165,6 +167,53 @@ fn what_is_no_file_without_a_name_is_not_left_out() {
     site.holds_nothing_but(0);
     site.checkpoint(oracle.pid);
     site.holds_nothing_but(1);
+}
+
+/// Has a file without a name in one subvolume, and a named one of the same number in another, whose name goes with the next signal.
+const DOUBLES: &str = r#"
+import os, signal, sys, time
+os.closerange(3, 1024)
+one, other = (os.open(dir + "/file", os.O_RDWR | os.O_CREAT) for dir in sys.argv[1:])
+assert os.fstat(one).st_ino == os.fstat(other).st_ino and os.fstat(one).st_dev != os.fstat(other).st_dev
+os.unlink(sys.argv[1] + "/file")
+signal.signal(signal.SIGUSR1, lambda *_: os.unlink(sys.argv[2] + "/file"))
+print("ready", flush=True)
+while True: time.sleep(0.01)
+"#;
+
+/// CRIU would copy one of them, for both: such a dump is refused before the freeze, and fails if the second loses its name after that look.
+fn two_that_the_engine_cannot_tell_apart() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
+    let log = site.path("said");
+    let mut command = Command::new("setsid");
+    command.args(["/usr/bin/python3", "-c", DOUBLES]).args(&site.volumes).current_dir("/").stdin(Stdio::null());
+    let output = fs::File::create(&log).unwrap();
+    let mut child = command.stdout(output.try_clone().unwrap()).stderr(output).spawn().unwrap();
+    wait_until("its word", || fs::read_to_string(&log).unwrap().contains("ready"));
+    let pid = child.id().cast_signed();
+    let named = site.volumes[1].join("file");
+    let unlink = format!("kill -USR1 {pid}; while [ -e '{0}' ]; do sleep 0.01; done", named.display());
+    let late = site.hook_between("pre-dump", ":", &unlink);
+    for (script, calls) in
+        [(&late, ["pre-dump", "post-dump"].as_slice()), (&site.hook_after("none", ""), &["pre-dump"])]
+    {
+        let log = site.failing_dump(pid, &site.images(), script);
+        assert!(log.contains("the engine would take one for the other"), "{log}");
+        assert!(
+            site.calls().ends_with(&calls.iter().map(|call| (*call).to_owned()).collect::<Vec<_>>()),
+            "{:?}",
+            site.calls()
+        );
+        site.holds_nothing_but(0);
+    }
+    assert!(child.try_wait().unwrap().is_none());
+    // Their contents can be kept all the same.
+    let id = site.ok(["checkpoint", "--pid", &pid.to_string()]);
+    end(pid);
+    child.wait().unwrap();
+    let shown = site.json(["show", &id, "--json"]);
+    let kept: Vec<_> = shown["unlinked"].as_array().unwrap().iter().map(|one| &one["kept"]).collect();
+    assert_eq!(kept, [true, true], "{shown:#}");
 }
 
 /// What CRIU calls a file below the directory that the process has open.

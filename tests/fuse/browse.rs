@@ -154,8 +154,15 @@ fn processes_are_shown_as_they_stood() {
     assert_eq!(read(of("fd/6")), "kept\n");
     assert_eq!(fs::File::options().write(true).open(of("fd/6")).unwrap_err().kind(), ErrorKind::ReadOnlyFilesystem);
     assert!(link("fd/1").starts_with("pipe:["));
+    // By the short way, too, which no copy of the files takes.
+    assert_eq!(read(past.at(&format!("latest/@processes/{pid}/cwd/file"))), "one");
+    assert_eq!(names(past.at(&format!("ids/{id}"))), ["db"]);
     // One without processes has none to show, and a pid that is none is nothing.
     let other = past.checkpoint();
+    assert_eq!(
+        fs::symlink_metadata(past.at(&format!("ids/{other}/@processes"))).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
     assert_eq!(names(past.at(&format!("ids/{other}/.fsnap"))), ["changed", "meta.json", "parent"]);
     for bad in ["0", "x", "+1", &format!("0{pid}")] {
         assert_eq!(fs::metadata(at(bad)).unwrap_err().kind(), ErrorKind::NotFound, "{bad}");

@@ -158,6 +158,11 @@ static void everything(const char *inside, const char *outside)
 	dup2(open_for("/etc/passwd", O_RDONLY), 53);
 	dup2(open_for("/proc/self/comm", O_WRONLY), 54);
 	dup2(memfd_create("memory", 0), 55);
+	/* Memory of other kinds, as far as the kernel has it. */
+	dup2(memfd_create("huge", MFD_HUGETLB), 56);
+	dup2(syscall(SYS_memfd_secret, 0), 57);
+	unsigned long ring = 0;
+	syscall(SYS_io_setup, 1, &ring);
 	if (chdir(outside))
 		err(1, "chdir");
 	dup2(open_for("log", O_WRONLY | O_CREAT), 60);

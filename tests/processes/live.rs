@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::OnceLock;
@@ -33,7 +34,9 @@ pub(crate) fn helper(args: &[String]) -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
-        Some("stage") => engine::run_stage(io::stdin(), io::stdout()).into(),
+        Some("stage") => {
+            engine::run_stage(io::stdin(), &io::stdout().as_fd().try_clone_to_owned().unwrap().into()).into()
+        }
         Some("freeze") => {
             let tree = Tree::of_pid(args[1].parse().unwrap()).unwrap();
             let frozen = Quiesce::prepare(tree, &guard()).unwrap().freeze(LONG).unwrap();

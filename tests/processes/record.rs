@@ -33,7 +33,7 @@ fn volumes(dir: &Path) -> Vec<(Name, Candidate)> {
 }
 
 fn rules(policy: Policy) -> AuditRules {
-    AuditRules { policy, ignore: Vec::new() }
+    AuditRules { policy, ..AuditRules::default() }
 }
 
 fn look(live: &Live, dir: &Path) -> TreeRecord {
@@ -164,7 +164,7 @@ fn what_does_not_matter_is_counted() {
     let place = Place::new();
     let (live, db, other) = everything(&place);
     let ignore: Vec<Pattern> = vec![format!("{}/*", other.display()).parse().unwrap(), "tmpfs".parse().unwrap()];
-    let observed = observe(&live.tree(), volumes(&db), &AuditRules { policy: Policy::Refuse, ignore }).unwrap();
+    let observed = observe(&live.tree(), volumes(&db), &AuditRules { ignore, ..rules(Policy::Refuse) }).unwrap();
     let objection = observed.objection();
     let record = observed.finish();
     assert_eq!(named(&record, live.pid()), []);
@@ -172,7 +172,7 @@ fn what_does_not_matter_is_counted() {
     let left = record.outside.iter().map(Outside::to_string).collect::<Vec<_>>();
     assert_eq!(objection.is_some(), !left.is_empty(), "{left:?}");
     let all: Vec<Pattern> = vec!["/".parse().unwrap()];
-    let observed = observe(&live.tree(), volumes(&db), &AuditRules { policy: Policy::Refuse, ignore: all }).unwrap();
+    let observed = observe(&live.tree(), volumes(&db), &AuditRules { ignore: all, ..rules(Policy::Refuse) }).unwrap();
     assert_eq!(observed.objection(), None);
 }
 
@@ -187,7 +187,7 @@ fn refusal_tells_why() {
     ignore.extend(
         mounts.filter(|one| one.path.as_path() != Path::new("/")).map(|one| one.path.to_string().parse().unwrap()),
     );
-    let rules = AuditRules { policy: Policy::Refuse, ignore };
+    let rules = AuditRules { ignore, ..rules(Policy::Refuse) };
     let objection = observe(&live.tree(), volumes(&db), &rules).unwrap().objection().unwrap();
     // A socket's file as well, though it takes a look at a list of all sockets.
     let expected =

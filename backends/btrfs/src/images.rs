@@ -261,7 +261,7 @@ impl Store {
         let made = group
             .assemble(&group.dir, hidden, true)
             .and_then(|()| rename(&group.dir, group::NEW_VIEW, group::VIEW))
-            .and_then(|()| sys::commit(&group.dir));
+            .and_then(|()| commit(&group.dir));
         match made.map_err(explained).context("put together", &place) {
             Ok(()) => Ok(()),
             Err(error) => Err(error.and_undo(clear())),
@@ -295,7 +295,7 @@ impl Store {
                     remove_tree(parent, &hidden(at))?;
                 }
             }
-            sys::commit(parent)
+            commit(parent)
         })();
         removed.map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
             Some(Errno::PERM) if is_admin() => Error::Busy {
@@ -369,6 +369,15 @@ fn refused(error: io::Error, volume: &Volume) -> Error {
         Some(Errno::EXIST) => Error::Exists { what: format!("a snapshot of {what} under this locator") },
         _ => Error::Io { action: "make a snapshot of", object: what, source: explained(error) },
     }
+}
+
+/// Makes durable that a subvolume got another name in the directory `dir`, or was removed from it.
+///
+/// After such a change btrfs has no log that could tell of it: the fsync commits the whole transaction, and this process does so itself.
+/// `BTRFS_IOC_START_SYNC` would ask the file system's own thread. That sleeps through it if it is asked while it ends another commit, and then
+/// processes that stand wait for the next one: half a minute.
+pub(crate) fn commit(dir: impl AsFd) -> io::Result<()> {
+    Ok(rustix::fs::fsync(dir)?)
 }
 
 #[cfg(test)]

@@ -184,7 +184,7 @@ impl Backend for Store {
         };
         (made.map_err(explained).context("make the clone", &place))
             .and_then(|()| self.reveal(ImageDir::Volumes, at))
-            .and_then(|()| sys::commit(&self.volumes).context("make durable", &place))
+            .and_then(|()| images::commit(&self.volumes).context("make durable", &place))
             .map_err(|error| error.and_undo(self.remove(ImageDir::Volumes, at)))
     }
 

@@ -270,7 +270,7 @@ fn furnish(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<()> {
         }
     }
     write_version(&root).context("write the version of", place)?;
-    sys::commit(&root).context("make durable", place)
+    rustix::fs::syncfs(&root).context("make durable", place)
 }
 
 /// Writes the version file; it has its name only once it is complete.

@@ -27,8 +27,6 @@ mod call {
     nix::ioctl_readwrite_bad!(tree_search, number::BTRFS_IOC_TREE_SEARCH as Number, raw::btrfs_ioctl_search_args);
     nix::ioctl_read_bad!(get_flags, number::BTRFS_IOC_SUBVOL_GETFLAGS as Number, u64);
     nix::ioctl_write_ptr_bad!(set_flags, number::BTRFS_IOC_SUBVOL_SETFLAGS as Number, u64);
-    nix::ioctl_read_bad!(start_sync, number::BTRFS_IOC_START_SYNC as Number, u64);
-    nix::ioctl_write_ptr_bad!(wait_sync, number::BTRFS_IOC_WAIT_SYNC as Number, u64);
 }
 
 /// The inode number of every subvolume's root.
@@ -151,17 +149,6 @@ pub(crate) fn set_read_only(root: impl AsFd, read_only: bool) -> io::Result<()> 
     let flags = if read_only { flags | bit } else { flags & !bit };
     // SAFETY: the descriptor is open for the call, and the kernel reads one u64.
     unsafe { call::set_flags(descriptor, &flags) }?;
-    Ok(())
-}
-
-/// Makes all changes of names and subvolumes durable, without writing out the contents of files that others wrote.
-pub(crate) fn commit(file: impl AsFd) -> io::Result<()> {
-    let descriptor = file.as_fd().as_raw_fd();
-    let mut transaction = 0;
-    // SAFETY: the descriptor is open for the call, and the kernel writes one u64.
-    unsafe { call::start_sync(descriptor, &mut transaction) }?;
-    // SAFETY: the descriptor is open for the call, and the kernel reads one u64.
-    unsafe { call::wait_sync(descriptor, &transaction) }?;
     Ok(())
 }
 

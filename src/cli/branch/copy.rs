@@ -94,8 +94,9 @@ fn one(
         run: Some(RunRequest { record: &record, place: place.path(), terminal: terminals }),
     });
     match restored {
-        Ok((branch, restored)) => {
+        Ok((branch, mut restored)) => {
             place.started(restored.root)?;
+            restored.keep()?;
             Ok((branch, restored))
         }
         Err(error) => Err(error.and_undo(place.discard()).into()),

@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fsnap::catalog::{Attending, HiddenNote, PendingCheckpoint, SearchFile};
 use fsnap::checkpoint::{CheckpointId, EngineImages};
@@ -37,6 +37,11 @@ const LONGEST: Duration = Duration::from_secs(3600);
 
 /// Whoever calls says at once what it wants.
 const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// Most have answered by then. Whether an attendant was stopped is looked at then, and again and again,
+const FIRST_LOOK: Duration = Duration::from_millis(20);
+/// with so much time between at last.
+const LAST_LOOK: Duration = Duration::from_millis(200);
 
 /// More than any of the two says.
 const LINE_LIMIT: u64 = 1 << 20;
@@ -89,14 +94,14 @@ pub(crate) fn take(
         let cannot = |source| Error::Io { action: "examine", object: "the image directory".into(), source };
         let (place, armed) = (place_of(dir).map_err(cannot)?, environment::armed());
         let call = Call::Take { images: images.clone(), place, tree, ignore: ignore.to_vec(), armed };
-        match say(&mut attendant, &call).and_then(|()| hear(&attendant)) {
+        match say(&mut attendant, &call).and_then(|()| hear_from_running(&attendant, LONGEST)) {
             Ok(Answer::Taken(id, number)) => {
                 // It learns of the end of this process by the end of this connection.
                 std::mem::forget(attendant);
                 return Ok(Some((id, HiddenNote::of(state, number))));
             }
             Ok(Answer::Failed(text)) => return Err(Failure::Told(text)),
-            // It stands by for others; or it has ended, whatever it had begun: what was taken in part is taken again.
+            // It stands by for others; or it has ended, or was stopped and is ended, whatever it had begun: what was taken in part is taken again.
             Err(_) => {}
         }
     }
@@ -106,10 +111,9 @@ pub(crate) fn take(
 /// Sends away the process that stands by for the engine's images, if there is one, so that its intent's lock is free.
 pub(crate) fn dismiss(state: &Path, images: &EngineImages) {
     for mut attendant in catalog::attendants(state, images) {
-        // Its end, or that of the connection, is the answer. One that somebody has stopped is not waited for.
+        // Its end, or that of the connection, is the answer.
         let call = Call::Leave { images: images.clone() };
-        let left = attendant.set_read_timeout(Some(AT_ONCE)).and_then(|()| say(&mut attendant, &call));
-        let _ = left.and_then(|()| hear::<Answer>(&attendant));
+        let _ = say(&mut attendant, &call).and_then(|()| hear_from_running::<Answer>(&attendant, AT_ONCE));
     }
 }
 
@@ -144,7 +148,7 @@ struct Attendant<'a> {
 impl Attendant<'_> {
     fn run(self, begun: Begun, answer: SearchFile) {
         let kept = [begun.as_fd(), answer.as_fd(), self.calls.as_fd(), self.images.as_fd()];
-        if sys::detach(&kept).is_err() {
+        if sys::detach(&kept).and_then(|()| self.calls.take_over()).is_err() {
             return;
         }
         let Some(engine) = begun.pending().owner.and_then(|owner| owner.open().ok()) else { return };
@@ -292,6 +296,23 @@ fn say(to: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
     to.write_all(&line)
+}
+
+/// Hears what an attendant says in that time, which is ended if it was stopped: all that stands would stand until the deadline.
+fn hear_from_running<T: for<'a> Deserialize<'a>>(attendant: &UnixStream, within: Duration) -> io::Result<T> {
+    let (mut pause, begun) = (FIRST_LOOK, Instant::now());
+    loop {
+        let mut events = [PollFd::new(attendant, PollFlags::IN)];
+        if poll(&mut events, Some(&Timespec { tv_sec: 0, tv_nsec: pause.subsec_nanos().into() }))? > 0 {
+            return hear(attendant);
+        }
+        if begun.elapsed() > within {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // If its state cannot be told, it is waited for.
+        let _ = catalog::end_if_stopped(attendant);
+        pause = (pause * 2).min(LAST_LOOK);
+    }
 }
 
 fn hear<T: for<'a> Deserialize<'a>>(from: &UnixStream) -> io::Result<T> {

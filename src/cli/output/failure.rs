@@ -98,6 +98,12 @@ fn hint(error: &Error) -> Option<String> {
         Error::NotKept { .. } | Error::LeftOut { .. } => {
             "the processes run on: ask `fsnap criu-args PID` again, and dump again"
         }
+        Error::Doubles { .. } => {
+            "mount each of the subvolumes by itself (`mount -o subvol=…`), or use `fsnap run`, which does"
+        }
+        Error::OutOfReach { .. } => {
+            "start the run as root; `fsnap checkpoint --pid PID` takes its files without its processes"
+        }
         Error::Engine(fsnap::engine::Error::SharedImages { .. }) => {
             "if they are yours all the same, make root their owner and take the others' rights away: chown, chmod"
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ These are the checkpoints and branches of fsnap. Everything here but branches is
 ids/<id>/<volume>/...           the files of a checkpoint, as they were
 ids/<id>/.fsnap/                not listed: meta.json, changed (since the parent), and the
                                 links parent and images
-ids/<id>/.fsnap/processes/<pid> a process as it stood: cmdline, cwd, exe, root, fd/<n>
+ids/<id>/@processes/<pid>/      not listed: a process as it stood: cmdline, cwd, exe, root, fd/<n>
 snapshots/<time>                links into ids; snapshots/latest is the newest
 tags/<tag>                      links into ids
 latest                          a link to the newest checkpoint
@@ -49,6 +49,8 @@ const CHANGED: &str = "changed";
 const PARENT: &str = "parent";
 const IMAGES: &str = "images";
 const PROCESSES: &str = "processes";
+/// A link to them beside the volumes. It is not listed: copies of the directory are to hold the files.
+const PROCESSES_LINK: &str = "@processes";
 const LATEST: &str = "latest";
 
 /// So many lists of what has changed are remembered.
@@ -217,6 +219,10 @@ impl Layout {
                 self.recorded.ask(&self.records.state, asked, || self.recorded_child(place, name))?
             }
             Place::Checkpoint(id) if name == EXTRAS => Some(Place::Extras(*id)),
+            Place::Checkpoint(id) if name == PROCESSES_LINK => {
+                let tree = self.records.open()?.catalog().tree(id)?;
+                tree.map(|_| Place::Link(Path::new(EXTRAS).join(PROCESSES)))
+            }
             Place::Checkpoint(_)
             | Place::Extras(_)
             | Place::Branch(..)
