@@ -244,14 +244,12 @@ impl Catalog {
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, and waits a moment for a process of a hook that is about to let go
     /// of it: one that searches for writers, or has stood by for a hook that was never called.
     ///
-    /// As long as the catalog's patience, for another command that seals what was taken: who asks for this checkpoint next finds it sealed.
+    /// As long as the catalog's patience, once it was taken: it is on its way to be sealed, and who asks for this checkpoint next is to find it
+    /// so, however slow the machine is.
     pub(crate) fn lock_intent_in_a_moment(&self, id: IntentId) -> Result<Option<IntentLock>> {
         let files = IntentFiles::of(&self.state, id);
-        let is_sealed = || self.may_be_taken(id) && !files.is_searched();
-        match in_a_moment(|| self.lock_intent(id), || files.is_searched())? {
-            None if is_sealed() => within(self.patience(), || self.lock_intent(id), is_sealed),
-            lock => Ok(lock),
-        }
+        let limit = if self.may_be_taken(id) { self.patience() } else { MOMENT };
+        within(limit, || self.lock_intent(id), || files.is_searched() || self.may_be_taken(id))
     }
 
     /// Locks the intent as [`lock_intent`](Self::lock_intent) does, whoever works on it: [`Error::InHand`] after the catalog's patience.
@@ -352,12 +350,15 @@ fn plan_of(
     Ok(plan.map(|plan| (file, files, plan)))
 }
 
+/// How long a process of a hook may take to notice that the hook or the engine has ended.
+const MOMENT: Duration = Duration::from_secs(1);
+
 /// Tries to get something from a process of a hook that is about to let go of it, for a moment.
 ///
 /// Such a process ends, or goes on to search for writers, by itself when the hook or the engine has ended, but takes notice of that
 /// a little later than others do.
 pub(super) fn in_a_moment<T>(get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
-    within(Duration::from_secs(1), get, hopeful)
+    within(MOMENT, get, hopeful)
 }
 
 fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
