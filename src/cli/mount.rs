@@ -28,6 +28,12 @@ pub(crate) struct Args {
     /// Let other users see it; the permissions of the files hold
     #[arg(long)]
     allow_other: bool,
+    /// Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE (root only)
+    ///
+    /// They are then as fast as the file system itself, and have birth times. Each is a mount and a device of its own: `find -xdev` and
+    /// `tar --one-file-system` stop there. One that nobody uses is taken off after a minute or two, and all by `fsnap umount`.
+    #[arg(long)]
+    native: bool,
     /// Tell on standard output that it is mounted, and detach from the terminal then
     #[arg(long, hide = true)]
     detach: bool,
@@ -43,8 +49,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         return serve(&args);
     }
     let dir = server::absolute(&args.dir)?;
-    let options = if args.allow_other { &["--allow-other"][..] } else { &[] };
-    server::start("mount", options, &[dir])
+    let options = [(args.allow_other, "--allow-other"), (args.native, "--native")];
+    let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
+    server::start("mount", &options, &[dir])
 }
 
 fn serve(args: &Args) -> Outcome {
@@ -54,7 +61,7 @@ fn serve(args: &Args) -> Outcome {
     let branches = context.config.branches.clone();
     let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
-    let options = Options { allow_other: args.allow_other, ..Options::default() };
+    let options = Options { allow_other: args.allow_other, native: args.native, ..Options::default() };
     let ready = || {
         if args.detach { server::ready() } else { server::notify_ready() }
     };
