@@ -222,9 +222,9 @@ pub(crate) fn attached(mount: &Mount, below: &Path) -> io::Result<Vec<Mount>> {
 }
 
 /// Takes off what a server has [`attached`]. On failure the rest stays.
-pub(crate) fn take_off_attached(mount: &Mount, below: &Path) -> Result<()> {
+pub(crate) fn take_off_attached(mount: &Mount, below: &Path, flags: UnmountFlags) -> Result<()> {
     for Mount { point, .. } in attached(mount, below).map_err(failed("look for what is mounted below", &mount.point))? {
-        match unmount(&point, UnmountFlags::NOFOLLOW) {
+        match unmount(&point, flags | UnmountFlags::NOFOLLOW) {
             // The server, or the kernel with its directory, was faster.
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(Errno::BUSY) => return Err(Error::Busy { dir: point }),

@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// `tar --one-file-system` stop there. One that nobody uses is taken off after a minute or two, and all by `fsnap umount`.
     #[arg(long)]
     native: bool,
+    /// For how many seconds a snapshot stays ready after the last look at it
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), hide = true)]
+    idle: u64,
     /// Tell on standard output that it is mounted, and detach from the terminal then
     #[arg(long, hide = true)]
     detach: bool,
@@ -41,8 +44,6 @@ pub(crate) struct Args {
 
 /// How long a look waits for another command that changes the catalog.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a snapshot stays ready after the last look at it.
-const IDLE: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(args: Args) -> Outcome {
     if args.foreground || args.detach {
@@ -62,10 +63,11 @@ fn serve(args: &Args) -> Outcome {
     let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
     let options = Options { allow_other: args.allow_other, native: args.native, ..Options::default() };
+    let idle = Duration::from_secs(args.idle);
     let ready = || {
         if args.detach { server::ready() } else { server::notify_ready() }
     };
-    Ok(session::serve_all(records, report, source(&context), &args.dir, options, IDLE, ready)?)
+    Ok(session::serve_all(records, report, source(&context), &args.dir, options, idle, ready)?)
 }
 
 /// What the mount is said to come from.

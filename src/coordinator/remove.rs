@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::mount::UnmountFlags;
+
 use super::Coordinator;
 use crate::catalog::{Doomed, IntentId, IntentLock, Removal};
 use crate::checkpoint::{Checkpoint, CheckpointId};
@@ -41,11 +43,12 @@ impl Coordinator {
         }
     }
 
-    /// Takes off what servers have attached of its snapshots. What is in use stays, and its store says so.
+    /// Takes off what servers have attached of its snapshots. Who uses it keeps it, as the kernel would decide a moment later: it takes
+    /// off by itself what is mounted below a name that is gone.
     fn take_off_attached(&self, id: &CheckpointId) {
         let below = Path::new("ids").join(id.to_string());
         for served in mount::mounts_of(self.catalog.state()).unwrap_or_default() {
-            let _ = mount::take_off_attached(&served, &below);
+            let _ = mount::take_off_attached(&served, &below, UnmountFlags::DETACH);
         }
     }
 

@@ -105,16 +105,16 @@ fn blocks(size: u64) -> u64 {
 
 impl Filesystem for BrowseAdapter {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let found = match &self.natives {
-            Some(natives) => natives.look_up(parent.0, name, request.pid()),
-            None => self.browse.look_up(parent.0, name),
-        };
-        match found {
+        let answer = move |found: browse::Result<Attr>| match found {
             Ok(attr) => {
                 let (name, attributes) = (time_of(attr.name), time_of(attr.attributes));
                 reply.entry_with_ttls(&attributes, &name, &to_fuse(&attr), GENERATION);
             }
             Err(error) => reply.error(errno(error)),
+        };
+        match &self.natives {
+            Some(natives) => natives.look_up(parent.0, name, request.pid(), Box::new(answer)),
+            None => answer(self.browse.look_up(parent.0, name)),
         }
     }
 

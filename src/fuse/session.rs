@@ -12,7 +12,7 @@ use fsnap_backend::mounts::{self, Mount};
 use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::MountPropagationFlags;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
@@ -191,9 +191,9 @@ fn serve_by(
     }
     let device = mounting::mount(source, dir, options)?;
     if options.native {
-        // What is attached to it shows up nowhere else.
-        let private = rustix::mount::mount_change(dir, MountPropagationFlags::PRIVATE);
-        private.map_err(|error| failed("make private", dir)(error.into()))?;
+        // Mount namespaces that are made later have copies of what is attached: these go when it is taken off here.
+        let shared = rustix::mount::mount_change(dir, MountPropagationFlags::SHARED);
+        shared.map_err(|error| failed("share the mount of", dir)(error.into()))?;
     }
     let session = Session::from_fd(adapter, device, config.acl, config);
     let session = session.inspect_err(|_| drop(mounting::detach(dir)));
@@ -302,7 +302,7 @@ pub fn unmount(dir: &Path) -> Result<Server, Error> {
 fn unmount_with_attached(served: &Mount) -> Result<(), Error> {
     let mut again = ATTEMPTS;
     loop {
-        mount::take_off_attached(served, Path::new(""))?;
+        mount::take_off_attached(served, Path::new(""), UnmountFlags::empty())?;
         match mounting::unmount(&served.point) {
             // Somebody may have looked at another snapshot meanwhile.
             Err(Error::Busy { .. }) if again > 0 && is_looked_at(served) => again -= 1,

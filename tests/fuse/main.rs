@@ -9,6 +9,7 @@ mod browse;
 mod copies;
 mod differential;
 mod faults;
+mod native;
 mod past;
 mod programs;
 mod semantics;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ("browse", browse::CASES),
         ("differential", differential::CASES),
         ("faults", faults::CASES),
+        ("native", native::CASES),
         ("programs", programs::CASES),
         ("semantics", semantics::CASES),
         ("union", union::CASES),

@@ -98,7 +98,7 @@ impl Past {
         self.mount_with(&["--allow-other"]);
     }
 
-    fn mount_with(&self, options: &[&str]) {
+    pub(crate) fn mount_with(&self, options: &[&str]) {
         let mut command = self.command();
         command.args(["mount", "--foreground"]).args(options).arg(self.path("mnt"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();

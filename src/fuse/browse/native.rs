@@ -3,13 +3,13 @@
 //! A snapshot is attached when a volume is first looked up. An answer cannot wait for that: who looks up a name holds a lock of the directory
 //! above it, without which nothing can be attached there. So the first look-up is answered `ESTALE`. The kernel then walks the same
 //! path once more by itself, for whichever system call it was, and asks for the attributes of the directory above when it enters it again.
-//! It holds no lock then: this answer waits until the snapshot is attached, and the walk goes on into it.
+//! It holds no lock then: this answer waits until the snapshot is attached, and the walk goes on into it. So does the answer to who
+//! looks the volume up when the thread that attaches has found it, and needs no lock of the directory above any more.
 //!
-//! What cannot be attached is read through FUSE, and so is everything for who came to the volume before it was attached, or looks from
-//! another mount namespace.
+//! What cannot be attached is read through FUSE.
 //!
-//! Architecture Invariant: the threads that serve never wait for the one that attaches, for it walks through what they serve. An answer that waits
-//! is kept here; and only that to a thread which was told to walk again, once.
+//! Architecture Invariant: the threads that serve never wait for the one that attaches, for it walks through what they serve. Answers wait
+//! here, and only those to threads that hold nothing which attaching takes.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -70,13 +70,23 @@ enum State {
     Awaited {
         /// The threads that were told to walk again, and have not come by yet.
         walkers: HashSet<u32>,
-        /// The answers that wait, and what was asked of.
-        waiting: Vec<(u64, Answer)>,
+        /// The thread that attaches has looked it up.
+        found: bool,
+        /// The answers that wait.
+        waiting: Vec<(Asked, Answer)>,
     },
     /// It is attached, as the mount of this id.
     Attached { mount: u64, looked_for: Instant, _used: Used },
     /// It cannot be attached.
     Through,
+}
+
+/// What an answer is to.
+enum Asked {
+    /// To the look-up of a volume, where this was found.
+    Name(Attr),
+    /// To the attributes of a directory above volumes.
+    Attributes(u64),
 }
 
 impl std::fmt::Debug for Natives {
@@ -112,40 +122,52 @@ impl Natives {
         let _ = self.mounted.set(mount);
     }
 
-    /// Finds a name for this thread of somebody's, and counts that the kernel knows it; or has the kernel walk again.
-    pub(in crate::fuse) fn look_up(&self, parent: u64, name: &OsStr, thread: u32) -> Result<Attr> {
-        let mut attr = self.browse.look_up(parent, name)?;
-        let number = attr.meta.ino;
-        let Some(tree) = self.browse.volume(number).filter(|_| !self.is_attacher(thread)) else { return Ok(attr) };
+    /// Finds a name for this thread of somebody's, and counts that the kernel knows it. Answers at once, or when what was found is
+    /// attached, or has the kernel walk again.
+    pub(in crate::fuse) fn look_up(&self, parent: u64, name: &OsStr, thread: u32, answer: Answer) {
+        let found = self.browse.look_up(parent, name);
+        let volume = found.as_ref().ok().and_then(|attr| Some((*attr, self.browse.volume(attr.meta.ino)?)));
+        match volume {
+            Some((attr, tree)) => self.enter(parent, attr, tree, thread, answer),
+            None => answer(found),
+        }
+    }
+
+    /// Answers who has looked up a volume.
+    fn enter(&self, above: u64, attr: Attr, tree: Arc<Tree>, thread: u32, answer: Answer) {
+        let in_passing = Attr { name: Keep::Not, ..attr };
         let mut known = locked(&self.known);
-        let new = || Known {
-            tree: tree.clone(),
-            above: parent,
-            state: State::Awaited { walkers: HashSet::new(), waiting: Vec::new() },
-            since: Instant::now(),
-        };
-        // A thread without a number is in a namespace that is none of ours, and would not be known again.
-        if thread == 0 || self.mounted.get().is_none() {
-            if !known.get(&tree.number).is_some_and(Known::is_settled) {
-                attr.name = Keep::Not;
+        match known.get_mut(&tree.number).map(|known| &mut known.state) {
+            Some(State::Awaited { found, .. }) if self.attacher.get() == Some(&thread) => {
+                *found = true;
+                drop(known);
+                return answer(Ok(in_passing));
             }
-            return Ok(attr);
+            // The kernel knows the name by now and has only asked whether it still holds: nothing that attaching takes is held for that.
+            Some(State::Awaited { found: true, waiting, .. }) => return waiting.push((Asked::Name(attr), answer)),
+            Some(State::Attached { .. } | State::Through) => {
+                drop(known);
+                return answer(Ok(attr));
+            }
+            // A thread without a number is in a namespace that is none of ours, and would not be known again.
+            _ if thread == 0 || self.mounted.get().is_none() => {
+                drop(known);
+                return answer(Ok(in_passing));
+            }
+            Some(State::Awaited { walkers, .. }) => drop(walkers.insert(thread)),
+            None => {
+                let state = State::Awaited { walkers: HashSet::from([thread]), found: false, waiting: Vec::new() };
+                known.insert(tree.number, Known { tree: tree.clone(), above, state, since: Instant::now() });
+                let _ = self.queue.send(tree);
+            }
         }
-        let is_new = !known.contains_key(&tree.number);
-        let State::Awaited { walkers, .. } = &mut known.entry(tree.number).or_insert_with(new).state else {
-            return Ok(attr);
-        };
-        walkers.insert(thread);
         drop(known);
-        if is_new {
-            let _ = self.queue.send(tree);
-        }
-        self.browse.forget(number, 1);
+        self.browse.forget(attr.meta.ino, 1);
         // Or the kernel would not ask for what it knows.
         if let Some(notifier) = self.notifier.get() {
-            let _ = notifier.inval_inode(INodeNo(parent), -1, 0);
+            let _ = notifier.inval_inode(INodeNo(above), -1, 0);
         }
-        Err(Errno::STALE)
+        answer(Err(Errno::STALE));
     }
 
     /// Answers with the attributes of a file, at once or when what this thread waits for is attached.
@@ -154,21 +176,28 @@ impl Natives {
             let mut known = locked(&self.known);
             let mut awaited = known.values_mut().filter(|known| known.tree.checkpoint == checkpoint);
             let waits = awaited.find_map(|known| match &mut known.state {
-                State::Awaited { walkers, waiting } => walkers.remove(&thread).then_some(waiting),
+                State::Awaited { walkers, waiting, .. } => walkers.remove(&thread).then_some(waiting),
                 _ => None,
             });
             if let Some(waiting) = waits {
-                return waiting.push((number, answer));
+                return waiting.push((Asked::Attributes(number), answer));
             }
         }
         answer(self.attr(number));
     }
 
-    /// The attributes of a file. Those of a volume are asked for again as long as it might be attached.
+    /// The attributes of a file. They are not kept where the kernel has to ask for them when it walks again, nor of a volume that
+    /// might be attached.
     fn attr(&self, number: u64) -> Result<Attr> {
         let mut attr = self.browse.attr(number)?;
-        let Some(tree) = self.browse.volume(number) else { return Ok(attr) };
         let mut known = locked(&self.known);
+        if let Some(checkpoint) = self.browse.checkpoint(number) {
+            if known.values().any(|known| known.tree.checkpoint == checkpoint && known.is_awaited()) {
+                attr.attributes = Keep::Not;
+            }
+            return Ok(attr);
+        }
+        let Some(tree) = self.browse.volume(number) else { return Ok(attr) };
         let mut known = known.get_mut(&tree.number);
         if !known.as_deref().is_some_and(|known| matches!(known.state, State::Through)) {
             attr.attributes = Keep::Not;
@@ -181,10 +210,6 @@ impl Natives {
             let _ = self.queue.send(tree);
         }
         Ok(attr)
-    }
-
-    fn is_attacher(&self, thread: u32) -> bool {
-        self.attacher.get() == Some(&thread)
     }
 
     /// Attaches a snapshot that is not attached, and gives the answers that wait for it.
@@ -214,7 +239,10 @@ impl Natives {
         let before = locked(&self.known).insert(tree.number, known);
         drop(work);
         if let Some(Known { state: State::Awaited { waiting, .. }, .. }) = before {
-            waiting.into_iter().for_each(|(number, answer)| answer(self.attr(number)));
+            waiting.into_iter().for_each(|(asked, answer)| match asked {
+                Asked::Name(attr) => answer(Ok(attr)),
+                Asked::Attributes(number) => answer(self.attr(number)),
+            });
         }
         self.bound();
     }
@@ -331,8 +359,8 @@ impl Natives {
 }
 
 impl Known {
-    fn is_settled(&self) -> bool {
-        !matches!(self.state, State::Awaited { .. })
+    fn is_awaited(&self) -> bool {
+        matches!(self.state, State::Awaited { .. })
     }
 }
 
