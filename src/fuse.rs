@@ -5,7 +5,8 @@
 //! kernel's requests into calls of it and decides nothing but caching. [`session`] mounts and serves.
 //!
 //! [`browse`] is the tree of past states, and [`browse_adapter`] its way to the kernel; [`branches`] are the copy-on-write trees
-//! that the same mount shows, and [`mount_adapter`] decides to whom a request goes.
+//! that the same mount shows, and [`mount_adapter`] decides to whom a request goes. Snapshots that the kernel can mount
+//! may be attached to it ([`browse::Natives`]); then no request for their files comes at all.
 //!
 //! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
 //! directory's descriptor by one name, and no symbolic link of the tree is followed.

@@ -18,6 +18,9 @@ use super::{Context, Outcome, json, server};
 /// The file README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
 ///
 /// A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a while.
+///
+/// With --native, who looks into a snapshot works on its own file system: as fast, and with birth times. It is a mount, and a device of its
+/// own: `find -xdev` and `tar --one-file-system` stop there. One that nobody uses is taken off after a minute or two.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where to mount
@@ -28,10 +31,7 @@ pub(crate) struct Args {
     /// Let other users see it; the permissions of the files hold
     #[arg(long)]
     allow_other: bool,
-    /// Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE (root only)
-    ///
-    /// They are then as fast as the file system itself, and have birth times. Each is a mount and a device of its own: `find -xdev` and
-    /// `tar --one-file-system` stop there. One that nobody uses is taken off after a minute or two, and all by `fsnap umount`.
+    /// Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE; for root
     #[arg(long)]
     native: bool,
     /// For how many seconds a snapshot stays ready after the last look at it

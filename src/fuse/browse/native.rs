@@ -77,8 +77,8 @@ enum State {
     },
     /// It is attached, as the mount of this id.
     Attached { mount: u64, looked_for: Instant, _used: Used },
-    /// It cannot be attached.
-    Through,
+    /// It cannot be attached: never, or this time.
+    Through { for_good: bool },
 }
 
 /// What an answer is to.
@@ -137,31 +137,32 @@ impl Natives {
     fn enter(&self, above: u64, attr: Attr, tree: Arc<Tree>, thread: u32, answer: Answer) {
         let in_passing = Attr { name: Keep::Not, ..attr };
         let mut known = locked(&self.known);
-        match known.get_mut(&tree.number).map(|known| &mut known.state) {
+        let found = match known.get_mut(&tree.number).map(|known| &mut known.state) {
             Some(State::Awaited { found, .. }) if self.attacher.get() == Some(&thread) => {
                 *found = true;
-                drop(known);
-                return answer(Ok(in_passing));
+                Some(in_passing)
             }
             // The kernel knows the name by now and has only asked whether it still holds: nothing that attaching takes is held for that.
             Some(State::Awaited { found: true, waiting, .. }) => return waiting.push((Asked::Name(attr), answer)),
-            Some(State::Attached { .. } | State::Through) => {
-                drop(known);
-                return answer(Ok(attr));
-            }
+            Some(State::Attached { .. } | State::Through { for_good: true }) => Some(attr),
+            Some(State::Through { for_good: false }) => Some(in_passing),
             // A thread without a number is in a namespace that is none of ours, and would not be known again.
-            _ if thread == 0 || self.mounted.get().is_none() => {
-                drop(known);
-                return answer(Ok(in_passing));
+            _ if thread == 0 || self.mounted.get().is_none() => Some(in_passing),
+            Some(State::Awaited { walkers, .. }) => {
+                walkers.insert(thread);
+                None
             }
-            Some(State::Awaited { walkers, .. }) => drop(walkers.insert(thread)),
             None => {
                 let state = State::Awaited { walkers: HashSet::from([thread]), found: false, waiting: Vec::new() };
                 known.insert(tree.number, Known { tree: tree.clone(), above, state, since: Instant::now() });
                 let _ = self.queue.send(tree);
+                None
             }
-        }
+        };
         drop(known);
+        if let Some(found) = found {
+            return answer(Ok(found));
+        }
         self.browse.forget(attr.meta.ino, 1);
         // Or the kernel would not ask for what it knows.
         if let Some(notifier) = self.notifier.get() {
@@ -199,7 +200,7 @@ impl Natives {
         }
         let Some(tree) = self.browse.volume(number) else { return Ok(attr) };
         let mut known = known.get_mut(&tree.number);
-        if !known.as_deref().is_some_and(|known| matches!(known.state, State::Through)) {
+        if !known.as_deref().is_some_and(|known| matches!(known.state, State::Through { .. })) {
             attr.attributes = Keep::Not;
         }
         // Whoever asks is below the mount, if it is still there: the kernel takes it off when it cannot look up the directories above.
@@ -229,10 +230,10 @@ impl Natives {
         let used = Used::new(tree);
         let state = match self.attach(tree) {
             Ok(Some(mount)) => State::Attached { mount, looked_for: Instant::now(), _used: used },
-            Ok(None) => State::Through,
+            Ok(None) => State::Through { for_good: true },
             Err(error) => {
                 (self.browse.report)(&error);
-                State::Through
+                State::Through { for_good: false }
             }
         };
         let known = Known { tree: tree.clone(), above, state, since: Instant::now() };
@@ -332,14 +333,14 @@ impl Natives {
         }
     }
 
-    /// Takes off what nobody has used for so long, and forgets for how long what could not be attached was not.
+    /// Takes off what nobody has used for so long. What could not be attached is tried again when it is looked up the next time.
     pub(in crate::fuse) fn let_go(&self, idle: Duration) {
         let _work = locked(&self.at_work);
         for (_, tree, mount) in self.attached().iter().filter(|(since, ..)| since.elapsed() >= idle) {
             // The kernel takes off only what nobody has used since it was asked the last time.
             self.take_off(tree, *mount, UnmountFlags::EXPIRE);
         }
-        let stays = |known: &Known| !matches!(known.state, State::Through) || known.since.elapsed() < idle;
+        let stays = |known: &Known| !matches!(known.state, State::Through { .. }) || known.since.elapsed() < idle;
         locked(&self.known).retain(|_, known| stays(known));
     }
 
