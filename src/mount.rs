@@ -223,12 +223,16 @@ pub(crate) fn attached(mount: &Mount, below: &Path) -> io::Result<Vec<Mount>> {
 
 /// Takes off what a server has [`attached`]. On failure the rest stays.
 pub(crate) fn take_off_attached(mount: &Mount, below: &Path, flags: UnmountFlags) -> Result<()> {
-    for Mount { point, .. } in attached(mount, below).map_err(failed("look for what is mounted below", &mount.point))? {
-        match unmount(&point, flags | UnmountFlags::NOFOLLOW) {
-            // The server, or the kernel with its directory, was faster.
-            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
-            Err(Errno::BUSY) => return Err(Error::Busy { dir: point }),
-            Err(error) => return Err(failed("unmount", &point)(error)),
+    // The first reading of the table may have missed some.
+    for _ in 0..2 {
+        let attached = attached(mount, below).map_err(failed("look for what is mounted below", &mount.point))?;
+        for Mount { point, .. } in attached {
+            match unmount(&point, flags | UnmountFlags::NOFOLLOW) {
+                // The server, or the kernel with its directory, was faster.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(Errno::BUSY) => return Err(Error::Busy { dir: point }),
+                Err(error) => return Err(failed("unmount", &point)(error)),
+            }
         }
     }
     Ok(())

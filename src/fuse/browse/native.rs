@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use fsnap_backend::mounts::{self, Mount};
 use fuser::{INodeNo, Notifier};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
@@ -283,9 +283,17 @@ impl Natives {
     fn find(&self, tree: &Tree, mount: u64) -> Found {
         match mounts::at(&self.point(tree)) {
             Ok(Some(found)) if found.id == mount => Found::There,
+            // The table may have missed it. A look tells, but counts as a use.
+            Ok(None) if self.is_seen(tree, mount) => Found::There,
             Ok(None) => Found::Gone,
             _ => Found::Covered,
         }
+    }
+
+    fn is_seen(&self, tree: &Tree, mount: u64) -> bool {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let look = |above| rustix::fs::statx(above, tree.volume().as_str(), flags, StatxFlags::MNT_ID);
+        self.directory_above(tree).is_ok_and(|above| look(above).is_ok_and(|found| found.stx_mnt_id == mount))
     }
 
     /// Takes a snapshot off that nobody uses. One that is in use counts as used now.
