@@ -155,7 +155,9 @@ pub fn serve_all(
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
     let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());
     let ready = |shown: &Path| {
-        if let (Some(natives), Ok(Some(mount))) = (natives, mounted(shown)) {
+        // The first reading of the table may have missed it.
+        let mount = (0..2).find_map(|_| mounted(shown).ok().flatten());
+        if let Some((natives, mount)) = natives.zip(mount) {
             natives.mounted_at(mount);
         }
         ready();
