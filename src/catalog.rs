@@ -6,10 +6,14 @@
 //! * A change of the world outside is preceded by an [`Intent`], committed durably, and followed by a transaction that
 //!   replaces the intent by its result. No backend is called inside a transaction.
 //! * An image may be deleted only if nothing holds it and a removal intent names it.
-//! * While processes stand frozen, the database is not touched: what is needed is read from the file that is the intent's
+//! * While processes are frozen, the database is not touched: what is needed is read from the file that is the intent's
 //!   lock ([`find_plan`]), and what was taken is written to one beside it, without an fsync. It survives fsnap's death, and
 //!   a power cut falls back to the intent, which was durable before the processes froze.
 //! * Each record carries a digest, so that a flipped byte is an error and never another record.
+//!
+//! In reading order: [`format`](mod@format), what is in the database; `query`, its changes and questions, with `tree` for what was seen of
+//! processes; `intent`, changes before they are made; `lock`, who works on one; `attendant` and `search`, what passes between the processes that
+//! do; `wal` and `sys`, what SQLite must be asked or told besides.
 
 mod attendant;
 pub mod format;

@@ -1,52 +1,54 @@
 //! The command line: from arguments to one call of the library, and from its answer to text or JSON.
 //!
 //! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
+//!
+//! A file is a command, named as it is typed (`criu_args.rs` is `fsnap criu-args`), and what stands in the directory of that name is a part
+//! of that command: what its own subcommands do, or what only it needs. Each has an `Args`, whose documentation is the command's help, and a
+//! `run`. No command, but shared by them, are three:
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`environment`] | the settings and the environment, and the catalog as these say: how a command begins |
+//! | [`output`] | tables, JSON, progress, failures and hints: how it ends |
+//! | [`process`](mod@process) | its own process: limits, signals, its deadline, and children that go on without it |
+//!
+//! [`internal`] is a command that only fsnap itself types: the processes that it starts of itself.
 
-mod attendant;
+mod environment;
+mod output;
+mod process;
+
+mod internal;
+
 mod audit;
 mod branch;
 mod branches;
 mod checkpoint;
 mod completions;
-mod copy;
 mod criu_args;
-mod deadline;
 mod diff;
 mod doctor;
 mod engine;
-mod environment;
-mod failure;
-mod generic;
 mod hook;
 mod init;
 mod install_hooks;
-mod internal;
-mod json;
 mod log;
 mod logs;
 mod man;
 #[cfg(feature = "fuse")]
 mod mount;
-mod output;
 #[cfg(feature = "fuse")]
 mod overlay;
 #[cfg(feature = "dm-thin")]
 mod pool;
-mod processes;
-mod progress;
 mod ps;
 mod recover;
 mod restore;
 mod rm;
 mod run;
-mod search;
-#[cfg(feature = "fuse")]
-mod server;
 mod show;
 mod stop;
-mod sys;
 mod tag;
-mod terminal;
 #[cfg(feature = "fuse")]
 mod umount;
 mod verify;
@@ -61,8 +63,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub(crate) use environment::Context;
-pub(crate) use failure::{Failure, Outcome};
-pub(crate) use output::Output;
+pub(crate) use output::{Failure, Outcome, Output, json, say};
 
 /// Snapshot the files of processes at their checkpoints, and branch from any of them
 ///
@@ -123,13 +124,13 @@ const WRONG_USAGE: u8 = 2;
 
 /// Runs the command that the arguments name.
 pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
-    environment::prepare();
+    process::prepare();
     // CRIU starts its action script without arguments: the name tells that it is us who is called.
     let called = arguments.first().map(Path::new).and_then(Path::file_name);
     if called.is_some_and(|name| name == hook::CRIU_HOOK_NAME) {
         return finish(hook::criu());
     }
-    if arguments.len() == 1 && fsnap::engine::is_relay(Path::new(&arguments[0]), |name| std::env::var_os(name)) {
+    if arguments.len() == 1 && fsnap::engine::is_relay(Path::new(&arguments[0]), environment::of_engine) {
         return finish(internal::relay());
     }
     // What is not for users is no part of the help, the completions and the manual.
@@ -147,7 +148,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
             let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
                 false => error.print(),
                 // The message repeats the argument: it may come from a script, and must not speak to the terminal.
-                true => failure::plain(&error.render().to_string()),
+                true => output::plain(&error.render().to_string()),
             };
             ExitCode::from(code)
         }

@@ -6,6 +6,11 @@
 //!
 //! Architecture Invariant: no backend is called while a catalog transaction is open, and no image is deleted that an
 //! intent does not name.
+//!
+//! A checkpoint: `targets`, which volumes; `checkpoint`, begin and seal; `window`, what is done in between; with `search`, who else writes, and
+//! `unlinked`, files without names. A branch: `branch` makes it, `overlay` mounts it, `written` is for those that only `fsnap mount` shows,
+//! `restore` brings processes onto it. `recover` is what every command begins with. `open` reads a snapshot, for `diff` and `verify`. `register`,
+//! `history`, `tags` and `remove` are what their names say.
 
 mod branch;
 mod checkpoint;
@@ -44,6 +49,7 @@ pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side};
 pub use history::{Pinned, time_of};
 pub use open::open_snapshot;
+#[cfg(feature = "fuse")]
 pub(crate) use open::{activate, mount_snapshot};
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};

@@ -3,6 +3,11 @@
 //! An engine calls fsnap at certain moments of its own work; [`Phase`] is what all of them have in common. One file per engine
 //! turns its environment into a phase, and its images into what fsnap must know of them. An image directory may have been made by
 //! anybody: nothing in it is followed, trusted or read without a limit.
+//!
+//! In reading order: [`criu`], its hooks and its program; `images`, a directory of its images; `external`, which files they lack. A restore or
+//! the start of a run goes from `restore` through a `stage` in new namespaces to a `program`, `confine` says what that can write to, and
+//! `given_back` hands it files without names. A run is saved by `dump`, from which `relay` hands calls of the action script outside; `reasons`
+//! tells why CRIU could not. For containers: [`bundle`], and [`drop_in`], the lines in CRIU's configuration. `os_text` and `sys` serve them all.
 
 pub mod bundle;
 mod confine;
@@ -43,7 +48,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Phase {
     /// A dump begins; the processes still run.
     Starting,
-    /// The processes stand, and their images are complete.
+    /// The processes are frozen, and their images are complete.
     Frozen,
     /// A restore begins; there are no processes yet.
     Restoring,

@@ -8,6 +8,9 @@
 //! that the same mount shows, and [`mount_adapter`] decides to whom a request goes. Snapshots that the kernel can mount
 //! may be attached to it ([`browse::Natives`]); then no request for their files comes at all.
 //!
+//! Beside these: [`lower`] opens what a tree begins with, `mounting` puts a file system where it is seen, `open`, `handles` and `readers` are
+//! what the kernel has open, and `given` what it is given before it asks.
+//!
 //! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
 //! directory's descriptor by one name, and no symbolic link of the tree is followed.
 //!
@@ -24,6 +27,7 @@ pub mod lower;
 pub mod mount_adapter;
 mod mounting;
 mod open;
+pub mod places;
 mod readers;
 pub mod session;
 

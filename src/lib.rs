@@ -22,7 +22,7 @@
 //!
 //! 1. [`begin`](coordinator::Coordinator::begin), while the processes run: find the volumes, reserve a place for each
 //!    snapshot, record the [intent](catalog::Intent) durably, flush and copy ahead.
-//! 2. [`take`](coordinator::Window::take), while they stand: one snapshot per volume, side by side; note that it is
+//! 2. [`take`](coordinator::Window::take), while they are frozen: one snapshot per volume, side by side; note that it is
 //!    done, without syncing. A process that the first step left behind [stands by](design::frozen_window) for it.
 //! 3. [`seal`](coordinator::Coordinator::seal), when they run again: make it durable, and put the checkpoint in the place
 //!    of its intent. The engine gives no hook here, so that the next command does it: every command begins with
@@ -46,8 +46,9 @@
 //! | [`config`] | settings |
 //! | [`progress`] | what is told of long work while it goes on |
 //! | [`failpoint`] | where tests make fsnap die |
+//! | `error` | what can go wrong, and the one table to `errno` |
 //! | `fuse` | past states and copy-on-write trees, served through FUSE |
-//! | `cli` (in the binary) | arguments, environment, text and JSON; one subcommand per file |
+//! | `cli` (in the binary) | arguments, environment, text and JSON; a file for each command, and three that they share |
 //!
 //! The backends are the crates `backends/*`; `backends/conformance` is the suite that all of them pass; `tests/` drives
 //! the binary as users do, and `tests/oracle` is a process that knows what its files must hold.

@@ -2,7 +2,7 @@
 //!
 //! Everything here is read from `/proc` ([proc(5)]). Most of it is read while the processes run, so the answer is one of an instant that
 //! has passed. Two things keep that harmless: a process is always named by a [`ProcessId`], which a reused pid does not
-//! equal, and whatever must hold at the snapshot's instant is read while they stand frozen ([`Standing`], [`Outlook::observe`]). A process
+//! equal, and whatever must hold at the snapshot's instant is read while they stand frozen ([`FrozenTree`], [`Outlook::observe`]). A process
 //! that ends in the middle of a scan is left out of it quietly: it can no longer write.
 //!
 //! Which file holds what: `tree`, who belongs together; `reach`, what a tree can write to; `writers`, who else writes; `observer` makes a
@@ -49,7 +49,7 @@ pub use process_id::{BootTicks, ProcessId};
 pub use reach::{Candidate, CandidateKind, Reach, reach, users};
 pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
 pub(crate) use tree::own_descendants;
-pub use tree::{Member, Standing, Tree};
+pub use tree::{FrozenTree, Member, Tree};
 pub use unlinked::Unlinked;
 pub use writers::{Writer, WriterScan, writers, writers_at};
 

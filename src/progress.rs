@@ -1,7 +1,7 @@
 //! What is told of long work while it goes on.
 //!
 //! The library prints nothing: whoever calls it gives it a [`Progress`] to report to, or none. Nothing is reported while
-//! processes stand frozen: the [`Window`](crate::coordinator::Window) has nobody to report to, and every piece of work that
+//! processes are frozen: the [`Window`](crate::coordinator::Window) has nobody to report to, and every piece of work that
 //! was begun before it has ended.
 
 use std::fmt;

@@ -182,6 +182,25 @@ fn modules_are_documented(sources: &[Source]) -> Vec<String> {
     sources.iter().filter(undocumented).map(complain).collect()
 }
 
+/// A crate's first page says what each of its modules is for.
+fn maps_name_every_module(sources: &[Source]) -> Vec<String> {
+    let is_root = |source: &&Source| source.path.ends_with("src/lib.rs") || source.path == "vm-tests/src/main.rs";
+    let mut complaints = Vec::new();
+    for source in sources.iter().filter(is_root) {
+        let lines: Vec<&str> = source.text.lines().collect();
+        for (number, line) in lines.iter().enumerate() {
+            let declared = line.strip_prefix("pub ").unwrap_or(line).strip_prefix("mod ");
+            let Some(module) = declared.and_then(|declared| declared.strip_suffix(';')) else { continue };
+            let of_tests = number > 0 && lines[number - 1] == "#[cfg(test)]";
+            let named = |line: &&str| line.starts_with("//!") && line.contains(&format!("`{module}`"));
+            if !of_tests && !lines.iter().any(named) {
+                complaints.push(source.complain(number, &format!("the map above does not name `{module}`")));
+            }
+        }
+    }
+    complaints
+}
+
 fn designs_are_shown(sources: &[Source]) -> Vec<String> {
     let pages = sources.iter().filter(|source| source.path.starts_with("src/design/") && source.path.ends_with(".md"));
     // A macro may put the path together, so the name is looked for on its own, in a file that includes something.
@@ -229,6 +248,20 @@ fn one_file_names_the_backends(sources: &[Source]) -> Vec<String> {
                 }
             }
         }
+    }
+    complaints
+}
+
+/// What a command takes from its environment is found in one file, and the library takes nothing.
+fn one_file_reads_the_environment(sources: &[Source]) -> Vec<String> {
+    let is_other = |source: &&Source| source.path.starts_with("src/") && source.path != "src/cli/environment.rs";
+    let mut complaints = Vec::new();
+    for source in sources.iter().filter(is_other).filter(|source| source.is_rust()) {
+        let reads = |(_, code): &(usize, String)| {
+            ["env::var", "env::var_os", "env::vars", "env::vars_os"].iter().any(|call| has_word(code, call))
+        };
+        let found = source.code().into_iter().filter(reads);
+        complaints.extend(found.map(|(number, _)| source.complain(number, "the environment is read elsewhere")));
     }
     complaints
 }
@@ -322,9 +355,11 @@ rules![
     unsafe_is_in_sys,
     nothing_is_left_to_do,
     modules_are_documented,
+    maps_name_every_module,
     designs_are_shown,
     rules_have_cases,
     one_file_names_the_backends,
+    one_file_reads_the_environment,
     words_are_ours,
     lines_end_well,
     nothing_names_a_machine,
@@ -374,6 +409,16 @@ mod rule_catches {
     }
 
     #[test]
+    fn maps_name_every_module() {
+        let rule = super::maps_name_every_module;
+        let map = "//! * `store`: the store; [`tree`](mod@tree): a tree.\n\nmod store;\npub mod tree;\n";
+        assert_eq!(about(rule, "backends/a/src/lib.rs", map), 0);
+        assert_eq!(about(rule, "backends/a/src/lib.rs", &format!("{map}// `lock`\nmod lock;\n")), 1);
+        assert_eq!(about(rule, "backends/a/src/lib.rs", &format!("{map}#[cfg(test)]\nmod tests;\n")), 0);
+        assert_eq!(about(rule, "backends/a/src/store.rs", "//! The store.\n\nmod lock;\n"), 0);
+    }
+
+    #[test]
     fn designs_are_shown() {
         let page = Source { path: "src/design/why.md".into(), text: "# Why\n".into() };
         let including = |text: &str| Source { path: "src/design.rs".into(), text: text.into() };
@@ -409,6 +454,14 @@ mod rule_catches {
         assert_eq!(complaints("backends/dm-thin/src/store.rs"), 0);
         assert_eq!(complaints("src/coordinator.rs"), 1);
         assert_eq!(complaints("backends/rsync/src/store.rs"), 1);
+    }
+
+    #[test]
+    fn one_file_reads_the_environment() {
+        let rule = super::one_file_reads_the_environment;
+        assert_eq!(about(rule, "src/cli/hook.rs", "let a = std::env::var_os(\"A\");\nlet b = env::var(\"B\");\n"), 2);
+        assert_eq!(about(rule, "src/cli/hook.rs", "// env::var\nlet c = std::env::current_dir();\n"), 0);
+        assert_eq!(about(rule, "src/cli/environment.rs", "let a = std::env::var_os(\"A\");\n"), 0);
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! * `N.attendant.X` is the socket of a process that stands by to take the snapshots;
 //! * `N.finished` stands for the others, when they were found missing though the catalog has the intent.
 //!
-//! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes stand frozen
+//! A record is a line with the digest of what follows in hexadecimal digits, and JSON. Nothing of it is synced, since processes are frozen
 //! meanwhile: it survives the death of fsnap. After a power cut it may be missing or torn; the intent in the catalog was durable before.
 
 use std::collections::BTreeSet;

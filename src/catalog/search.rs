@@ -1,5 +1,5 @@
 //! The answer to a question that outlives the frozen window: who else has files of the volumes open for writing. With it goes what was
-//! seen of the tree while that stood.
+//! seen of the tree while that was frozen.
 //!
 //! The file `N.search` beside the lock of the intent `N` is locked while a process searches for it, and holds its answer, in the form of
 //! the other records, once that process has ended well. Whoever seals the checkpoint waits for the lock.
@@ -25,7 +25,7 @@ pub type WriterLists = Vec<Vec<String>>;
 pub struct SearchAnswer {
     /// Who else was writing.
     pub writers: WriterLists,
-    /// The processes that stood, if they could be looked at.
+    /// The processes that were frozen, if they could be looked at.
     #[serde(default)]
     pub tree: Option<TreeRecord>,
 }

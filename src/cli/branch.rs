@@ -1,5 +1,7 @@
 //! `fsnap branch`
 
+mod copy;
+
 use std::ffi::OsString;
 
 use fsnap::checkpoint::CheckpointId;
@@ -8,7 +10,7 @@ use fsnap::name::Name;
 use fsnap::reference;
 use jiff::tz::TimeZone;
 
-use super::{Context, Outcome, Output, copy, json};
+use super::{Context, Outcome, Output, json};
 
 /// Make a writable branch from a checkpoint, and print where its files are
 ///

@@ -15,7 +15,7 @@ use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
-use super::{Context, Failure, Outcome, Output, attendant, environment, hook, internal, json};
+use super::{Context, Failure, Outcome, Output, environment, hook, internal, json};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
@@ -41,7 +41,7 @@ pub(crate) struct Args {
     /// Freeze others that have files of the volumes open for writing, too
     #[arg(long)]
     freeze_writers: bool,
-    /// Give up, and let the processes run, if they do not stand after so many seconds
+    /// Give up, and let the processes run, if they are not frozen after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
     deadline: f64,
     /// Take the volumes of this branch
@@ -100,7 +100,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let mut window = coordinator.window(coordinator.begin(request)?)?;
     let within = Duration::from_secs_f64(args.deadline);
     let taken = if tree.is_some() || args.freeze_writers {
-        take_frozen(&coordinator, &mut window, tree, args.freeze_writers, within)
+        freeze_and_take(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
         take_running(&mut window)
     };
@@ -173,7 +173,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         message: &args.message,
-        dismiss: attendant::dismiss,
+        dismiss: hook::attendant::dismiss,
         stores: &context.config.stores(),
     }
     .take();
@@ -191,7 +191,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
 /// Freezes the tree, and other writers if asked to, takes the snapshots, and sets all running again.
 ///
 /// Whatever fails, everything runs again before this returns.
-fn take_frozen(
+fn freeze_and_take(
     coordinator: &Coordinator,
     window: &mut Window,
     tree: Option<Tree>,
@@ -210,16 +210,15 @@ fn take_frozen(
     if writers_too {
         freeze_late_writers(window, &mut frozen)?;
     }
-    let standing = everyone_in(&frozen);
     let tree = observed.then(|| frozen.tree());
-    let search = take_standing(window, standing, tree)?;
+    let search = take_frozen(window, everyone_in(&frozen), tree)?;
     frozen.check()?;
     frozen.thaw()?;
     window.tell(search.run()?);
     Ok(())
 }
 
-/// Takes the snapshots while nobody stands, and searches meanwhile for writers.
+/// Takes the snapshots while nobody is frozen, and searches meanwhile for writers.
 fn take_running(window: &mut Window) -> fsnap::Result<()> {
     let pending = window.pending().clone();
     std::thread::scope(|scope| {
@@ -228,14 +227,14 @@ fn take_running(window: &mut Window) -> fsnap::Result<()> {
     })
 }
 
-/// Takes the snapshots while all in `standing` stand, and learns meanwhile what the thaw would change about `tree`.
+/// Takes the snapshots while all in `frozen` are, and learns meanwhile what the thaw would change about `tree`.
 ///
-/// Returns the search for other writers, for when everything runs again: nobody need stand for it.
-pub(super) fn take_standing(window: &mut Window, standing: Tree, tree: Option<&Tree>) -> fsnap::Result<WriterSearch> {
+/// Returns the search for other writers, for when everything runs again: nobody need be frozen for it.
+pub(super) fn take_frozen(window: &mut Window, frozen: Tree, tree: Option<&Tree>) -> fsnap::Result<WriterSearch> {
     let pending = window.pending().clone();
     std::thread::scope(|scope| {
         let search = scope.spawn(move || {
-            let search = WriterSearch::new(&pending, standing, Vec::new())?;
+            let search = WriterSearch::new(&pending, frozen, Vec::new())?;
             Ok(match tree {
                 Some(tree) => search.observing(tree),
                 None => search,
@@ -253,7 +252,7 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// Freezes those that opened a file for writing after the first look; ends, for those that stand open nothing.
+/// Freezes those that opened a file for writing after the first look; ends, for those that are frozen open nothing.
 fn freeze_late_writers(window: &Window, frozen: &mut Frozen) -> fsnap::Result<()> {
     loop {
         let late = find_writers(window.pending(), &everyone_in(frozen), &[])?.writers;
@@ -264,7 +263,7 @@ fn freeze_late_writers(window: &Window, frozen: &mut Frozen) -> fsnap::Result<()
     }
 }
 
-/// All that stand: the tree, and the writers beside it.
+/// All that are frozen: the tree, and the writers beside it.
 pub(super) fn everyone_in(frozen: &Frozen) -> Tree {
     let tree = frozen.tree().members().map(|member| member.id);
     Tree::of_processes(tree.chain(frozen.record().processes.iter().copied()))

@@ -5,8 +5,8 @@ use fsnap::processes::process_changes;
 use fsnap::reference;
 use serde_json::json;
 
-use super::failure::say;
-use super::{Context, Failure, Outcome, Output, json, processes};
+use super::output::processes;
+use super::{Context, Failure, Outcome, Output, json, say};
 
 /// List the files that differ between two checkpoints, or between a checkpoint and now
 ///

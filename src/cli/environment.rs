@@ -1,7 +1,8 @@
 //! What the process finds around it: the only place that reads the environment.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -9,39 +10,13 @@ use fsnap::catalog::Access;
 use fsnap::config::Config;
 use fsnap::coordinator::{Coordinator, Recovered};
 use fsnap::engine::criu::{self, Criu};
-use fsnap::failpoint;
 use fsnap::processes::AuditRules;
-use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
-use super::failure::{Failure, say};
-use super::progress::TerminalProgress;
-use super::sys;
+use super::output::progress::TerminalProgress;
+use super::output::{Failure, say};
 
 /// How long a command waits for another that changes the catalog.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// How many files this process could open when it began.
-static OPEN_FILES: OnceLock<Option<u64>> = OnceLock::new();
-
-/// How many files a command may open that is started for the user; `None` if there is no limit.
-pub(crate) fn open_files() -> Option<u64> {
-    OPEN_FILES.get().copied().flatten()
-}
-
-/// Prepares the process: every command needs it, and none may do it twice.
-pub(crate) fn prepare() {
-    if let Some(spec) = armed() {
-        failpoint::arm(&spec);
-    }
-    // The walk of a deep tree holds one descriptor per level; the kernel's default limit is for select(2).
-    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let _ = OPEN_FILES.set(limit.current);
-    limit.current = limit.maximum;
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
-    // A file that may not grow is an error of the call that writes it, which is told and undone, and not a signal.
-    let _ = sys::handle(Signal::SIGXFSZ, SigHandler::SigIgn, SaFlags::empty());
-    let _ = sys::handle(Signal::SIGBUS, SigHandler::Handler(sys::end_without_page), SaFlags::empty());
-}
 
 /// Where a test makes this process die.
 pub(crate) fn armed() -> Option<String> {
@@ -157,8 +132,13 @@ pub(crate) const LOST_END: &str = "the end of the catalog's log catalog.db-wal i
 
 /// Where the service manager wants to be told that a server is ready.
 #[cfg(feature = "fuse")]
-pub(crate) fn notify_socket() -> Option<std::ffi::OsString> {
+pub(crate) fn notify_socket() -> Option<OsString> {
     std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty())
+}
+
+/// What an engine tells those that it calls: the library knows the names.
+pub(crate) fn of_engine(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
 }
 
 fn variable(name: &str) -> Option<PathBuf> {

@@ -1,4 +1,8 @@
-//! `fsnap hook`
+//! `fsnap hook`, and CRIU's action script.
+
+pub(crate) mod attendant;
+mod generic;
+mod search;
 
 use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
 use fsnap::coordinator::{Begun, Coordinator, Request, Target, Window};
@@ -7,10 +11,9 @@ use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase};
 use fsnap::processes::{Policy, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
-use super::deadline::{Deadline, hold_off_signals};
-use super::failure::say;
-use super::search::{self, Search};
-use super::{Context, Failure, Outcome, Output, attendant, environment, generic};
+use super::process::deadline::{Deadline, hold_off_signals};
+use super::{Context, Failure, Outcome, Output, environment, say};
+use search::Search;
 
 /// The name under which fsnap is CRIU's action script.
 pub(crate) const CRIU_HOOK_NAME: &str = "fsnap-criu-hook";
@@ -45,7 +48,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Does what CRIU's call asks for.
 pub(crate) fn criu() -> Outcome {
-    let Some(call) = HookCall::parse(|name| std::env::var_os(name), environment::parent())? else { return Ok(()) };
+    let Some(call) = HookCall::parse(environment::of_engine, environment::parent())? else { return Ok(()) };
     if environment::is_outer(call.images.path()) {
         return Ok(());
     }
@@ -140,9 +143,9 @@ pub(crate) fn external_files(
     }
 }
 
-/// The processes stand: take the snapshots, and leave all else for later.
+/// The processes are frozen: take the snapshots, and leave all else for later.
 pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
-    // As long as this process lives, the application stands. What was taken so far is undone by the next command.
+    // As long as this process lives, the application is frozen. What was taken so far is undone by the next command.
     let limit = context.config.hook.deadline();
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
     let cannot = |source| Error::Io { action: "set", object: "the deadline".into(), source };

@@ -9,8 +9,7 @@ use fsnap::stores::KINDS;
 use fsnap_backend::Capabilities;
 use serde_json::json;
 
-use super::failure::say;
-use super::{Context, Outcome, Output, json};
+use super::{Context, Outcome, Output, json, say};
 
 /// Begin to track a directory as a volume
 ///

@@ -7,7 +7,8 @@ use fsnap::quiesce::{GuardCommand, run_guard};
 use fsnap::run::HookCommand;
 use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
-use super::{Failure, Outcome, hook, sys};
+use super::process::sys;
+use super::{Failure, Outcome, environment, hook};
 
 /// The first argument, by which fsnap knows that it was started by itself.
 pub(crate) const NAME: &str = "internal";
@@ -59,7 +60,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Hands a call of CRIU's action script inside a run to the fsnap outside.
 pub(crate) fn relay() -> Outcome {
-    fsnap::engine::run_relay(|name| std::env::var_os(name))
+    fsnap::engine::run_relay(environment::of_engine)
         .map_err(|error| Failure::Error(fsnap::Error::HookFailed { said: error.to_string() }))
 }
 

@@ -4,12 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fsnap::checkpoint::Checkpoint;
+use fsnap::coordinator::Coordinator;
 use fsnap::fuse::browse::Records;
+use fsnap::fuse::places;
 use fsnap::fuse::session::{self, Options};
 use fsnap::name::Name;
 
-use super::failure::say;
-use super::{Context, Outcome, json, server};
+use super::process::server;
+use super::{Context, Failure, Outcome, json, say};
 
 /// Show every checkpoint and branch as files
 ///
@@ -58,7 +60,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 fn serve(args: &Args) -> Outcome {
     let context = Context::load()?;
     // Whatever stands against reading the catalog is told now, and not by numbers later.
-    drop(context.read()?);
+    places::check_shown(&args.dir, needed(&context, &context.read()?)?)?;
     let branches = context.config.branches.clone();
     let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
@@ -68,6 +70,19 @@ fn serve(args: &Args) -> Outcome {
         if args.detach { server::ready() } else { server::notify_ready() }
     };
     Ok(session::serve_all(records, report, source(&context), &args.dir, options, idle, ready)?)
+}
+
+/// What must not be hidden by the mount.
+fn needed(context: &Context, coordinator: &Coordinator) -> Result<Vec<PathBuf>, Failure> {
+    let catalog = coordinator.catalog();
+    let volumes = catalog.volumes()?.into_iter().map(|volume| volume.path.0);
+    let stores = catalog.stores()?.into_iter().map(|store| store.place.0);
+    Ok([context.state.clone()]
+        .into_iter()
+        .chain(context.config.branches.clone())
+        .chain(stores)
+        .chain(volumes)
+        .collect())
 }
 
 /// What the mount is said to come from.

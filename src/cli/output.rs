@@ -1,4 +1,9 @@
-//! Standard output: tables for people, JSON for programs.
+//! What users see: tables and JSON on standard output; on standard error what failed, and how long work goes on.
+
+mod failure;
+pub(crate) mod json;
+pub(crate) mod processes;
+pub(crate) mod progress;
 
 use std::io::{self, IsTerminal, Write};
 
@@ -6,7 +11,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
-use super::{Failure, Outcome};
+pub(crate) use failure::{Failure, Outcome, plain, say};
 
 /// Standard output.
 #[derive(Debug)]

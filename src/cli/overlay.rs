@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use fsnap::fuse::lower;
 use fsnap::fuse::overlay::{Origin, Overlay, note};
 use fsnap::fuse::session::{self, Options};
+use fsnap::fuse::{lower, places};
 
-use super::{Outcome, server};
+use super::Outcome;
+use super::process::server;
 
 /// Write to a directory copy-on-write
 ///
@@ -50,6 +51,8 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn serve(args: &Args) -> Outcome {
+    places::check_apart(&args.lower, &args.store)?;
+    places::check_shown(&args.dir, [args.lower.clone(), args.store.clone()])?;
     let overlay = Overlay::open(lower::of_dir(&args.lower)?, &args.store).map_err(session::Error::from)?;
     let source = server::absolute(&args.store)?;
     let below = server::absolute(&args.lower)?;

@@ -1,5 +1,7 @@
 //! `fsnap run`
 
+pub(crate) mod terminal;
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +13,7 @@ use fsnap::name::Name;
 use fsnap::run::{RunRecord, Runs, SeenVolume};
 use fsnap_backend::MountSpec;
 
-use super::{Context, Failure, Outcome, Output, environment, internal, terminal};
+use super::{Context, Failure, Outcome, Output, internal, process};
 
 /// Start a command so that it can be saved and copied live
 ///
@@ -101,7 +103,7 @@ fn start(
     }
     let directory = std::env::current_dir().unwrap_or_else(|_| Path::new("/").into());
     let mut program = Program::new(record.command.clone(), directory);
-    program.open_files = environment::open_files();
+    program.open_files = process::open_files();
     program.terminal = terminal.map(|terminal| terminal.path().to_owned());
     let place = runs.create(record)?;
     let start = Start {

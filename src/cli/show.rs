@@ -4,7 +4,8 @@ use fsnap::checkpoint::Checkpoint;
 use fsnap::name::Name;
 use fsnap::reference;
 
-use super::{Context, Outcome, Output, audit, json, processes};
+use super::output::processes;
+use super::{Context, Outcome, Output, audit, json};
 
 /// Show one checkpoint: its volumes, their consistency, and what is not in it
 #[derive(Debug, clap::Args)]

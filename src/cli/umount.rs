@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use fsnap::fuse::session::{self, Server};
 
-use super::Outcome;
-use super::failure::say;
+use super::{Outcome, say};
 
 /// Unmount what fsnap serves
 ///

@@ -6,7 +6,7 @@ use fsnap_backend::{Backend, Locator, MountSpec, Source};
 
 use super::checkpoint::boot_id;
 use super::{Coordinator, overlay, side_by_side};
-use crate::branch::{Branch, BranchMember, Overlay};
+use crate::branch::{Branch, BranchMember, Difference, Form};
 use crate::catalog::{ImageRef, Intent, IntentId};
 use crate::checkpoint::{Checkpoint, Member, PathText};
 use crate::failpoint;
@@ -19,7 +19,7 @@ struct Planned<'a> {
     member: &'a Member,
     store: Arc<dyn Backend>,
     at: Locator,
-    overlay: Option<Overlay>,
+    overlay: Option<Difference>,
 }
 
 impl Coordinator {
@@ -92,7 +92,7 @@ impl Coordinator {
         drop(work);
         let mut members = Vec::with_capacity(planned.len());
         for plan in planned {
-            let mut home = None;
+            let mut form = plan.overlay.clone().map_or(Form::Clone, Form::Overlay);
             let (path, identity) = match &plan.overlay {
                 Some(overlay) => {
                     let path = self.make_overlay(plan.store.as_ref(), &plan.member.snapshot, overlay)?;
@@ -110,7 +110,7 @@ impl Coordinator {
                             self.catalog.update(id, intent)?;
                             let path = overlay::mount_clone(&spec, dir.as_path())?;
                             failpoint::hit("branch:mounted");
-                            home = Some(dir);
+                            form = Form::MountedClone(dir);
                             path
                         }
                     };
@@ -126,10 +126,8 @@ impl Coordinator {
                 path: PathText(path),
                 identity,
                 origin: plan.member.path.clone(),
-                overlay: plan.overlay.clone(),
-                layers: None,
+                form,
                 needs: Vec::new(),
-                home,
             });
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })

@@ -1,4 +1,4 @@
-//! Takes a checkpoint: begin while the processes run, take in the [`Window`] in which they stand, seal when they run again.
+//! Takes a checkpoint: begin while the processes run, take in the [`Window`] in which they are frozen, seal when they run again.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -62,7 +62,7 @@ impl Begun {
         self.lock.note().symlink_metadata().is_ok()
     }
 
-    /// The file for the answer to who else was writing, where that is not waited for while processes stand.
+    /// The file for the answer to who else was writing, where that is not waited for while processes are frozen.
     pub fn begin_search(&self) -> Result<SearchFile> {
         Ok(self.lock.begin_search()?)
     }
@@ -202,7 +202,7 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Opens all that will be needed while the processes stand, before they do.
+    /// Opens all that will be needed while the processes are frozen, before they are.
     pub fn window(&self, begun: Begun) -> Result<Window> {
         let stores = begun.pending.members.iter().map(|member| self.store(&member.store)).collect();
         match stores {

@@ -9,7 +9,9 @@ use fsnap_backend::{Backend, Dir, DirTree, Locator, MountSpec, Snapshot};
 use super::Coordinator;
 use crate::Result;
 use crate::checkpoint::Member;
-use crate::mount::{self, Prepared, Restrictions};
+use crate::mount;
+#[cfg(feature = "fuse")]
+use crate::mount::{Prepared, Restrictions};
 
 /// How often an image is activated anew that others deactivate meanwhile.
 const ATTEMPTS: usize = 8;
@@ -73,6 +75,7 @@ pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn
 }
 
 /// Activates the snapshot and makes it a mount of its own, attached nowhere; `None` if the kernel cannot mount it.
+#[cfg(feature = "fuse")]
 pub(crate) fn mount_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Option<Prepared>> {
     match activate(store, &snapshot.at)? {
         (MountSpec::Tree(_), _) => Ok(None),

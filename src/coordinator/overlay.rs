@@ -27,7 +27,7 @@ use rustix::fs::{Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::{Coordinator, Recovered, open_snapshot};
-use crate::branch::{BranchMember, Keeper, Overlay};
+use crate::branch::{BranchMember, Difference, Form, Keeper};
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
 use crate::mount::{Prepared, Restrictions};
@@ -49,11 +49,11 @@ const OVERLAYFS: u64 = 0x794c_7630;
 
 impl Coordinator {
     /// Where the overlay for a volume of a branch is to be; refused where none can be kept.
-    pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Overlay> {
+    pub(super) fn plan_overlay(&self, branch: &Name, volume: &Name) -> Result<Difference> {
         make_private(&self.homes)?;
         check(&self.homes)?;
         let dir = PathText(self.homes.join(branch.as_str()).join(volume.as_str()));
-        Ok(Overlay { dir, keeper: self.keeper()? })
+        Ok(Difference { dir, keeper: self.keeper()? })
     }
 
     /// Makes the store for snapshots of overlays, or opens it.
@@ -69,7 +69,12 @@ impl Coordinator {
     }
 
     /// Makes the overlay, empty, over the snapshot, and mounts it. Its intent is recorded.
-    pub(super) fn make_overlay(&self, store: &dyn Backend, snapshot: &Snapshot, overlay: &Overlay) -> Result<PathBuf> {
+    pub(super) fn make_overlay(
+        &self,
+        store: &dyn Backend,
+        snapshot: &Snapshot,
+        overlay: &Difference,
+    ) -> Result<PathBuf> {
         let dir = overlay.dir.as_path();
         for name in [UPPER, WORK, FILES] {
             make_private(&dir.join(name))?;
@@ -87,7 +92,7 @@ impl Coordinator {
     }
 
     /// What the branch's record says of an overlay that is mounted.
-    pub(super) fn overlay_identity(&self, overlay: &Overlay) -> Result<fsnap_backend::Identity> {
+    pub(super) fn overlay_identity(&self, overlay: &Difference) -> Result<fsnap_backend::Identity> {
         let files = overlay.dir.as_path().join(FILES);
         match &overlay.keeper {
             Some(keeper) => Ok(self.store(&keeper.store)?.adopt(&files)?.identity().clone()),
@@ -128,12 +133,15 @@ impl Coordinator {
 
     /// Mounts one again, if it has to be mounted and is not; tells whether it was.
     fn mount_member(&self, checkpoint: &crate::checkpoint::CheckpointId, member: &mut BranchMember) -> Result<bool> {
-        let Some(dir) = member.home().cloned().filter(|_| member.layers.is_none()) else { return Ok(false) };
-        let dir = dir.as_path();
+        let (dir, overlay) = match &member.form {
+            Form::Clone | Form::Layers(_) => return Ok(false),
+            Form::MountedClone(home) => (home.as_path(), None),
+            Form::Overlay(overlay) => (overlay.dir.as_path(), Some(overlay)),
+        };
         if is_mounted(dir).context("examine", dir)? {
             return Ok(false);
         }
-        let Some(overlay) = member.overlay.clone() else {
+        let Some(overlay) = overlay else {
             mount_clone(&self.store(&member.store)?.activate(&member.at)?, dir)?;
             return Ok(true);
         };
@@ -143,7 +151,7 @@ impl Coordinator {
         let snapshot =
             snapshot.ok_or_else(|| fsnap_backend::Error::NotFound { what: format!("the snapshot {}", member.at) })?;
         self.mount_overlay(self.store(&member.store)?.as_ref(), &snapshot, dir)?;
-        member.identity = self.overlay_identity(&overlay)?;
+        member.identity = self.overlay_identity(overlay)?;
         Ok(true)
     }
 }

@@ -200,7 +200,8 @@ impl Coordinator {
         }
         match self.seal(Begun { id, lock, pending, taken }) {
             Ok(sealed) => Ok(Recovered::Sealed(sealed.id)),
-            Err(error) if is_lost(&error) => Ok(Recovered::Undone(checkpoint)),
+            // A store that is away, too, can be said to be not there. Whether it was undone, the catalog knows.
+            Err(_) if self.catalog.intent(id)?.is_none() => Ok(Recovered::Undone(checkpoint)),
             Err(error) => Err(error),
         }
     }
@@ -231,7 +232,7 @@ impl Coordinator {
                 Err(error) if is_lost(&error) => return Ok(None),
                 Err(error) => return Err(error),
             };
-            // Who stood and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
+            // Who was frozen and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
             members.push(plan.taken(snapshot, store.store().capabilities.live, Vec::new()));
         }
         Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None, kept: Vec::new() }))

@@ -1,12 +1,15 @@
 //! Brings processes back onto files of the same instant.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use fsnap_backend::MountSpec;
+use fsnap_backend::mounts::{self, Mount};
+use rustix::fs::{Mode, OFlags};
 
 use super::Coordinator;
-use crate::branch::Branch;
+use crate::branch::{Branch, Form};
 use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::engine::criu::{self, Criu};
 use crate::engine::{self, GivenBack, Images, MountPlan, PidSpace, Restore, Restored, StageCommand, TerminalId};
@@ -78,10 +81,10 @@ impl Coordinator {
             let seen = request.run.and_then(|run| run.record.volumes.iter().find(|seen| seen.volume == member.volume));
             let at = seen.map_or_else(|| member.origin.0.clone(), |seen| seen.at.0.clone());
             let restrictions = Restrictions::of(&at)?;
-            let spec = match member.overlay {
+            let spec = match member.form {
                 // One overlay cannot be mounted twice: what is mounted is shown there as well.
-                Some(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
-                None => self.store(&member.store)?.activate(&member.at)?,
+                Form::Overlay(_) => MountSpec::Bind { dir: member.path.0.clone(), read_only: false },
+                _ => self.store(&member.store)?.activate(&member.at)?,
             };
             mounts.push(MountPlan { spec, at, restrictions });
         }
@@ -149,10 +152,12 @@ impl Coordinator {
         if self.shows_overlay(checkpoint, member)? {
             return Ok(());
         }
-        let found = match self.store(&member.store)?.adopt(member.path.as_path()) {
+        let path = member.path.as_path();
+        let found = match self.store(&member.store).and_then(|store| Ok(store.adopt(path)?)) {
             Ok(volume) => volume.identity().clone(),
+            // On another file system, the store is not there either.
             Err(error) => {
-                let (expected, found) = (self.expected(member), error.to_string());
+                let (expected, found) = (self.expected(member), format!("{}: {error}", file_system(path)));
                 return Err(Error::WrongFiles { path: member.path.clone(), checkpoint, expected, found });
             }
         };
@@ -178,7 +183,7 @@ impl Coordinator {
         for branch in self.catalog.branches_to_mount()? {
             let overlays =
                 branch.members.iter().filter(|m| branch.checkpoint == checkpoint && m.volume == member.volume);
-            for (found, overlay) in overlays.filter_map(|m| Some((m, m.overlay.as_ref()?))) {
+            for (found, overlay) in overlays.filter_map(|m| Some((m, m.form.overlay()?))) {
                 let Some(keeper) = &overlay.keeper else { continue };
                 let shown = self.store(&keeper.store)?.adopt(member.path.as_path());
                 if shown.is_ok_and(|shown| *shown.identity() == found.identity) {
@@ -191,6 +196,19 @@ impl Coordinator {
 
     fn expected(&self, member: &Member) -> String {
         format!("volume {} ({}) or a branch of it", member.volume, member.identity)
+    }
+}
+
+/// What is mounted at a path, for people.
+fn file_system(path: &Path) -> String {
+    // To open what it is, and no more, waits for nobody: it may be a fifo.
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let mount = place.ok().and_then(|place| mounts::of_file(place).ok().flatten());
+    match mount {
+        Some(Mount { fstype, source, .. }) => {
+            format!("{} of {}", crate::printable(OsStr::from_bytes(&fstype)), PathText(source))
+        }
+        None => "something else".into(),
     }
 }
 

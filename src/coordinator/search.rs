@@ -6,7 +6,7 @@ use super::{Coordinator, Target};
 use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
 use crate::name::Name;
 use crate::processes::{
-    self, AuditRules, BootTicks, Candidate, CandidateKind, Observation, Outlook, Policy, Standing, Tree, TreeRecord,
+    self, AuditRules, BootTicks, Candidate, CandidateKind, FrozenTree, Observation, Outlook, Policy, Tree, TreeRecord,
     WriterScan,
 };
 use crate::{Error, Result};
@@ -15,7 +15,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct WriterSearch {
     volumes: Vec<(Name, Candidate)>,
-    /// Who belongs together, and when they did: while they stood, if they did.
+    /// Who belongs together, and when they did: while they were frozen, if they did.
     tree: Tree,
     moment: BootTicks,
     ignore: Vec<i32>,
@@ -27,7 +27,7 @@ pub struct WriterSearch {
 impl WriterSearch {
     /// Opens what it needs: the volumes must be there now, and need not be while it runs.
     ///
-    /// If the tree stands now, it may run again when the search does: what it forks from now on belongs to it.
+    /// If the tree is frozen now, it may run again when the search does: what it forks from now on belongs to it.
     ///
     /// The processes in `ignore`, such as the engine, are left out.
     pub fn new(pending: &PendingCheckpoint, tree: Tree, ignore: Vec<i32>) -> Result<Self> {
@@ -36,22 +36,22 @@ impl WriterSearch {
         Ok(Self { volumes: planned(pending)?, tree, moment, ignore, rules, observed: None, seen: None })
     }
 
-    /// Looks at a tree while it stands: at who belongs to it, and at what has to be read then.
+    /// Looks at a tree while it is frozen: at who belongs to it, and at what has to be read then.
     ///
     /// `outlook` is one for the [members](Self::outlook) of the checkpoint, which may have been made long before.
-    pub fn of_standing(outlook: Outlook, standing: Standing, ignore: Vec<i32>) -> Self {
+    pub fn of_frozen(outlook: Outlook, frozen: FrozenTree, ignore: Vec<i32>) -> Self {
         let (volumes, rules) = (outlook.volumes().to_vec(), outlook.rules().clone());
-        let (tree, moment) = (standing.tree().clone(), BootTicks::now());
-        let observed = Some(outlook.observe(standing));
+        let (tree, moment) = (frozen.tree().clone(), BootTicks::now());
+        let observed = Some(outlook.observe(frozen));
         Self { volumes, tree, moment, ignore, rules, observed, seen: None }
     }
 
-    /// What a look at a tree needs, as far as it can be made while nobody stands.
+    /// What a look at a tree needs, as far as it can be made while nobody is frozen.
     pub fn outlook(pending: &PendingCheckpoint) -> Result<Outlook> {
         Ok(Outlook::new(planned(pending)?, pending.audit.clone())?)
     }
 
-    /// Looks at a tree that was read before it stood.
+    /// Looks at a tree that was read before it was frozen.
     #[must_use]
     pub fn observing(mut self, tree: &Tree) -> Self {
         self.observed = Some(processes::observe(tree, self.volumes.clone(), &self.rules));
@@ -73,7 +73,7 @@ impl WriterSearch {
         Some(Error::Outside { what })
     }
 
-    /// Learns what need not be learnt while the tree stands. From here on it has no files open.
+    /// Learns what need not be learnt while the tree is frozen. From here on it has no files open.
     pub fn learn(&mut self) {
         // What cannot be looked at makes a checkpoint that knows less.
         if let Some(Ok(observation)) = self.observed.take() {

@@ -125,10 +125,9 @@ impl Coordinator {
 
 fn on_branch(shown: &Shown<'_>, branch: &Branch, member: &BranchMember) -> Target {
     // An overlay is nothing that the backend of the snapshot below could capture.
-    let kept = member.overlay.as_ref().or(member.layers.as_ref());
-    let keeper = kept.and_then(|overlay| overlay.keeper.as_ref());
+    let keeper = member.form.over_snapshot().and_then(|overlay| overlay.keeper.as_ref());
     let (backend, store) = keeper.map_or((&member.backend, &member.store), |keeper| (&keeper.backend, &keeper.store));
-    let below = member.layers.as_ref().map(|_| ImageRef { store: member.store.clone(), at: member.at.clone() });
+    let below = member.form.layers().map(|_| ImageRef { store: member.store.clone(), at: member.at.clone() });
     let needs = below.into_iter().chain(member.needs.iter().cloned()).collect();
     Target {
         volume: member.volume.clone(),

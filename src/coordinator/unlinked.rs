@@ -1,4 +1,4 @@
-//! Files without names: kept while their processes stand, with as much as possible done ahead; and found again for a restore.
+//! Files without names: kept while their processes are frozen, with as much as possible done ahead; and found again for a restore.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -18,7 +18,7 @@ use crate::processes::{self, AuditRules, Observation, Policy, Tree, Unlinked};
 use crate::unlinked::{Attributes, KeptFile, Room};
 use crate::{Error, Result, failpoint};
 
-/// Of files outside the volumes, which an engine saves itself, more than this is not read while processes stand.
+/// Of files outside the volumes, which an engine saves itself, more than this is not read while processes are frozen.
 const MOST_OUTSIDE: u64 = 64 << 20;
 
 /// The rooms of the state directory, in the place of a store's.
@@ -104,7 +104,7 @@ impl Coordinator {
 }
 
 impl Window {
-    /// Keeps the contents of files that have no name any more, while their processes stand; `seen` is a look at these, and `images` where
+    /// Keeps the contents of files that have no name any more, while their processes are frozen; `seen` is a look at these, and `images` where
     /// their engine has saved them.
     ///
     /// Fails if the engine relies on what cannot be kept; what it has saved itself is only told.

@@ -1,4 +1,4 @@
-//! The frozen window: what is done while processes stand, and nothing else.
+//! The frozen window: what is done while processes are frozen, and nothing else.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::{Error, Result, failpoint, stores};
 /// Stands in the place of the writers' names for ever if the search for them does not end.
 const NOT_SEARCHED: &str = "perhaps others: the search for them was cut off";
 
-/// A checkpoint that was begun, with all that is needed while its processes stand: the database is not.
+/// A checkpoint that was begun, with all that is needed while its processes are frozen: the database is not.
 #[derive(Debug)]
 pub struct Window {
     pub(super) begun: Begun,
@@ -78,7 +78,7 @@ impl Window {
         self.begun.taken.as_ref()
     }
 
-    /// Takes every member's snapshot, side by side; the processes stand, or nobody claims that they do (`stopped`).
+    /// Takes every member's snapshot, side by side; the processes are frozen, or nobody claims that they are (`stopped`).
     ///
     /// `search` is asked afterwards who else has files of the volumes open for writing: one list per planned member, or
     /// `None` when the answer comes later, [here](Self::tell) or in the [search file](Self::begin_search). When this fails, the caller gives the checkpoint up.
@@ -110,14 +110,14 @@ impl Window {
         Ok(())
     }
 
-    /// Brings in who else was writing, where that was not waited for while processes stood.
+    /// Brings in who else was writing, where that was not waited for while processes were frozen.
     pub fn tell(&mut self, answer: SearchAnswer) {
         if let Some(taken) = &mut self.begun.taken {
             taken.tell(Some(answer));
         }
     }
 
-    /// The file for the answer to who else was writing, where that is not waited for while processes stand.
+    /// The file for the answer to who else was writing, where that is not waited for while processes are frozen.
     pub fn begin_search(&self) -> Result<SearchFile> {
         self.begun.begin_search()
     }
@@ -136,7 +136,7 @@ impl Window {
         self.begun
     }
 
-    /// Leaves a noted checkpoint to be sealed by the next command: while the processes stand there is no time for it.
+    /// Leaves a noted checkpoint to be sealed by the next command: while the processes are frozen there is no time for it.
     ///
     /// This process must end now. It holds the lock until then, so that nobody seals what it may still take back.
     pub fn leave(self) {

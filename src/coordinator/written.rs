@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use fsnap_backend::Identity;
 
 use super::Coordinator;
-use crate::branch::{Branch, BranchMember, Keeper, Overlay};
+use crate::branch::{Branch, BranchMember, Difference, Form, Keeper};
 use crate::checkpoint::{Checkpoint, PathText};
 use crate::name::Name;
 use crate::stores::Kind;
@@ -48,10 +48,8 @@ impl Coordinator {
                 path: PathText(dir.join("files")),
                 identity: Identity::new(format!("{LAYERS}:{suffix}-{}", member.volume)),
                 origin: member.path.clone(),
-                overlay: None,
-                layers: Some(Overlay { dir: PathText(dir), keeper: keeper.clone() }),
+                form: Form::Layers(Difference { dir: PathText(dir), keeper: keeper.clone() }),
                 needs: member.needs.clone(),
-                home: None,
             }
         };
         let members = checkpoint.members.iter().map(member).collect();
@@ -90,7 +88,7 @@ pub struct Shown<'a> {
 impl Shown<'_> {
     /// Where the files of a branch's volume are: its own path, or below a mount.
     pub fn files_of(&self, branch: &Branch, member: &BranchMember) -> Option<PathBuf> {
-        if member.layers.is_none() {
+        if member.form.layers().is_none() {
             return Some(member.path.0.clone());
         }
         let mounts = self.mounts.get_or_init(|| crate::mount::served(self.state).unwrap_or_default());

@@ -188,7 +188,7 @@ pub(super) fn make_mount_point(at: &Path) -> io::Result<()> {
 pub(super) const SAVED_SCRATCH: &str = "fsnap-scratch.tar";
 
 /// Saves what lies in scratch places into the image directory `images`; called in their mount namespace, while their
-/// processes stand.
+/// processes are frozen.
 ///
 /// Costs nothing where there is nothing. What cannot be in an archive, such as a socket, is made by the engine.
 pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> {

@@ -68,7 +68,7 @@ impl HookCall {
             None if matches!(phase, Phase::Starting | Phase::Frozen) => return Err(wrong(TREE, "is not set")),
             None => None,
         };
-        // That the engine lives is not looked up while processes stand; only what failed is looked into.
+        // That the engine lives is not looked up while processes are frozen; only what failed is looked into.
         let images = open_images(&link).map_err(|error| process_of(engine).err().unwrap_or(error))?;
         Ok(Some(Self { name: NAME, phase, images, tree, engine }))
     }

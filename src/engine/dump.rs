@@ -26,14 +26,14 @@ use serde::{Deserialize, Serialize};
 
 use super::criu::{self, Criu};
 use super::{Error, Images, Reasons, Result, StageCommand, os_text, reasons, relay};
-use crate::processes::{ProcessId, Standing};
+use crate::processes::{FrozenTree, ProcessId};
 
 /// What CRIU's hook is called for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action<'a> {
     /// The action's name; the processes run, or nothing of fsnap's is concerned.
     Running(&'a str),
-    /// The processes stand, and their images are complete.
+    /// The processes are frozen, and their images are complete.
     Frozen(&'a str),
 }
 
@@ -128,7 +128,7 @@ impl Dump<'_> {
     /// Makes sure that all processes of the run are in the tree that is saved.
     fn check_whole(&self) -> Result<()> {
         let tree = |pid| {
-            Standing::of(pid).map_err(|error| Error::Restore {
+            FrozenTree::of(pid).map_err(|error| Error::Restore {
                 step: "look at the processes of the run".into(),
                 reason: error.to_string(),
             })

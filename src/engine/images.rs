@@ -190,7 +190,7 @@ impl Images {
 
     /// Writes fsnap's record: the whole of it, or nothing.
     ///
-    /// It is not forced to the disk, since processes stand frozen meanwhile; the catalog has all of it.
+    /// It is not forced to the disk, since processes are frozen meanwhile; the catalog has all of it.
     pub fn write_record(&self, record: &ImageRecord) -> Result<()> {
         let reason = |error: serde_json::Error| error.to_string();
         let refuse = |reason| Error::ImageFile { dir: self.path.clone(), file: RECORD_NAME, reason };

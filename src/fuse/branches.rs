@@ -90,7 +90,7 @@ impl Branches {
 
     /// The number of the root of the branch's volume, if it is written through the mount. Opens nothing.
     pub(super) fn number_of(&self, branch: &Name, member: &BranchMember) -> Option<u64> {
-        let dir = member.layers.as_ref()?.dir.as_path();
+        let dir = member.form.layers()?.dir.as_path();
         let mut hasher = DefaultHasher::new();
         dir.hash(&mut hasher);
         let mut slots = self.slots();
@@ -139,7 +139,7 @@ impl Branches {
         let coordinator = self.records.open()?;
         let branch = coordinator.catalog().branch(&slot.branch)?.ok_or_else(gone)?;
         let is_it =
-            |member: &&BranchMember| member.layers.as_ref().is_some_and(|layers| layers.dir.as_path() == slot.dir);
+            |member: &&BranchMember| member.form.layers().is_some_and(|layers| layers.dir.as_path() == slot.dir);
         let member = branch.members.iter().find(is_it).ok_or_else(gone)?;
         let store = coordinator.store_at(&member.store)?;
         let below = lower::of_image(store.as_ref(), &member.at)?;
@@ -168,7 +168,7 @@ impl Branches {
         let coordinator = self.records.open()?;
         let Some(branch) = coordinator.catalog().branch(branch)? else { return Ok(true) };
         for member in &branch.members {
-            let Some(layers) = &member.layers else { return Ok(false) };
+            let Some(layers) = member.form.layers() else { return Ok(false) };
             if !overlay::is_unchanged(layers.dir.as_path()).map_err(session::Error::from)? {
                 return Ok(false);
             }

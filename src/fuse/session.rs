@@ -41,6 +41,22 @@ pub enum Error {
         /// The directory.
         dir: PathBuf,
     },
+    /// What is served could not be found any more.
+    #[error("{dir:?} cannot be mounted on: that would hide {hidden:?}, which fsnap needs; name another directory")]
+    Hides {
+        /// The directory.
+        dir: PathBuf,
+        /// What lies there or below.
+        hidden: PathBuf,
+    },
+    /// What is written to one would change the other.
+    #[error("{store:?} cannot keep the changes of {lower:?}: one lies in the other; name another directory")]
+    NotApart {
+        /// What is to stay as it is.
+        lower: PathBuf,
+        /// What would be written to.
+        store: PathBuf,
+    },
     /// A process still uses it.
     #[error("{dir:?} is in use: end the processes that have files or their working directory there")]
     Busy {

@@ -25,8 +25,8 @@ use super::reach::{self, Candidate, Doubt, Survey};
 use super::sockets::Sockets;
 use super::view::{Located, View, Views};
 use super::{
-    AuditRules, Error, FilePlace, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside, Policy,
-    ProcessRecord, Result, Standing, Tree, TreeRecord, Unlinked, Via,
+    AuditRules, Error, FilePlace, FrozenTree, InVolume, MappedFile, Medium, Member, OpenFile, OpenKind, Outside,
+    Policy, ProcessRecord, Result, Tree, TreeRecord, Unlinked, Via,
 };
 use crate::checkpoint::PathText;
 use crate::name::Name;
@@ -84,13 +84,13 @@ impl Outlook {
     }
 
     /// Reads the tree as it stands now, and audits what it can write to outside the volumes.
-    pub fn observe(mut self, standing: Standing) -> Result<Observation> {
+    pub fn observe(mut self, frozen: FrozenTree) -> Result<Observation> {
         let own = |source| Error::Read { object: "/proc/thread-self/mountinfo".into(), source };
         self.views.renew().map_err(own)?;
-        self.look(standing)
+        self.look(frozen)
     }
 
-    fn look(self, standing: Standing) -> Result<Observation> {
+    fn look(self, frozen: FrozenTree) -> Result<Observation> {
         let Self { volumes, rules, views, memory } = self;
         let (names, candidates) = split(&volumes);
         let observation = Observation {
@@ -112,7 +112,7 @@ impl Outlook {
             left: FILES,
             observation,
         };
-        standing.for_each(|member, dir| observer.member(member, dir));
+        frozen.for_each(|member, dir| observer.member(member, dir));
         let mut observation = observer.observation;
         if observation.rules.policy == Policy::Refuse {
             // What decides has to be known at once.
@@ -124,7 +124,7 @@ impl Outlook {
 
 /// Reads the tree, and audits what it can write to outside the volumes.
 pub fn observe(tree: &Tree, volumes: Vec<(Name, Candidate)>, rules: &AuditRules) -> Result<Observation> {
-    Outlook::new(volumes, rules.clone())?.look(Standing::open(tree))
+    Outlook::new(volumes, rules.clone())?.look(FrozenTree::open(tree))
 }
 
 fn split(volumes: &[(Name, Candidate)]) -> (Vec<Name>, Vec<Candidate>) {

@@ -17,11 +17,11 @@ pub struct Tree {
     members: BTreeMap<i32, Member>,
 }
 
-/// A tree whose processes stand, each of them opened once: whoever looks at them asks through that.
+/// A tree whose processes are frozen, each of them opened once: whoever looks at them asks through that.
 ///
 /// Nothing of it can begin or end, so that one look tells all.
 #[derive(Debug)]
-pub struct Standing {
+pub struct FrozenTree {
     tree: Tree,
     dirs: BTreeMap<i32, io::Result<ProcDir>>,
 }
@@ -162,7 +162,7 @@ impl Tree {
     }
 }
 
-impl Standing {
+impl FrozenTree {
     /// The process with this pid and all its descendants.
     pub fn of(pid: i32) -> Result<Self> {
         let root = Looked::at(pid).map_err(|source| process_id::unread(pid, source))?;

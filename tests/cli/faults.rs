@@ -459,3 +459,32 @@ fn two_removals_at_once() {
         site.expect_order(&["kept"]);
     }
 }
+
+#[test]
+fn a_store_that_is_away_postpones_the_sealing() {
+    let mut site = Site::empty();
+    site.mount("fs", 128 << 20, &["mkfs.btrfs", "-q", "--mixed"]);
+    assert_snapshot!(site.in_dir("fs").session(
+        "btrfs -q subvolume create db && fsnap init db
+         mkdir ../images
+         for step in starting frozen; do fsnap hook generic $step --tree $$ --images ../images >/dev/null; done; mv .fsnap away
+         fsnap log
+         fsnap recover
+         mv away .fsnap
+         fsnap log"
+    ), @"
+    $ btrfs -q subvolume create db && fsnap init db
+    volume db at $T/fs/db: btrfs snapshots in $T/fs/.fsnap
+    $ mkdir ../images
+    $ for step in starting frozen; do fsnap hook generic $step --tree $$ --images ../images >/dev/null; done; mv .fsnap away
+    $ fsnap log
+    ! fsnap: warning: checkpoint ID1 is half done and stays so: the store $T/fs/.fsnap does not exist
+    $ fsnap recover
+    postponed: checkpoint ID1: the store $T/fs/.fsnap does not exist
+    [exit 1]
+    $ mv away .fsnap
+    $ fsnap log
+    ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
+    ID1  TIME  db
+    ");
+}

@@ -166,7 +166,7 @@ fn checkpoint() {
               Freeze others that have files of the volumes open for writing, too
 
           --deadline <SECONDS>
-              Give up, and let the processes run, if they do not stand after so many seconds
+              Give up, and let the processes run, if they are not frozen after so many seconds
 
               [default: 10]
 

@@ -162,8 +162,8 @@ fn engine_runc_checkpoint() {
 
     For a CRIU that container runtimes may not give hooks (`fsnap install-hooks` tells). fsnap freezes
     the container's control group, has the runtime save the processes, takes the snapshots, and thaws
-    it: it stands still for all of that. A hook that is installed keeps still. Prints the new
-    checkpoint's id.
+    it: it is frozen for all of that. A hook that is installed keeps still. Prints the new checkpoint's
+    id.
 
     Usage: fsnap engine runc checkpoint [OPTIONS] --image-path <DIR> <CONTAINER> [-- <RUNTIME ARGS>...]
 
@@ -186,7 +186,7 @@ fn engine_runc_checkpoint() {
               Where the runtime keeps the state of its containers
 
           --deadline <SECONDS>
-              Give up, and let the container run, if it does not stand after so many seconds
+              Give up, and let the container run, if it is not frozen after so many seconds
 
               [default: 10]
 

@@ -22,6 +22,7 @@ mod init;
 mod install_hooks;
 mod lost_log;
 mod output;
+mod overlay;
 mod processes;
 mod readme;
 mod references;

@@ -12,6 +12,7 @@ use crate::site::{Site, Volume, create_subvolume, said};
 pub(crate) const CASES: &[Case] = &[
     ("its_own_branch_is_accepted", its_own_branch_is_accepted),
     ("other_files_are_refused_and_both_are_named", other_files_are_refused_and_both_are_named),
+    ("another_file_system_is_refused_and_named", another_file_system_is_refused_and_named),
     ("images_that_no_catalog_recorded_are_refused", images_that_no_catalog_recorded_are_refused),
     ("a_record_of_a_stranger_decides_nothing", a_record_of_a_stranger_decides_nothing),
 ];
@@ -96,6 +97,20 @@ fn other_files_are_refused_and_both_are_named() {
     // The hint leads to what works.
     two.refused([newer_first, second], &[&format!("`fsnap restore {}`", &two.checkpoints[0].0[..12])]);
     two.oracle.goes_on();
+}
+
+fn another_file_system_is_refused_and_named() {
+    let two = Two::new();
+    let script = r#"mount -t tmpfs elsewhere "$1" && mkdir "$2" && exec "$3""#;
+    let mut command = two.site.command_of(Path::new("unshare"));
+    command.args(["--mount", "sh", "-c", script, "sh"]);
+    command.args([&two.site.path("mnt"), &two.site.volumes[0], &two.site.hook()]);
+    command.env("CRTOOLS_SCRIPT_ACTION", "pre-restore").env("CRTOOLS_IMAGE_DIR", &two.checkpoints[0].1);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    for part in ["expected volume v0", "found tmpfs of elsewhere"] {
+        assert!(String::from_utf8_lossy(&output.stderr).contains(part), "{}", said(&output));
+    }
 }
 
 fn images_that_no_catalog_recorded_are_refused() {

@@ -28,6 +28,8 @@ mod tour;
 mod unlinked;
 #[path = "../support/volumes.rs"]
 mod volumes;
+#[path = "../support/waiting.rs"]
+mod waiting;
 
 use std::process::ExitCode;
 

@@ -9,7 +9,7 @@ use std::panic::{catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap::catalog::{Access, Catalog};
 use fsnap::stores;
@@ -23,6 +23,7 @@ use crate::oracle::Oracle;
 use crate::sandbox;
 use crate::volumes::Ground;
 pub(crate) use crate::volumes::Volume;
+pub(crate) use crate::waiting::wait_until;
 
 /// Longer than anything takes that works, on a machine that is busy with other things.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
@@ -316,15 +317,6 @@ pub(crate) fn run(command: &mut Command) {
 pub(crate) fn said(output: &Output) -> String {
     let [stdout, stderr] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
     format!("{}\n{stdout}{stderr}", output.status)
-}
-
-/// Waits for something that other processes bring about.
-pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come about");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
 
 /// Kills a process that need not be a child of this one, and waits until it has ended.

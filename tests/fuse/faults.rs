@@ -19,6 +19,7 @@ use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 use crate::Case;
 use crate::site::{Site, fsnap, is_mounted};
 use crate::tree;
+use crate::waiting::wait_until;
 
 pub(crate) const CASES: &[Case] = &[
     ("killed_while_writing_keeps_what_was_synced", killed_while_writing_keeps_what_was_synced),
@@ -300,7 +301,7 @@ fn a_full_store_changes_nothing_by_halves() {
     fs::remove_file(site.at("filler")).unwrap();
     // The kernel tells of a closing when it has returned already, and only then is the room free.
     let has_room = || rustix::fs::statvfs(site.store()).is_ok_and(|space| space.f_bfree > space.f_blocks / 2);
-    site.until("there is room again", has_room);
+    wait_until("there is room again", has_room);
     for name in ["f", "h", "d/in"] {
         fs::File::options().append(true).open(site.at(name)).unwrap().write_all(b"more").unwrap();
     }

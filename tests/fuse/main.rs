@@ -21,6 +21,8 @@ mod tree;
 mod union;
 #[path = "../support/volumes.rs"]
 mod volumes;
+#[path = "../support/waiting.rs"]
+mod waiting;
 
 use std::process::ExitCode;
 

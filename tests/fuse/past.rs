@@ -6,13 +6,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
-use crate::site::{fsnap, is_mounted, kill};
+use crate::site::{fsnap, is_mounted, kill, take_off};
 use crate::volumes::{Ground, Volume};
-
-/// How long a server may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) use crate::waiting::wait_until as until;
 
 /// A catalog, volumes, and a place to mount at.
 pub(crate) struct Past {
@@ -138,19 +135,8 @@ impl Past {
 impl Drop for Past {
     fn drop(&mut self) {
         self.kill();
-        for name in ["mnt", "state", "disk"] {
-            while rustix::mount::unmount(self.path(name), rustix::mount::UnmountFlags::DETACH).is_ok() {}
-        }
+        ["mnt", "state", "disk"].iter().for_each(|name| take_off(&self.path(name)));
         self.ground().clear();
-    }
-}
-
-/// Waits until it holds, and not for ever.
-pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

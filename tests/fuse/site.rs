@@ -5,14 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap::stores::layers;
 
 use crate::tree::{self, Tree};
+use crate::waiting::wait_until;
 
-/// How long a server may take to start or to end.
-const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a case may use one mount, on the slowest machine. A request that hangs is answered when the server is killed then.
 const LONGEST: Duration = Duration::from_secs(600);
 
@@ -87,7 +86,7 @@ impl Site {
         command.args(["overlay", "--foreground", "--suid", "--dev"]).args([self.lower(), self.store(), self.dir()]);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
-        self.until("it is mounted", || {
+        wait_until("it is mounted", || {
             assert_eq!(self.ended(), None, "the server ended before it had mounted");
             // A mount that a killed server left answers this with an error, and so it is not taken for the new one.
             rustix::fs::statfs(self.dir()).is_ok() && is_mounted(&self.dir())
@@ -96,13 +95,13 @@ impl Site {
 
     pub(crate) fn unmount(&self) {
         // The kernel lets go of a file a little after the process that had it.
-        self.until("it is unmounted", || fsnap().arg("umount").arg(self.dir()).status().unwrap().success());
+        wait_until("it is unmounted", || fsnap().arg("umount").arg(self.dir()).status().unwrap().success());
         self.ends();
     }
 
     /// Waits for the end of the server, whose mount was taken off.
     pub(crate) fn ends(&self) {
-        self.until("the server ends", || self.ended().is_some());
+        wait_until("the server ends", || self.ended().is_some());
         assert_eq!(self.ended(), Some(true), "the server failed");
         assert!(!is_mounted(&self.dir()));
     }
@@ -158,24 +157,13 @@ impl Site {
         let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         server.as_mut().and_then(|child| child.try_wait().unwrap()).map(|status| status.success())
     }
-
-    /// Waits for what comes a moment later.
-    pub(crate) fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
 }
 
 impl Drop for Site {
     fn drop(&mut self) {
         self.watchdog = None;
         self.kill();
-        for dir in [self.dir(), self.store()] {
-            while rustix::mount::unmount(&dir, rustix::mount::UnmountFlags::DETACH).is_ok() {}
-        }
+        [self.dir(), self.store()].iter().for_each(|dir| take_off(dir));
     }
 }
 
@@ -195,4 +183,9 @@ pub(crate) fn is_mounted(dir: &Path) -> bool {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let point = format!(" {} ", dir.to_str().unwrap());
     table.lines().any(|line| line.contains(&point) && line.contains(" - fuse.fsnap "))
+}
+
+/// Takes off all that is mounted at a directory, whoever uses it: nothing stays of a case, also when it fails.
+pub(crate) fn take_off(dir: &Path) {
+    while rustix::mount::unmount(dir, rustix::mount::UnmountFlags::DETACH).is_ok() {}
 }

@@ -9,12 +9,14 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fsnap::engine::criu::{self, HookCall};
 use fsnap::engine::{self, StageCommand};
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::{GuardCommand, Quiesce, run_guard};
+
+pub(crate) use crate::waiting::wait_until;
 
 /// A case of a suite: its name, and what it does.
 pub(crate) type Case = (&'static str, fn());
@@ -192,15 +194,6 @@ pub(crate) fn states(id: ProcessId) -> String {
     }
     states.sort_unstable();
     states.into_iter().collect()
-}
-
-/// Waits for something that other processes bring about.
-pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + LONG;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what} did not come about");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// The number of bytes in the file or, for a directory, in all files of it.

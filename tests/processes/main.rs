@@ -9,6 +9,8 @@ mod quiesce;
 mod reach;
 mod record;
 mod restore;
+#[path = "../support/waiting.rs"]
+mod waiting;
 
 use std::process::ExitCode;
 

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::images;
 use crate::site::Shell;
+use crate::waiting::wait_until;
 
 /// What an operation needs beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,12 +139,4 @@ fn complete(dir: &Path) {
     let output = output.expect("run CRIU: tests/support/setup.sh prepares one");
     let log = fs::read_to_string(dir.join("log")).unwrap_or_default();
     assert!(output.status.success() && dir.join("inventory.img").is_file(), "{output:?}\n{log}");
-}
-
-fn wait_until(what: &str, is_so: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(30), "{what} does not come");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }

@@ -25,6 +25,8 @@ mod thin;
 mod tracer;
 #[path = "../support/volumes.rs"]
 mod volumes;
+#[path = "../support/waiting.rs"]
+mod waiting;
 
 use std::process::ExitCode;
 

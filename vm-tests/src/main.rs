@@ -13,6 +13,9 @@
 //!
 //! Invariant: nothing passes unseen. A machine that cannot start, ends early, hangs past its deadline, or whose kernel
 //! complains ([`kernel_log`]) fails.
+//!
+//! The rest, in reading order: `args`, the command line; [`suites`], which programs run where, and [`bench`](mod@bench), which measurements;
+//! [`machine`], from a job to its outcome, on either kernel; [`modules`], what the guest loads; [`error`].
 
 mod args;
 mod bench;

@@ -65,6 +65,13 @@
 //!
 //! Every rule that a method's documentation states as a list item begins with a name in backticks; the conformance
 //! suite has one case of that name, and at least one deliberately broken backend fails it.
+//!
+//! # Code map
+//!
+//! * `backend`: the trait; `capabilities`: what a store can do; `locator`, `image`, `mount_spec`: what the methods take and give; `error`.
+//! * [`beneath`]: the one way to a volume's files; `tree`: reading a tree wherever it is kept; `dir_tree`: one that lies in a directory;
+//!   `read_all`: reading all of it.
+//! * [`mounts`]: the kernel's table of mounts.
 
 mod backend;
 pub mod beneath;

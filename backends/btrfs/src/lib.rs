@@ -16,6 +16,12 @@
 //! root is the volume itself, the store and its images are left out, and an empty directory `.fsnap` stands in each
 //! snapshot and clone, as btrfs makes it. It cannot be written to, and can be removed from a clone.
 //!
+//! # Code map
+//!
+//! * `store`: finding, making and opening a store, and its layout on disk.
+//! * `nested`: the subvolumes below a volume's root; `images`: finding, capturing and removing images; `group`: one image made of several
+//!   subvolumes; `remove`: subvolumes together with what is nested in them; `mounts`: who has an image mounted.
+//! * `sys`: the ioctls; `refusal`: the kernel's refusals, in words that say what to do.
 //! # Limits
 //!
 //! * Only root (`CAP_SYS_ADMIN`) can use this backend: btrfs lets nobody else look for subvolumes or delete them.

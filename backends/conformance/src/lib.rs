@@ -67,6 +67,14 @@
 //! [`Model`] holds a tree of files in memory, and makes each change both to it and, by real system calls, to a live
 //! directory. [`Listing`] is what a tree holds, read through the contract or computed by the model; two of them are
 //! compared with a readable result.
+//!
+//! # Code map
+//!
+//! * `suite`: the suite as a test program; `fixture`: what a backend tells it; `site`: a fresh store and volumes for one case; `failure`.
+//! * `cases`: the rules; `history`, `crash`, `threads`: the rest of what runs.
+//! * `model`: the oracle; `op`: the changes that it knows; `bytes`, `listing`: what is compared; [`samples`]: trees that are hard to keep;
+//!   `view`: carrying out a recipe, to read what is in an image.
+//! * [`measure`]: what the benchmarks of the backends share; `sys`: calls without a safe wrapper.
 
 mod bytes;
 mod cases;

@@ -29,6 +29,14 @@
 //! pool, and are not changed behind their backs. fsnap takes numbers for its thin devices from the upper half of the 24 bits,
 //! at random, and others count from 0; a number that turns out to be taken is an error that another `reserve` ends.
 //!
+//! # Code map
+//!
+//! * `store`: finding, making and opening a store, and its layout on disk; `record`: what it remembers of each image.
+//! * `volume`: which mount is a volume; `superblock`: what its file system is, and how a copy of that is mounted.
+//! * `suspend`: a device that stands still while a snapshot is made; `guard`: the process that resumes it when this one cannot.
+//! * `images`: putting the thin devices of images to use, and removing them; `verify`: reading one; `delta`: where two can differ.
+//! * `pool`: what is in a pool, and the messages that it takes; `survey`: which pools there are; `bring_up`: making one for those who have none.
+//! * `dm`: devices and tables of device-mapper; `sys`: what the crate for that lacks.
 //! # Limits
 //!
 //! * Only root can use this backend.

@@ -9,6 +9,18 @@
 //! remount. All names and attributes are behind one lock, and every change of them is one atomic system call on the upper,
 //! prepared in the store's `work`: a process that is killed leaves the tree as it was before or as it is after. Contents are
 //! read and written outside of that lock, through [`OpenFile`].
+//!
+//! # Code map
+//!
+//! * What is below: `lower`, a directory that never changes; `below`, that or a snapshot which cannot be mounted; `origin`, the note of which
+//!   it was. What is above: `store`, the directory of a branch; `object`, one file of either.
+//! * Who is meant: `node`, files by their numbers; `look`, which layer answers to a name; `list`, both as one; `fd_cache`, directories that
+//!   stay open.
+//! * One kind of call each: `attr`, `xattr`, `open`, `create`, `link`, `rename`, `remove`; `copy_up`, what a change begins with; `data`, the
+//!   contents of open files.
+//! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was; `backend` offers these as images;
+//!   `verify` reads a whole one.
+//! * Layers that nobody needs by themselves: `plan` finds out what makes one of two, `steps` writes that down and does it, `merge` decides when.
 
 mod attr;
 mod backend;
@@ -138,7 +150,7 @@ struct Tree {
     lower: Lower,
     /// What is below all layers.
     origin: Lower,
-    store: store::Store,
+    store: store::TreeStore,
     nodes: Nodes,
     /// Upper directories, by their inode number.
     dirs: FdCache<Arc<OwnedFd>>,

@@ -30,7 +30,7 @@ use super::lower::{Below, Lower, LowerAt};
 use super::node::{Ino, Nodes, ROOT};
 use super::object::{self, Object, SAFE};
 use super::sealed::SealedDir;
-use super::store::{self, Store};
+use super::store::{self, TreeStore};
 use super::{Error, Overlay, Result, Tree};
 
 /// So many layers a store can have: each look at what was never changed goes through all of them.
@@ -143,7 +143,7 @@ impl Overlay {
 }
 
 impl Tree {
-    pub(super) fn new(lower: Lower, store: Store) -> Self {
+    pub(super) fn new(lower: Lower, store: TreeStore) -> Self {
         let nodes = Nodes::new(lower.root());
         let dirs = if store.read_only { FdCache::small() } else { FdCache::default() };
         let origin = lower.again();

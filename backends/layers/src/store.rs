@@ -58,9 +58,9 @@ const VERSION: &str = "fsnap-overlay 1\n";
 /// How long a server that was just unmounted may take to end.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
-/// The store, opened by one server.
+/// The store of one tree, opened by its server. Not the [`Store`](super::Store) of images, which tells of each only in which tree it is.
 #[derive(Debug)]
-pub(super) struct Store {
+pub(super) struct TreeStore {
     pub(super) dir: Arc<OwnedFd>,
     upper: Arc<OwnedFd>,
     work: Arc<OwnedFd>,
@@ -152,7 +152,7 @@ impl Keys {
 /// Longer paths are kept in a file of their own: the smallest limit for an attribute's value is about 4,000 bytes.
 const LONGEST_INLINE: usize = 1000;
 
-impl Store {
+impl TreeStore {
     /// Goes on with another layer; returns the store as it was, for reading.
     pub(super) fn replace_layer(&mut self, upper: Arc<OwnedFd>, index: Arc<OwnedFd>) -> Self {
         let before = self.reading(self.upper.clone(), self.index.clone());
@@ -253,7 +253,7 @@ pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(Errn
 }
 
 /// The lower and its store.
-pub(super) type Opened = (Lower, Store);
+pub(super) type Opened = (Lower, TreeStore);
 
 /// Opens the lower and its store; makes a new one where there is none.
 pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Opened, Error> {
@@ -308,7 +308,7 @@ pub(super) fn open(below: Below, store: &Path, patience: Duration) -> Result<Ope
     let salt = salt(&dir, &lower).map_err(failed("read the identity of", store))?;
     let dir = Arc::new(dir);
     let upper = Arc::new(upper);
-    let store = Store {
+    let store = TreeStore {
         dir,
         upper,
         work,
@@ -344,7 +344,7 @@ pub(super) fn open_to_read(below: Below, store: &Path, number: u64) -> Result<Op
             (true, rustix::fs::fstatvfs(&dir)?.f_bsize.clamp(4096, 1 << 20), salt(&dir, &lower)?);
         let (upper, index, work, refs) = (part("upper")?, part("index")?, part("work")?, part("refs")?);
         let keys = keys_of_ours();
-        let store = Store {
+        let store = TreeStore {
             dir: dir.clone(),
             upper,
             work,

@@ -19,6 +19,7 @@
 //!   version to the next; `extents`: where both have the same blocks.
 //! * `snapshot`: `prime` and `snapshot`; `settle`: making one durable; `tree`: reading one; `restore`: cloning
 //!   one; `verify`: checking one; `sweep`: removing one, and what nobody needs any more.
+//! * `sys`: calls without a safe wrapper.
 //!
 //! # Invariants
 //!

@@ -13,15 +13,14 @@ use fsnap::engine::{Images, criu};
 use fsnap::processes::{Cgroup, ProcessId, Tree};
 use fsnap::quiesce::Quiesce;
 
-use super::super::checkpoint::{everyone_in, print, take_standing};
-use super::super::failure::say;
-use super::super::{Context, Failure, Outcome, environment, hook, internal};
+use super::super::checkpoint::{everyone_in, print, take_frozen};
+use super::super::{Context, Failure, Outcome, environment, hook, internal, say};
 use super::{Kind, Runtime, failed};
 
 /// Save a container, its processes and its volumes, at one instant, and let it run on
 ///
 /// For a CRIU that container runtimes may not give hooks (`fsnap install-hooks` tells). fsnap freezes the container's control group,
-/// has the runtime save the processes, takes the snapshots, and thaws it: it stands still for all of that. A hook that is
+/// has the runtime save the processes, takes the snapshots, and thaws it: it is frozen for all of that. A hook that is
 /// installed keeps still. Prints the new checkpoint's id.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -37,7 +36,7 @@ pub(super) struct Args {
     /// Where the runtime keeps the state of its containers
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Give up, and let the container run, if it does not stand after so many seconds
+    /// Give up, and let the container run, if it is not frozen after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
     deadline: u32,
     /// Print a JSON object
@@ -108,7 +107,7 @@ impl Args {
         let frozen = quiesce.freeze(Duration::from_secs(self.deadline.into()))?;
         runtime.save(self.container.as_ref(), images.path(), &self.args)?;
         criu::complete(images)?;
-        let search = take_standing(window, everyone_in(&frozen), Some(frozen.tree()))?;
+        let search = take_frozen(window, everyone_in(&frozen), Some(frozen.tree()))?;
         images.write_record(&hook::record(window))?;
         frozen.check()?;
         frozen.thaw()?;

@@ -12,7 +12,7 @@ use fsnap::name::Name;
 use fsnap::{Error, reference};
 use serde_json::json;
 
-use super::super::json::{branch as branch_json, with_path};
+use super::super::output::json::{branch as branch_json, with_path};
 use super::super::{Context, Failure, Outcome, Output};
 use super::runtime::Container;
 use super::{Kind, Runtime, failed};

@@ -87,7 +87,7 @@ impl<'a> Runtime<'a> {
         Ok(Container { pid, bundle: state["bundle"].as_str().unwrap_or_default().into() })
     }
 
-    /// Saves the processes of a container, which stand and go on standing.
+    /// Saves the processes of a container, which are frozen and stay so.
     ///
     /// fsnap's hook is told that these images are no business of its own.
     pub(super) fn save(&self, name: &OsStr, images: &Path, more: &[std::ffi::OsString]) -> fsnap::Result<()> {

@@ -28,6 +28,13 @@
 //!
 //! A tree without its process, such as a snapshot, is judged by [`examine()`]: each file must be what its writer can have
 //! left after some number of steps, and the files that are written in a fixed order must agree on that order.
+//!
+//! # Code map
+//!
+//! * `process`: the process, its threads and signals; `kind`: the ways to write, and `log`, `slots`, `replace`, `names`, `chain`: one each;
+//!   `content`: what a file must hold.
+//! * `verdict`: what it says; `fault`: a difference; `examine`: files without their process.
+//! * `args`, `start`, `ask`: how it is called, started and asked; [`criu`]: dumps and restores of it; `sys`: calls without a safe wrapper.
 
 mod args;
 mod ask;

@@ -15,13 +15,13 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use nix::unistd::ForkResult;
 
 /// What the process says on standard error when its time is over.
-pub(super) static LAST_WORDS: OnceLock<String> = OnceLock::new();
+pub(crate) static LAST_WORDS: OnceLock<String> = OnceLock::new();
 
 /// A file that is removed then.
-pub(super) static NOTE: OnceLock<CString> = OnceLock::new();
+pub(crate) static NOTE: OnceLock<CString> = OnceLock::new();
 
 /// Says the last words, removes the note, sets going what stands, and ends the process with exit code 1.
-pub(super) extern "C" fn end(_: libc::c_int) {
+pub(crate) extern "C" fn end(_: libc::c_int) {
     let words = LAST_WORDS.get().map_or("", String::as_str);
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)), and the texts live for ever.
     unsafe {
@@ -42,7 +42,7 @@ const NO_PAGE: &str = "fsnap: error: a file of the catalog can be neither read n
     the next command undoes what was half done\n";
 
 /// Says [`NO_PAGE`], and ends the process with exit code 1.
-pub(super) extern "C" fn end_without_page(_: libc::c_int) {
+pub(crate) extern "C" fn end_without_page(_: libc::c_int) {
     // SAFETY: these calls may be made in a signal handler (signal-safety(7)).
     unsafe {
         fsnap::stores::release_at_once();
@@ -54,7 +54,7 @@ pub(super) extern "C" fn end_without_page(_: libc::c_int) {
 /// Runs `work` in a child that is a copy of this process, and ends it: nothing of the parent's is finished or cleaned up there.
 ///
 /// The process must have one thread.
-pub(super) fn in_child(work: impl FnOnce()) -> io::Result<()> {
+pub(crate) fn in_child(work: impl FnOnce()) -> io::Result<()> {
     // SAFETY: no other thread can hold a lock that the child would wait for.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { .. } => Ok(()),
@@ -68,7 +68,7 @@ pub(super) fn in_child(work: impl FnOnce()) -> io::Result<()> {
 
 /// Makes a child that goes on alone: in a session of its own, in no directory that somebody may want to unmount, and with no files but
 /// those `kept`.
-pub(super) fn detach(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(crate) fn detach(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     nix::unistd::setsid()?;
     nix::unistd::chdir("/")?;
     let null = File::options().read(true).write(true).open("/dev/null")?;
@@ -80,7 +80,7 @@ pub(super) fn detach(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
 }
 
 /// Closes all files of a child but those `kept`, and the standard ones.
-pub(super) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(crate) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut kept: Vec<u32> = kept.iter().map(|file| file.as_raw_fd().cast_unsigned()).collect();
     kept.sort_unstable();
     let mut first = 3;
@@ -97,14 +97,14 @@ pub(super) fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
 }
 
 /// Ends a child after `limit`, in silence: the parent's handler would say that the hook failed, and take its note away.
-pub(super) fn end_after(limit: Duration) -> io::Result<()> {
+pub(crate) fn end_after(limit: Duration) -> io::Result<()> {
     handle(Signal::SIGALRM, SigHandler::SigDfl, SaFlags::empty())?;
     nix::unistd::alarm::set(u32::try_from(limit.as_secs()).unwrap_or(u32::MAX).max(1));
     Ok(())
 }
 
 /// Lets others run first: this process preempts nobody when it wakes up (`SCHED_BATCH`, sched(7)), and takes a smaller share.
-pub(super) fn give_way() {
+pub(crate) fn give_way() {
     let parameter = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameter is valid for the call. If it is refused, the process merely does not give way.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameter) };
@@ -118,14 +118,14 @@ const HANDOVER: Duration = Duration::from_millis(5);
 ///
 /// A process that ends closes its files before it wakes its parent. So who was woken by the former runs by then, perhaps where the parent
 /// ran last, and need not be preempted for it: the engine, and all that stands, would wait for a time slice, some milliseconds.
-pub(super) fn wait_for_end(its: &mut impl Read) -> io::Result<usize> {
+pub(crate) fn wait_for_end(its: &mut impl Read) -> io::Result<usize> {
     let ended = its.read(&mut [0]);
     std::thread::sleep(HANDOVER);
     ended
 }
 
 /// Sets what is done when `signal` comes.
-pub(super) fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> nix::Result<()> {
+pub(crate) fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> nix::Result<()> {
     let action = SigAction::new(handler, flags, SigSet::empty());
     // SAFETY: the handlers that are passed, those above, call nothing that may not be called in one.
     unsafe { sigaction(signal, &action) }.map(drop)

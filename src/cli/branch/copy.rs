@@ -11,8 +11,8 @@ use fsnap::name::Name;
 use fsnap::run::{RunRecord, Runs, engine_args};
 use serde_json::json;
 
-use super::terminal::Terminal;
-use super::{Context, Failure, Outcome, Output, environment, internal, json};
+use super::super::run::terminal::Terminal;
+use super::super::{Context, Failure, Outcome, Output, environment, internal, json};
 
 /// What copies are to be made.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
         let name = match &wanted.name {
             Some(name) if wanted.count == 1 => name.clone(),
             Some(name) => format!("{name}-{number}").parse::<Name>()?,
-            None => super::branch::free_name(coordinator, &checkpoint.id)?,
+            None => super::free_name(coordinator, &checkpoint.id)?,
         };
         let terminal = match original.terminal {
             Some(_) => Some(Terminal::open()?),

@@ -5,7 +5,7 @@ use std::io::Write;
 use fsnap::{Error, catalog, engine};
 use fsnap_backend::ErrorKind;
 
-use super::environment::is_root;
+use super::super::environment::is_root;
 
 /// How a command ends.
 pub(crate) type Outcome = Result<(), Failure>;

@@ -1,7 +1,7 @@
 //! The process that stands by for the frozen window, and what the hooks say to it.
 //!
 //! The pre-dump hook leaves it behind as a child. It holds the intent's lock and has the stores open, has read the settings and set up what
-//! takes time. So the post-dump hook has little left to do while processes stand: it calls, waits, and lets the note appear. The note is the
+//! takes time. So the post-dump hook has little left to do while processes are frozen: it calls, waits, and lets the note appear. The note is the
 //! last thing that the *hook* does: a hook that is killed before that has failed, and then the attendant takes back what it took. When the hook
 //! has ended well, the attendant lets go of all that it holds and [searches](super::search) for other writers.
 //!
@@ -27,8 +27,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::deadline::Deadline;
-use super::{Context, Failure, environment, hook, search, sys};
+use super::super::process::deadline::Deadline;
+use super::super::process::sys;
+use super::super::{Context, Failure, environment};
+use super::search;
 
 /// No engine needs longer between its two calls; and if one does, its hook does without.
 const LONGEST: Duration = Duration::from_secs(3600);
@@ -43,7 +45,7 @@ const LINE_LIMIT: u64 = 1 << 20;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Call {
-    /// The processes stand: take the snapshots.
+    /// The processes are frozen: take the snapshots.
     Take {
         /// The engine's images.
         images: EngineImages,
@@ -191,14 +193,14 @@ impl Attendant<'_> {
         let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: self.limit.as_secs_f64() };
         let Ok(deadline) = Deadline::set(self.limit, &late.into()) else { return };
         let tree = read_tree();
-        let taken = hook::take_all(&mut window, self.images);
+        let taken = super::take_all(&mut window, self.images);
         let mut search = tree.end();
         let taken = taken.and_then(|()| search::objection(&search, &window.pending().audit).map_or(Ok(()), Err));
         let taken = taken.and_then(|()| search::keep(&search, &mut window, self.images));
         let told = match taken.and_then(|()| window.write_note()) {
             Ok(note) => say(&mut hook, &Answer::Taken(window.pending().id, note.number())),
             Err(error) => {
-                let failure = Failure::from(hook::take_back(window, self.images, error));
+                let failure = Failure::from(super::take_back(window, self.images, error));
                 let _ = say(&mut hook, &Answer::Failed(failure.to_text()));
                 return;
             }
@@ -210,7 +212,7 @@ impl Attendant<'_> {
         let ended = told.and_then(|()| sys::wait_for_end(&mut hook));
         if window.note().symlink_metadata().is_err() {
             let error = Error::Io { action: "hear from", object: "the hook".into(), source: hung_up(ended) };
-            let _ = hook::take_back(window, self.images, error);
+            let _ = super::take_back(window, self.images, error);
             return;
         }
         drop(deadline);
@@ -249,7 +251,7 @@ impl TreeReader {
             let outlook = WriterSearch::outlook(&pending);
             let _ = begun.send(rustix::thread::gettid());
             if let Ok((tree, ignore)) = asked.recv() {
-                let _ = told.send(search::among_standing(outlook, tree, ignore));
+                let _ = told.send(search::among_frozen(outlook, tree, ignore));
             }
         })?;
         let thread = begins.recv().map_err(io::Error::other)?;

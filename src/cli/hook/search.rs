@@ -15,10 +15,10 @@ use std::time::Duration;
 use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
 use fsnap::coordinator::{Window, WriterSearch};
 use fsnap::engine::Images;
-use fsnap::processes::{AuditRules, Outlook, Policy, Standing};
+use fsnap::processes::{AuditRules, FrozenTree, Outlook, Policy};
 use fsnap::{Error, failpoint};
 
-use super::sys;
+use super::super::process::sys;
 
 /// The longest that the hook is told.
 const OBJECTION: usize = 4000;
@@ -48,7 +48,7 @@ struct Searcher<'a> {
 }
 
 impl Search {
-    /// Starts it, beside the tree with the root `tree`, which stands; the processes in `ignore` are left out.
+    /// Starts it, beside the tree with the root `tree`, which is frozen; the processes in `ignore` are left out.
     ///
     /// It ends after `limit` at the latest. Must be called while the process has one thread.
     pub(crate) fn start(window: &Window, tree: i32, ignore: Vec<i32>, limit: Duration) -> fsnap::Result<Self> {
@@ -91,7 +91,7 @@ impl Searcher<'_> {
             return;
         }
         let outlook = WriterSearch::outlook(self.pending);
-        let mut search = among_standing(outlook, self.tree, std::mem::take(&mut self.ignore));
+        let mut search = among_frozen(outlook, self.tree, std::mem::take(&mut self.ignore));
         let seen = search.as_ref().ok().and_then(WriterSearch::observation);
         let _ = self.tree_is_known.write(&match objection(&search, &self.pending.audit) {
             None if seen.is_some_and(|seen| seen.unlinked().is_empty()) => format!("{ALL_NAMED}\n").into_bytes(),
@@ -109,10 +109,10 @@ impl Searcher<'_> {
     }
 }
 
-/// Learns what the thaw would change: who belongs to the tree with the root `tree`, which stands, and what they have in use.
+/// Learns what the thaw would change: who belongs to the tree with the root `tree`, which is frozen, and what they have in use.
 ///
 /// `outlook` is [what that needs](WriterSearch::outlook), made ahead where somebody stood by.
-pub(crate) fn among_standing(
+pub(crate) fn among_frozen(
     outlook: fsnap::Result<Outlook>,
     tree: i32,
     ignore: Vec<i32>,
@@ -124,8 +124,8 @@ pub(crate) fn among_standing(
 }
 
 fn look(outlook: fsnap::Result<Outlook>, tree: i32, ignore: Vec<i32>) -> fsnap::Result<WriterSearch> {
-    let standing = Standing::of(tree)?;
-    Ok(WriterSearch::of_standing(outlook?, standing, ignore))
+    let frozen = FrozenTree::of(tree)?;
+    Ok(WriterSearch::of_frozen(outlook?, frozen, ignore))
 }
 
 /// Looks at the tree with the root `tree` once more, and [keeps](keep) what has no name: for who has no other look at hand.
@@ -143,12 +143,12 @@ pub(crate) fn objection(search: &fsnap::Result<WriterSearch>, rules: &AuditRules
     }
 }
 
-/// Keeps what of the tree, which stands, has no name any more. Who cannot be asked may have what the engine relies on.
+/// Keeps what of the frozen tree has no name any more. Who cannot be asked may have what the engine relies on.
 pub(crate) fn keep(search: &fsnap::Result<WriterSearch>, window: &mut Window, images: &Images) -> fsnap::Result<()> {
     window.keep(search.as_ref().ok().and_then(WriterSearch::observation), Some(images))
 }
 
-/// Learns what need not be learnt while the tree stands, from files that are open until then.
+/// Learns what need not be learnt while the tree is frozen, from files that are open until then.
 pub(crate) fn learn(search: &mut fsnap::Result<WriterSearch>) {
     if let Ok(search) = search {
         search.learn();

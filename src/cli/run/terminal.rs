@@ -11,7 +11,7 @@ use fsnap::engine::{Restored, TerminalId};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
-use super::{Failure, Outcome};
+use super::super::{Failure, Outcome};
 
 /// The end of a new terminal that its user sits at.
 #[derive(Debug)]

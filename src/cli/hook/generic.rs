@@ -8,15 +8,15 @@ use fsnap::engine::criu::HookCall;
 use fsnap::engine::{ANSWER_NAME, GENERIC, Images, Phase};
 use serde_json::json;
 
-use super::failure::say;
-use super::{Context, Failure, Outcome, attendant, environment, hook};
+use super::super::{Context, Failure, Outcome, environment, say};
+use super::attendant;
 
 /// The newest version of the answer.
 const VERSION: u32 = 1;
 
 /// Any engine's hook: called at each step of a dump or a restore, with the tree's root and the directory of images
 ///
-/// A dump is: starting (the processes run), frozen (they stand, and the images are complete), and then resumed or failed. A
+/// A dump is: starting (the processes run), frozen (they are, and the images are complete), and then resumed or failed. A
 /// restore is: restoring, restored. What fsnap answered is in fsnap_hook.json in the directory; the exit code
 /// decides. The engine must call frozen again only after starting.
 #[derive(Debug, clap::Args)]
@@ -74,9 +74,9 @@ fn act(call: &HookCall) -> Outcome {
     // That there was nothing to do is said first: what has an id says it itself, and nothing comes after a note.
     answer(call, Ok(None));
     match call.phase {
-        Phase::Starting => hook::start(&context, call),
-        Phase::Frozen => hook::take(&context, call),
-        Phase::Restoring => hook::check(&context, call),
+        Phase::Starting => super::start(&context, call),
+        Phase::Frozen => super::take(&context, call),
+        Phase::Restoring => super::check(&context, call),
         Phase::Restored => Ok(()),
         // What was taken is sealed by whoever opens the catalog.
         Phase::Resumed => context.write().map(drop),
@@ -86,7 +86,7 @@ fn act(call: &HookCall) -> Outcome {
 
 /// The engine's part has failed: fsnap's is taken back, whether it was finished or not.
 fn undo(context: &Context, call: &HookCall) -> Outcome {
-    let images = hook::images(call);
+    let images = super::images(call);
     attendant::dismiss(&context.state, &images);
     // Not recovered: that would seal it.
     let coordinator = context.open(Access::Write)?;

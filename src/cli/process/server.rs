@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Failure, Outcome};
+use super::super::{Failure, Outcome, environment};
 
 fn io(action: &'static str, object: &Path) -> impl Fn(std::io::Error) -> Failure {
     let object = fsnap::printable(object.as_os_str());
@@ -43,7 +43,7 @@ pub(crate) fn notify_ready() {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(name) = super::environment::notify_socket() else { return };
+    let Some(name) = environment::notify_socket() else { return };
     let address = match name.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name),
         None => SocketAddr::from_pathname(&name),

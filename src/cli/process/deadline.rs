@@ -11,11 +11,12 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
-use super::{Failure, sys};
+use super::super::Failure;
+use super::sys;
 
 /// As long as this lives, the process ends when its time is over, whatever it is doing; with exit code 1.
 ///
-/// By a signal and not by a thread: a thread costs a tenth of a millisecond to start, while processes stand.
+/// By a signal and not by a thread: a thread costs a tenth of a millisecond to start, while processes are frozen.
 #[derive(Debug)]
 pub(crate) struct Deadline(#[expect(dead_code, reason = "the timer is disarmed when it is dropped")] Timer);
 

@@ -10,7 +10,7 @@ use fsnap::name::Name;
 use fsnap::processes::{FilePlace, OpenFile, Outside, ProcessChange, ProcessRecord, TreeRecord, Via};
 use serde_json::{Value, json};
 
-use super::output::rfc3339;
+use super::rfc3339;
 
 /// Puts a path into an object under `key`; a path that is not UTF-8 is exact only under `key_hex`.
 pub(crate) fn with_path(mut object: Value, key: &str, path: &Path) -> Value {
