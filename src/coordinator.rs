@@ -48,9 +48,9 @@ use crate::{Error, Result, stores};
 pub use checkpoint::{Begun, Request};
 pub use diff::{Change, ChangeKind, Side, Skipped};
 pub use history::{Pinned, time_of};
-#[cfg(feature = "fuse")]
-pub(crate) use open::activate;
 pub use open::open_snapshot;
+#[cfg(feature = "fuse")]
+pub(crate) use open::{activate, mount_snapshot};
 pub use recover::{Recovered, Stray};
 pub use register::{Registered, Registration, proposed_place, volume_dir};
 pub use restore::{RestoreRequest, RunRequest};

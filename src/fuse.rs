@@ -5,7 +5,8 @@
 //! kernel's requests into calls of it and decides nothing but caching. [`session`] mounts and serves.
 //!
 //! [`browse`] is the tree of past states, and [`browse_adapter`] its way to the kernel; [`branches`] are the copy-on-write trees
-//! that the same mount shows, and [`mount_adapter`] decides to whom a request goes.
+//! that the same mount shows, and [`mount_adapter`] decides to whom a request goes. Snapshots that the kernel can mount
+//! may be attached to it ([`browse::Natives`]); then no request for their files comes at all.
 //!
 //! Beside these: [`lower`] opens what a tree begins with, `mounting` puts a file system where it is seen, `open`, `handles` and `readers` are
 //! what the kernel has open, and `given` what it is given before it asks.

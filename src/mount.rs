@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use fsnap_backend::mounts::{self, Mount};
 use fsnap_backend::{FileKind, MountSpec, beneath};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, StatxFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change,
@@ -187,20 +188,54 @@ impl Prepared {
             }
             _ => return Err(Error::NotAMountPoint { dir: shown.into(), reason: "it is not a directory" }),
         }
-        let both = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&self.mount, "", &dir, "", both).map_err(failed("mount on", shown))?;
-        let id = mount_id(&self.mount, OsStr::new(""), AtFlags::EMPTY_PATH).map_err(failed("examine", shown))?;
+        let id = self.attach_to(&dir, shown)?;
         Ok(Mounted { at: Some(At { parent, name: name.into(), id }), shown: shown.into() })
+    }
+
+    /// Attaches it to an open directory, and tells its [id](Mount::id). It stays there when all of this is forgotten.
+    pub(crate) fn attach_to(self, dir: &OwnedFd, shown: &Path) -> Result<u64> {
+        let both = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&self.mount, "", dir, "", both).map_err(failed("mount on", shown))?;
+        mount_id(&self.mount, OsStr::new(""), AtFlags::EMPTY_PATH).map_err(failed("examine", shown))
     }
 }
 
 /// The file system's type of what fsnap itself serves.
 pub const SERVED: &str = "fuse.fsnap";
 
+/// What fsnap serves from `source`, as this mount namespace has it; the uppermost last.
+pub(crate) fn mounts_of(source: &Path) -> io::Result<Vec<Mount>> {
+    let ours = |mount: &Mount| mount.fstype == SERVED.as_bytes() && mount.source == source;
+    Ok(mounts::own()?.into_iter().filter(ours).collect())
+}
+
 /// Where this mount namespace shows what fsnap serves from `source`; the uppermost last.
 pub fn served(source: &Path) -> io::Result<Vec<PathBuf>> {
-    let ours = |mount: &Mount| mount.fstype == SERVED.as_bytes() && mount.source == source;
-    Ok(mounts::own()?.into_iter().filter(ours).map(|mount| mount.point).collect())
+    Ok(mounts_of(source)?.into_iter().map(|mount| mount.point).collect())
+}
+
+/// The snapshots that a server has attached to what it serves at `mount`: those at or below `below` there.
+pub(crate) fn attached(mount: &Mount, below: &Path) -> io::Result<Vec<Mount>> {
+    let below = mount.point.join(below);
+    let ours = |other: &Mount| other.parent == mount.id && !other.writable && other.point.starts_with(&below);
+    Ok(mounts::own()?.into_iter().filter(ours).collect())
+}
+
+/// Takes off what a server has [`attached`]. On failure the rest stays.
+pub(crate) fn take_off_attached(mount: &Mount, below: &Path, flags: UnmountFlags) -> Result<()> {
+    // The first reading of the table may have missed some.
+    for _ in 0..2 {
+        let attached = attached(mount, below).map_err(failed("look for what is mounted below", &mount.point))?;
+        for Mount { point, .. } in attached {
+            match unmount(&point, flags | UnmountFlags::NOFOLLOW) {
+                // The server, or the kernel with its directory, was faster.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(Errno::BUSY) => return Err(Error::Busy { dir: point }),
+                Err(error) => return Err(failed("unmount", &point)(error)),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Carries out a recipe at a directory: [`Prepared::new`] and [`Prepared::attach`].
@@ -263,7 +298,7 @@ impl Mounted {
         let path = fd_path(&at.parent).join(&at.name);
         match unmount(&path, flags | UnmountFlags::NOFOLLOW) {
             Ok(()) => Ok(()),
-            Err(rustix::io::Errno::BUSY) => Err(Error::Busy { dir: self.shown.clone() }),
+            Err(Errno::BUSY) => Err(Error::Busy { dir: self.shown.clone() }),
             Err(error) => Err(failed("unmount", &self.shown)(error)),
         }
     }
@@ -312,7 +347,7 @@ const STAGE: &str = "/proc";
 
 /// Gives this thread a mount namespace of its own.
 fn private_namespace() -> rustix::io::Result<()> {
-    let to_errno = |error: nix::errno::Errno| rustix::io::Errno::from_raw_os_error(error as i32);
+    let to_errno = |error: nix::errno::Errno| Errno::from_raw_os_error(error as i32);
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(to_errno)?;
     // Else what is mounted here would show up in the namespace it was copied from.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)

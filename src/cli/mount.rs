@@ -20,6 +20,9 @@ use super::{Context, Failure, Outcome, json, say};
 /// The file README in it tells more. New checkpoints show up by themselves. `fsnap umount DIR` ends it.
 ///
 /// A snapshot is made ready when somebody first looks at its files, and let go when nobody did for a while.
+///
+/// With --native, who looks into a snapshot works on its own file system: as fast, and with birth times. It is a mount, and a device of its
+/// own: `find -xdev` and `tar --one-file-system` stop there. One that nobody uses is taken off after a minute or two.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Where to mount
@@ -30,6 +33,12 @@ pub(crate) struct Args {
     /// Let other users see it; the permissions of the files hold
     #[arg(long)]
     allow_other: bool,
+    /// Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE; for root
+    #[arg(long)]
+    native: bool,
+    /// For how many seconds a snapshot stays ready after the last look at it
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), hide = true)]
+    idle: u64,
     /// Tell on standard output that it is mounted, and detach from the terminal then
     #[arg(long, hide = true)]
     detach: bool,
@@ -37,16 +46,15 @@ pub(crate) struct Args {
 
 /// How long a look waits for another command that changes the catalog.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a snapshot stays ready after the last look at it.
-const IDLE: Duration = Duration::from_secs(60);
 
 pub(crate) fn run(args: Args) -> Outcome {
     if args.foreground || args.detach {
         return serve(&args);
     }
     let dir = server::absolute(&args.dir)?;
-    let options = if args.allow_other { &["--allow-other"][..] } else { &[] };
-    server::start("mount", options, &[dir])
+    let options = [(args.allow_other, "--allow-other"), (args.native, "--native")];
+    let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
+    server::start("mount", &options, &[dir])
 }
 
 fn serve(args: &Args) -> Outcome {
@@ -56,11 +64,12 @@ fn serve(args: &Args) -> Outcome {
     let branches = context.config.branches.clone();
     let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
-    let options = Options { allow_other: args.allow_other, ..Options::default() };
+    let options = Options { allow_other: args.allow_other, native: args.native, ..Options::default() };
+    let idle = Duration::from_secs(args.idle);
     let ready = || {
         if args.detach { server::ready() } else { server::notify_ready() }
     };
-    Ok(session::serve_all(records, report, source(&context), &args.dir, options, IDLE, ready)?)
+    Ok(session::serve_all(records, report, source(&context), &args.dir, options, idle, ready)?)
 }
 
 /// What must not be hidden by the mount.

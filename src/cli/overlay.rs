@@ -61,6 +61,7 @@ fn serve(args: &Args) -> Outcome {
         allow_other: args.allow_other || rustix::process::geteuid().is_root(),
         suid: args.suid,
         dev: args.dev,
+        ..Options::default()
     };
     let ready = || {
         if args.detach { server::ready() } else { server::notify_ready() }

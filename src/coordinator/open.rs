@@ -7,8 +7,11 @@ use std::sync::Arc;
 use fsnap_backend::{Backend, Dir, DirTree, Locator, MountSpec, Snapshot};
 
 use super::Coordinator;
+use crate::Result;
 use crate::checkpoint::Member;
-use crate::{Result, mount};
+use crate::mount;
+#[cfg(feature = "fuse")]
+use crate::mount::{Prepared, Restrictions};
 
 /// How often an image is activated anew that others deactivate meanwhile.
 const ATTEMPTS: usize = 8;
@@ -68,6 +71,15 @@ pub fn open_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Arc<dyn
         (spec @ MountSpec::Mount { .. }, _held) => {
             Ok(Arc::new(DirTree::from_descriptor(mount::open(&spec)?, snapshot.at.as_str())))
         }
+    }
+}
+
+/// Activates the snapshot and makes it a mount of its own, attached nowhere; `None` if the kernel cannot mount it.
+#[cfg(feature = "fuse")]
+pub(crate) fn mount_snapshot(store: &dyn Backend, snapshot: &Snapshot) -> Result<Option<Prepared>> {
+    match activate(store, &snapshot.at)? {
+        (MountSpec::Tree(_), _) => Ok(None),
+        (spec, _held) => Ok(Some(Prepared::new(&spec, Restrictions::default())?)),
     }
 }
 

@@ -1,13 +1,16 @@
 //! Removes checkpoints and branches.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
+
+use rustix::mount::UnmountFlags;
 
 use super::Coordinator;
 use crate::catalog::{Doomed, IntentId, IntentLock, Removal};
 use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::failpoint;
 use crate::name::Name;
-use crate::{Error, Result};
+use crate::{Error, Result, mount};
 
 /// What has waited for restored processes lets go of their branch a moment after they have ended.
 const LETTING_GO: Duration = Duration::from_secs(2);
@@ -33,9 +36,19 @@ impl Coordinator {
             Removal::Missing => Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() }),
             Removal::Needed(by) => Err(Error::Needed { id: *id, by }),
             Removal::Begun(intent, lock, doomed) => {
+                self.take_off_attached(id);
                 self.finish_removal(intent, lock, &doomed)?;
                 engine.map_or(Ok(()), |engine| crate::run::remove_images(self.catalog.state(), &engine.images))
             }
+        }
+    }
+
+    /// Takes off what servers have attached of its snapshots. Who uses it keeps it, as the kernel would decide a moment later: it takes
+    /// off by itself what is mounted below a name that is gone.
+    fn take_off_attached(&self, id: &CheckpointId) {
+        let below = Path::new("ids").join(id.to_string());
+        for served in mount::mounts_of(self.catalog.state()).unwrap_or_default() {
+            let _ = mount::take_off_attached(&served, &below, UnmountFlags::DETACH);
         }
     }
 

@@ -20,6 +20,7 @@
 mod dir_cache;
 mod errno;
 mod layout;
+mod native;
 mod node;
 mod opened;
 mod pending;
@@ -44,6 +45,7 @@ use crate::name::Name;
 
 pub(super) use errno::of as errno_of;
 pub use layout::{Describe, Records};
+pub use native::Natives;
 pub use opened::Opened;
 
 /// The answer to a request.

@@ -13,7 +13,7 @@ use fuser::{
 };
 
 use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
-use super::browse::{Attr, Browse, Keep, Listed};
+use super::browse::{self, Attr, Browse, Keep, Listed, Natives};
 use super::given::Given;
 use super::open::{Dots, with_buffer};
 use super::readers::{Reader, Readers};
@@ -25,14 +25,16 @@ const BRIEFLY: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct BrowseAdapter {
     browse: Arc<Browse>,
+    /// Set if snapshots are attached.
+    natives: Option<Arc<Natives>>,
     readers: Readers,
     given: Given,
 }
 
 impl BrowseAdapter {
     /// Serves this tree. The notifier is set once the session has one.
-    pub fn new(browse: Arc<Browse>, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { browse, readers: Readers::default(), given: Given::new(notifier) }
+    pub fn new(browse: Arc<Browse>, natives: Option<Arc<Natives>>, notifier: Arc<OnceLock<Notifier>>) -> Self {
+        Self { browse, natives, readers: Readers::default(), given: Given::new(notifier) }
     }
 
     /// Reads may be passed through to files below.
@@ -102,13 +104,17 @@ fn blocks(size: u64) -> u64 {
 }
 
 impl Filesystem for BrowseAdapter {
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.browse.look_up(parent.0, name) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let answer = move |found: browse::Result<Attr>| match found {
             Ok(attr) => {
                 let (name, attributes) = (time_of(attr.name), time_of(attr.attributes));
                 reply.entry_with_ttls(&attributes, &name, &to_fuse(&attr), GENERATION);
             }
             Err(error) => reply.error(errno(error)),
+        };
+        match &self.natives {
+            Some(natives) => natives.look_up(parent.0, name, request.pid(), Box::new(answer)),
+            None => answer(self.browse.look_up(parent.0, name)),
         }
     }
 
@@ -117,10 +123,14 @@ impl Filesystem for BrowseAdapter {
         self.browse.forget(ino.0, nlookup);
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.browse.attr(ino.0) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let answer = move |attr: browse::Result<Attr>| match attr {
             Ok(attr) => reply.attr(&time_of(attr.attributes), &to_fuse(&attr)),
             Err(error) => reply.error(errno(error)),
+        };
+        match &self.natives {
+            Some(natives) => natives.answer(ino.0, request.pid(), Box::new(answer)),
+            None => answer(self.browse.attr(ino.0)),
         }
     }
 

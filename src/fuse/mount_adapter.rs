@@ -18,7 +18,7 @@ use fuser::{
 
 use super::adapter::{GENERATION, errno, prepare};
 use super::branches::{Branches, slot_of};
-use super::browse::Browse;
+use super::browse::{Browse, Natives};
 use super::browse_adapter::{BrowseAdapter, to_fuse};
 
 /// Serves past states and branches.
@@ -31,8 +31,13 @@ pub struct MountAdapter {
 
 impl MountAdapter {
     /// Serves these. The notifier is set once the session has one.
-    pub fn new(browse: Arc<Browse>, branches: Arc<Branches>, notifier: Arc<OnceLock<Notifier>>) -> Self {
-        Self { past: BrowseAdapter::new(browse.clone(), notifier), browse, branches }
+    pub fn new(
+        browse: Arc<Browse>,
+        branches: Arc<Branches>,
+        natives: Option<Arc<Natives>>,
+        notifier: Arc<OnceLock<Notifier>>,
+    ) -> Self {
+        Self { past: BrowseAdapter::new(browse.clone(), natives, notifier), browse, branches }
     }
 }
 

@@ -12,13 +12,15 @@ use fsnap_backend::mounts::{self, Mount};
 use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
-use super::browse::{Browse, Records};
+use super::browse::{Browse, Natives, Records};
 use super::mount_adapter::MountAdapter;
 use super::mounting;
 use super::overlay::Overlay;
+use crate::mount;
 
 /// The type of our mounts.
 pub const TYPE: &str = crate::mount::SERVED;
@@ -61,6 +63,12 @@ pub enum Error {
         /// Where it is mounted.
         dir: PathBuf,
     },
+    /// Only root can attach snapshots.
+    #[error("cannot attach snapshots to {dir:?}, which takes root: mount it without --native")]
+    NotRoot {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// A system call failed.
     #[error("cannot {action} {object:?}: {source}")]
     Io {
@@ -82,6 +90,8 @@ pub struct Options {
     pub suid: bool,
     /// Device nodes can be opened.
     pub dev: bool,
+    /// Snapshots that the kernel can mount are attached, and not read through FUSE.
+    pub native: bool,
 }
 
 pub(super) fn failed<'a>(action: &'static str, object: &'a Path) -> impl Fn(io::Error) -> Error + 'a {
@@ -101,7 +111,7 @@ pub fn serve(overlay: Overlay, source: &Path, dir: &Path, options: Options, read
         }
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
-    let served = serve_by(adapter, &notifier, source, dir, options, ready);
+    let served = serve_by(adapter, &notifier, source, dir, options, |_| ready());
     drop(ended);
     let _ = keeper.join();
     served
@@ -125,15 +135,24 @@ pub fn serve_all(
     idle: Duration,
     ready: impl FnOnce(),
 ) -> Result<(), Error> {
+    if options.native && !rustix::process::geteuid().is_root() {
+        return Err(Error::NotRoot { dir: dir.to_owned() });
+    }
     let notifier = Arc::new(OnceLock::new());
     let branches = Arc::new(Branches::new(records.clone(), Box::new(report), notifier.clone()));
     let browse = Arc::new(Browse::new(records, branches.clone(), Box::new(report)));
+    let natives = options.native.then(|| Natives::start(browse.clone(), notifier.clone())).transpose();
+    let natives = natives.map_err(failed("start a thread for", dir))?;
     let (ended, waits) = std::sync::mpsc::channel::<()>();
-    let looked_after = (browse.clone(), branches.clone());
+    let looked_after = (browse.clone(), branches.clone(), natives.clone());
     let keeper = std::thread::Builder::new().name("idle".into()).spawn(move || {
-        let (browse, branches) = looked_after;
+        let (browse, branches, natives) = looked_after;
         let mut merged = Instant::now();
         while waits.recv_timeout(idle / 4) == Err(RecvTimeoutError::Timeout) {
+            if let Some(natives) = &natives {
+                natives.let_go_of_removed();
+                natives.let_go(idle);
+            }
             browse.let_go_of_removed();
             branches.let_go_of_removed();
             browse.let_go(idle);
@@ -143,11 +162,22 @@ pub fn serve_all(
                 merged = Instant::now();
             }
         }
+        if let Some(natives) = &natives {
+            natives.end();
+        }
         browse.let_go(Duration::ZERO);
         branches.close();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
-    let adapter = MountAdapter::new(browse, branches, notifier.clone());
+    let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());
+    let ready = |shown: &Path| {
+        // The first reading of the table may have missed it.
+        let mount = (0..2).find_map(|_| mounted(shown).ok().flatten());
+        if let Some((natives, mount)) = natives.zip(mount) {
+            natives.mounted_at(mount);
+        }
+        ready();
+    };
     let served = serve_by(adapter, &notifier, source, dir, options, ready);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
@@ -161,7 +191,7 @@ fn serve_by(
     source: &Path,
     dir: &Path,
     options: Options,
-    ready: impl FnOnce(),
+    ready: impl FnOnce(&Path),
 ) -> Result<(), Error> {
     // The modes that are asked for are the modes that are made.
     rustix::process::umask(Mode::empty());
@@ -178,14 +208,19 @@ fn serve_by(
         config.acl = SessionACL::Owner;
     }
     let device = mounting::mount(source, dir, options)?;
+    if options.native {
+        // Mount namespaces that are made later have copies of what is attached: these go when it is taken off here.
+        let shared = rustix::mount::mount_change(dir, MountPropagationFlags::SHARED);
+        shared.map_err(|error| failed("share the mount of", dir)(error.into()))?;
+    }
     let session = Session::from_fd(adapter, device, config.acl, config);
     let session = session.inspect_err(|_| drop(mounting::detach(dir)));
     let session = session.map_err(failed("serve", dir))?;
     let _ = notifier.set(session.notifier());
     larger_readahead(&shown);
     let noted = note_server(source, &shown);
-    let signals = end_on_signals(shown, noted.clone()).map_err(failed("wait for signals for", dir))?;
-    ready();
+    let signals = end_on_signals(shown.clone(), noted.clone()).map_err(failed("wait for signals for", dir))?;
+    ready(&shown);
     let served = session.run().map_err(failed("serve", dir));
     signals.close();
     noted.iter().for_each(|noted| drop(std::fs::remove_file(noted)));
@@ -265,8 +300,9 @@ pub fn unmount(dir: &Path) -> Result<Server, Error> {
     let stale = is_stale(dir);
     let path = if stale { std::path::absolute(dir) } else { dir.canonicalize() };
     let path = path.map_err(failed("resolve", dir))?;
-    let Mount { source: store, root, .. } = mounted(&path)?.ok_or_else(refused)?;
-    let note = store.join(SERVERS).join(root.device.to_string());
+    let mount = mounted(&path)?.ok_or_else(refused)?;
+    let store = &mount.source;
+    let note = store.join(SERVERS).join(mount.root.device.to_string());
     if stale {
         let _ = std::fs::remove_file(note);
         return mounting::detach(&path).map(|()| Server::Ended);
@@ -275,9 +311,29 @@ pub fn unmount(dir: &Path) -> Result<Server, Error> {
     let lock = if note.exists() { note } else { store.join("lock") };
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let lock = rustix::fs::openat(CWD, lock, flags, Mode::empty());
-    mounting::unmount(&path)?;
+    unmount_with_attached(&mount)?;
     // Without it, there is nobody to wait for.
     Ok(lock.map_or(Server::Ended, |lock| wait_for_server(&lock)))
+}
+
+/// Unmounts it, if nobody uses it nor what its server has attached to it.
+fn unmount_with_attached(served: &Mount) -> Result<(), Error> {
+    let mut again = ATTEMPTS;
+    loop {
+        mount::take_off_attached(served, Path::new(""), UnmountFlags::empty())?;
+        match mounting::unmount(&served.point) {
+            // Somebody may have looked at another snapshot meanwhile.
+            Err(Error::Busy { .. }) if again > 0 && is_looked_at(served) => again -= 1,
+            done => return done,
+        }
+    }
+}
+
+/// How often it is tried to unmount what others look at meanwhile.
+const ATTEMPTS: usize = 50;
+
+fn is_looked_at(served: &Mount) -> bool {
+    mount::attached(served, Path::new("")).is_ok_and(|attached| !attached.is_empty())
 }
 
 /// Waits until nobody has the lock, for a while.

@@ -602,6 +602,7 @@ fn without_privileges_through_fusermount() {
          echo one >db/file; chmod 640 db/file; ln -s /etc/shadow db/link; ln -s '#odd' db/odd; ln db/odd db/odd2; mkfifo db/fifo
          ./fsnap init db --backend rsync; ./fsnap checkpoint -t first",
     );
+    shell("! ./fsnap mount --native mnt 2>said; grep -q 'which takes root' said");
     let look = "cat mnt/latest/db/file; readlink mnt/tags/first/db/link; stat -c %a mnt/latest/db/file";
     let seen = "one\n/etc/shadow\n640\n";
     assert_eq!(shell(&format!("./fsnap mount mnt; {look}")), seen);

@@ -10,6 +10,7 @@ mod copies;
 mod differential;
 mod faults;
 mod histories;
+mod native;
 mod operations;
 mod past;
 mod programs;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         ("differential", differential::CASES),
         ("faults", faults::CASES),
         ("histories", histories::CASES),
+        ("native", native::CASES),
         ("programs", programs::CASES),
         ("semantics", semantics::CASES),
         ("union", union::CASES),

@@ -88,19 +88,23 @@ impl Past {
     }
 
     pub(crate) fn mount(&self) {
-        self.mount_with(&[], "");
+        self.mount_by(&[], "");
     }
 
     pub(crate) fn mount_for_others(&self) {
-        self.mount_with(&["--allow-other"], "");
+        self.mount_by(&["--allow-other"], "");
     }
 
     /// Mounts, by a server that does something at a place in the program.
     pub(crate) fn mount_armed(&self, failpoint: &str) {
-        self.mount_with(&[], failpoint);
+        self.mount_by(&[], failpoint);
     }
 
-    fn mount_with(&self, options: &[&str], failpoint: &str) {
+    pub(crate) fn mount_with(&self, options: &[&str]) {
+        self.mount_by(options, "");
+    }
+
+    fn mount_by(&self, options: &[&str], failpoint: &str) {
         let mut command = self.command();
         command.env("FSNAP_FAILPOINT", failpoint);
         command.args(["mount", "--foreground"]).args(options).arg(self.path("mnt"));

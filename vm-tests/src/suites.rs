@@ -45,7 +45,7 @@ const IN_QEMU: &[&str] = &["fsnap::engines"];
 /// * `recovery`: the volumes that only these kernels can have, killed in all that makes and removes images, in an engine's hooks, and in
 ///   the recovery from that. Left to btrfs and rsync on the host are calls that fail, since an error of a backend is undone in the same
 ///   way for all and the backends' own suites have theirs fail, and kills of what tags or freezes processes.
-/// * `fuse`: branches over those volumes.
+/// * `fuse`: branches over those volumes, and their snapshots attached.
 const USUAL_PARTS: &[(&str, Sample)] = &[
     ("fsnap::engines", Sample { with: &["consistency::"], without: &[] }),
     (
@@ -54,7 +54,7 @@ const USUAL_PARTS: &[(&str, Sample)] = &[
     ),
     ("fsnap::recovery", Sample { with: &["dm-thin::"], without: ELSEWHERE }),
     ("fsnap::recovery", Sample { with: &["nilfs2::"], without: ELSEWHERE }),
-    ("fsnap::fuse", Sample { with: &["branches::over_"], without: &[] }),
+    ("fsnap::fuse", Sample { with: &["::over_"], without: &[] }),
 ];
 
 /// The tests of recovery that say nothing new of a backend.

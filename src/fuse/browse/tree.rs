@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use fsnap_backend::{Backend, Dir, FileMeta};
+use fsnap_backend::{Backend, Dir, FileMeta, Snapshot};
 
 use super::dir_cache::DirCache;
 use super::layout::Records;
 use super::node::{Node, What};
 use crate::Result;
 use crate::checkpoint::{CheckpointId, Member};
-use crate::coordinator::open_snapshot;
+use crate::coordinator::{mount_snapshot, open_snapshot};
+use crate::mount::Prepared;
 use crate::name::Name;
 
 /// So many snapshots are active at the most, besides those that files are open of: each takes descriptors, or a mount.
@@ -88,24 +89,42 @@ impl Tree {
         if let Some(root) = &state.root {
             return Ok(root.clone());
         }
+        let open = |store: &dyn Backend, snapshot: &Snapshot| {
+            Ok(Arc::new(OpenDir::new(open_snapshot(store, snapshot)?, self.number, None)?))
+        };
+        let opened = self.activated(&mut state, open)?;
+        state.root = Some(opened.clone());
+        Ok(opened)
+    }
+
+    /// The snapshot as a mount of its own, attached nowhere; `None` if the kernel cannot mount it. Activates it.
+    pub(super) fn to_mount(&self) -> Result<Option<Prepared>> {
+        let mut state = self.locked();
+        state.used = Instant::now();
+        self.activated(&mut state, mount_snapshot)
+    }
+
+    /// Makes something of the snapshot that activates it. It stays active, unless that fails.
+    fn activated<T>(&self, state: &mut State, make: impl FnOnce(&dyn Backend, &Snapshot) -> Result<T>) -> Result<T> {
         let store = match &state.store {
             Some(store) => store.clone(),
             None => self.records.open()?.store_of(&self.member)?,
         };
         let snapshot = &self.member.snapshot;
-        let opened = open_snapshot(store.as_ref(), snapshot).and_then(|dir| OpenDir::new(dir, self.number, None));
-        let opened = match opened {
-            Ok(opened) => Arc::new(opened),
-            Err(error) => {
-                // It may have been activated for all that. If it cannot be undone, it stays so, which harms nothing.
-                let _ = store.deactivate(&snapshot.at);
-                self.set_store(&mut state, None);
-                return Err(error);
-            }
-        };
-        self.set_store(&mut state, Some(store));
-        state.root = Some(opened.clone());
-        Ok(opened)
+        let made = make(store.as_ref(), snapshot);
+        if made.is_ok() {
+            self.set_store(state, Some(store));
+        } else if state.root.is_none() {
+            // It may have been activated for all that. If it cannot be undone, it stays so, which harms nothing.
+            let _ = store.deactivate(&snapshot.at);
+            self.set_store(state, None);
+        }
+        made
+    }
+
+    /// The name of the volume.
+    pub(super) fn volume(&self) -> &Name {
+        &self.member.volume
     }
 
     fn set_store(&self, state: &mut State, store: Option<Arc<dyn Backend>>) {

@@ -26,16 +26,26 @@ pub enum Kind {
     Restic,
     /// A checkpoint below `fsnap mount`.
     Mount,
+    /// The same below `fsnap mount --native`.
+    Attached,
     /// `fsnap overlay`.
     Overlay,
 }
 
 impl Kind {
-    pub const ALL: [Self; 7] =
-        [Self::Native, Self::Overlayfs, Self::FuseOverlayfs, Self::Unionfs, Self::Restic, Self::Mount, Self::Overlay];
+    pub const ALL: [Self; 8] = [
+        Self::Native,
+        Self::Overlayfs,
+        Self::FuseOverlayfs,
+        Self::Unionfs,
+        Self::Restic,
+        Self::Mount,
+        Self::Attached,
+        Self::Overlay,
+    ];
     /// Those that are compared with the file system itself.
-    pub const PEERS: [Self; 6] =
-        [Self::Overlayfs, Self::FuseOverlayfs, Self::Unionfs, Self::Restic, Self::Mount, Self::Overlay];
+    pub const PEERS: [Self; 7] =
+        [Self::Overlayfs, Self::FuseOverlayfs, Self::Unionfs, Self::Restic, Self::Mount, Self::Attached, Self::Overlay];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -45,6 +55,7 @@ impl Kind {
             Self::Unionfs => "unionfs-fuse",
             Self::Restic => "restic mount",
             Self::Mount => "fsnap mount",
+            Self::Attached => "mount --native",
             Self::Overlay => "fsnap overlay",
         }
     }
@@ -53,7 +64,7 @@ impl Kind {
         match self {
             // It takes a millisecond for each of the random reads.
             Self::Restic => !work.writes && work.name != "random 4 KiB reads",
-            Self::Mount => !work.writes,
+            Self::Mount | Self::Attached => !work.writes,
             _ => true,
         }
     }
@@ -126,9 +137,9 @@ impl Peers {
                 root = dir.join("snapshots/latest").join(volume);
                 Some(command)
             }
-            Kind::Mount => {
+            Kind::Mount | Kind::Attached => {
                 let mut command = self.fsnap();
-                command.args(["mount", "--foreground"]).arg(&dir);
+                command.args(["mount", "--foreground"]).args((kind == Kind::Attached).then_some("--native")).arg(&dir);
                 root = fs::canonicalize(&dir)?.join("latest/data");
                 Some(command)
             }
