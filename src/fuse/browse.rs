@@ -126,6 +126,11 @@ impl Browse {
         self.trees.let_go(idle);
     }
 
+    /// Lets go of all snapshots, when nobody can ask any more.
+    pub fn let_go_of_all(&self) {
+        self.trees.let_go_of_all();
+    }
+
     /// Lets go of snapshots that are in the catalog no more.
     pub fn let_go_of_removed(&self) {
         self.trees.let_go_unless(|checkpoint| self.layout.is_recorded(checkpoint).unwrap_or(true));

@@ -165,8 +165,8 @@ pub fn serve_all(
         if let Some(natives) = &natives {
             natives.end();
         }
-        browse.let_go(Duration::ZERO);
         branches.close();
+        browse.let_go_of_all();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
     let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());

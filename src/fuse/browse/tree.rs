@@ -270,6 +270,17 @@ impl Trees {
         });
     }
 
+    /// Lets go of everything. One snapshot may be in use by another, as what a sealed state of a branch began with: that comes later.
+    pub(super) fn let_go_of_all(&self) {
+        loop {
+            let before = self.active();
+            self.let_go(Duration::ZERO);
+            if self.active() == before {
+                return;
+            }
+        }
+    }
+
     pub(super) fn let_go_unless(&self, keep: impl Fn(&CheckpointId) -> bool) {
         for tree in self.all().iter().filter(|tree| tree.idle().is_some() && !keep(&tree.checkpoint)) {
             tree.let_go();
