@@ -54,7 +54,7 @@ const USUAL_PARTS: &[(&str, Sample)] = &[
     ),
     ("fsnap::recovery", Sample { with: &["dm-thin::"], without: ELSEWHERE }),
     ("fsnap::recovery", Sample { with: &["nilfs2::"], without: ELSEWHERE }),
-    ("fsnap::fuse", Sample { with: &["::over_"], without: &[] }),
+    ("fsnap::fuse", Sample { with: &["branches::over_", "native::over_"], without: &[] }),
 ];
 
 /// The tests of recovery that say nothing new of a backend.
