@@ -71,24 +71,11 @@ impl Coordinator {
         // How many files there are is known only when all were compared.
         let work = self.begin_work(Work::Comparing, None);
         for member in &old.members {
-            let differences = self.differences(old, member, new)?;
-            let before = self.read(&self.store(&member.store)?, &member.snapshot)?;
-            let after = match new {
-                Side::Now => match self.live(old, &member.volume)? {
-                    Some(volume) => Reading::live(volume.dir())?,
-                    None => {
-                        skipped.push(Skipped::Volume(member.volume.clone()));
-                        continue;
-                    }
-                },
-                Side::Checkpoint(other) => match other.members.iter().find(|m| m.volume == member.volume) {
-                    Some(found) => self.read(&self.store(&found.store)?, &found.snapshot)?,
-                    None => {
-                        skipped.push(Skipped::Volume(member.volume.clone()));
-                        continue;
-                    }
-                },
+            let Some((after, differences)) = self.new_side(old, member, new)? else {
+                skipped.push(Skipped::Volume(member.volume.clone()));
+                continue;
             };
+            let before = self.read(&self.store(&member.store)?, &member.snapshot)?;
             let roots = [before.root.as_ref(), after.root.as_ref()];
             let volume = &member.volume;
             let (work, report, skipped) = (&work, &mut *report, &mut skipped);
@@ -103,20 +90,26 @@ impl Coordinator {
         Ok(skipped)
     }
 
-    /// What the member's store knows ahead of what differs. It only saves time: what it cannot tell is read.
-    fn differences(&self, old: &Checkpoint, member: &Member, new: Side<'_>) -> Result<Option<Box<dyn Differences>>> {
+    /// The files that the member is compared with, and what its store knows ahead of what differs; `None` if there are none.
+    ///
+    /// What the store knows only saves time: what it cannot tell is read.
+    fn new_side(&self, old: &Checkpoint, member: &Member, new: Side<'_>) -> Result<Option<NewSide>> {
         let store = self.store(&member.store)?;
-        Ok(match new {
-            Side::Checkpoint(other) => {
-                let found = other.members.iter().find(|m| m.volume == member.volume && m.store == member.store);
-                found.and_then(|found| store.differences(&member.snapshot, Source::Snapshot(&found.snapshot)).ok())
-            }
+        let known = |source: Source<'_>| store.differences(&member.snapshot, source).ok().flatten();
+        match new {
             Side::Now => {
-                let volume = self.live(old, &member.volume)?;
-                volume.and_then(|volume| store.differences(&member.snapshot, Source::Volume(&volume)).ok())
+                let Some(volume) = self.live(old, &member.volume)? else { return Ok(None) };
+                let differences = known(Source::Volume(&volume));
+                Ok(Some((Reading::live(volume.dir())?, differences)))
+            }
+            Side::Checkpoint(other) => {
+                let found = other.members.iter().find(|found| found.volume == member.volume);
+                let Some(found) = found else { return Ok(None) };
+                let same_store = found.store == member.store;
+                let differences = same_store.then(|| known(Source::Snapshot(&found.snapshot))).flatten();
+                Ok(Some((self.read(&self.store(&found.store)?, &found.snapshot)?, differences)))
             }
         }
-        .flatten())
     }
 
     /// The volume that a checkpoint's line of work goes on in; `None` if it was forgotten.
@@ -132,6 +125,8 @@ impl Coordinator {
         target.map(adopted).transpose()
     }
 }
+
+type NewSide = (Reading, Option<Box<dyn Differences>>);
 
 /// How many directories of each tree are kept open; the usual limit of a process is 1,024 descriptors.
 const OPEN: usize = 128;

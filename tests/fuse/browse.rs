@@ -222,7 +222,8 @@ fn what_is_new_shows_up() {
     past.unmount();
 }
 
-fn everything() -> Capabilities {
+/// What a store keeps that keeps everything, as [`samples::rich`] makes it.
+pub(crate) fn everything() -> Capabilities {
     Capabilities {
         clones: true,
         constant_time_clones: true,

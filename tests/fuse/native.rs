@@ -8,12 +8,12 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use fsnap_backend::{Capabilities, Consistency};
 use fsnap_conformance::{Listing, Model, samples};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use crate::Case;
+use crate::browse::everything;
 use crate::copies::record_copies;
 use crate::past::{Past, names, until};
 use crate::site::is_mounted;
@@ -30,18 +30,6 @@ pub(crate) const CASES: &[Case] = &[
     ("over_dm_thin::attached", || attached_over("dm-thin")),
     ("over_nilfs2::attached", || attached_over("nilfs2")),
 ];
-
-/// Everything that [`samples::rich`] can make.
-const EVERYTHING: Capabilities = Capabilities {
-    clones: true,
-    constant_time_clones: true,
-    xattrs: true,
-    acls: true,
-    ownership: true,
-    mountable: true,
-    verifies_contents: true,
-    live: Consistency::PointInTime,
-};
 
 /// What is mounted below the mount, with its options.
 fn attached(past: &Past) -> BTreeMap<PathBuf, String> {
@@ -72,7 +60,7 @@ fn umount(past: &Past) -> Output {
 fn what_is_attached_is_what_fuse_shows() {
     let past = Past::new();
     let (db, plain) = (past.volume("db", "btrfs"), past.volume("plain", "rsync"));
-    Model::of_empty(&db).unwrap().apply_all(&samples::rich(&EVERYTHING)).unwrap();
+    Model::of_empty(&db).unwrap().apply_all(&samples::rich(&everything())).unwrap();
     let nested = Command::new("btrfs").args(["-q", "subvolume", "create"]).arg(db.join("nested")).status();
     assert!(nested.unwrap().success());
     for dir in [db.join("nested"), plain] {
@@ -93,8 +81,8 @@ fn what_is_attached_is_what_fuse_shows() {
     assert_eq!(names(past.at("latest")), ["db", "plain"]);
     assert!(attached(&past).is_empty(), "names attach nothing");
     let attached_to_it = Listing::of(&shown).unwrap();
-    through_fuse.expect(&attached_to_it, &EVERYTHING, "through FUSE").unwrap();
-    before.expect(&attached_to_it, &EVERYTHING, "the volume").unwrap();
+    through_fuse.expect(&attached_to_it, &everything(), "through FUSE").unwrap();
+    before.expect(&attached_to_it, &everything(), "the volume").unwrap();
     assert!(birth(shown.join("nested/file")).is_some());
     assert_eq!(birth(shown.join("nested/file")), birth(db.join("nested/file")));
     assert_eq!(fs::read_to_string(past.at("latest/plain/file")).unwrap(), "one");

@@ -22,6 +22,7 @@
 //! * `nested`: the subvolumes below a volume's root; `images`: finding, capturing and removing images; `group`: one image made of several
 //!   subvolumes; `remove`: subvolumes together with what is nested in them; `mounts`: who has an image mounted.
 //! * `sys`: the ioctls; `refusal`: the kernel's refusals, in words that say what to do.
+//!
 //! # Limits
 //!
 //! * Only root (`CAP_SYS_ADMIN`) can use this backend: btrfs lets nobody else look for subvolumes or delete them.

@@ -23,6 +23,7 @@
 //! * `store`: finding, making and opening a store, and its layout on disk; `record`: which checkpoint stands behind a locator.
 //! * `file_system`: a NILFS2, told from others and reached mounted or not.
 //! * `sys`: the ioctls.
+//!
 //! # Limits
 //!
 //! * NILFS2 keeps neither extended attributes nor ACLs, and has no writable snapshots: there is nothing to clone by.
