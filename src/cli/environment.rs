@@ -192,7 +192,6 @@ fn search_path() -> Vec<PathBuf> {
 }
 
 /// The program of that name that the kernel would start from the search path.
-#[cfg(feature = "fuse")]
 pub(crate) fn in_search_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)

@@ -49,6 +49,7 @@ const OVERLAYFS: u64 = 0x794c_7630;
 
 impl Coordinator {
     /// Removes the directory of a branch's volume that the catalog does not have any more.
+    #[cfg(feature = "fuse")]
     pub(crate) fn discard(&self, dir: &Path) -> Result<()> {
         remove(dir)
     }

@@ -21,6 +21,9 @@ struct Cli {
     /// Run only the suites whose name contains this; may be given again
     #[arg(long, value_name = "PART")]
     only: Vec<String>,
+    /// Of these suites, run the part that is run without `--only`
+    #[arg(long, requires = "only")]
+    usual: bool,
     /// Run the suites in machines of this kind
     #[arg(long, value_name = "MACHINE", requires = "only")]
     machine: Option<Kind>,
@@ -101,7 +104,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Some(Command::Qemu(program)) => in_machine(Kind::Qemu, program),
         Some(Command::Bench) => bench::run(),
         Some(Command::Guest { .. } | Command::Initramfs { .. } | Command::Probe) | None => {
-            suites::run(&cli.only, cli.machine)
+            suites::run(&cli.only, cli.machine, cli.usual)
         }
     }
 }

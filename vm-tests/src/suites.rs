@@ -54,7 +54,8 @@ const USUAL_PARTS: &[(&str, Sample)] = &[
     ),
     ("fsnap::recovery", Sample { with: &["dm-thin::"], without: ELSEWHERE }),
     ("fsnap::recovery", Sample { with: &["nilfs2::"], without: ELSEWHERE }),
-    ("fsnap::fuse", Sample { with: &["branches::over_", "native::over_"], without: &[] }),
+    ("fsnap::fuse", Sample { with: &["branches::over_"], without: &[] }),
+    ("fsnap::fuse", Sample { with: &["native::over_"], without: &[] }),
 ];
 
 /// The tests of recovery that say nothing new of a backend.
@@ -126,7 +127,8 @@ struct Done {
 }
 
 /// Runs the [`USUAL`] suites, or those whose name contains one of `only`; all in machines of that kind, if one is named.
-pub(crate) fn run(only: &[String], kind: Option<Kind>) -> Result<ExitCode> {
+/// Of those, no more than the [usual parts](USUAL_PARTS), if `usual`.
+pub(crate) fn run(only: &[String], kind: Option<Kind>, usual: bool) -> Result<ExitCode> {
     let wanted = |suite: &Suite| match only {
         [] => USUAL.contains(&suite.name.as_str()),
         only => only.iter().any(|part| suite.name.contains(part.as_str())),
@@ -139,7 +141,7 @@ pub(crate) fn run(only: &[String], kind: Option<Kind>) -> Result<ExitCode> {
     }
     suites.sort_by_key(|suite| USUAL.iter().position(|name| *name == suite.name));
     let suites = suites.into_iter().map(|suite| Suite { kind: kind.unwrap_or(suite.kind), ..suite });
-    let suites: Vec<_> = suites.flat_map(|suite| divide(suite, only.is_empty())).collect();
+    let suites: Vec<_> = suites.flat_map(|suite| divide(suite, usual || only.is_empty())).collect();
     // Each machine keeps about one processor busy.
     let lanes = thread::available_parallelism().map_or(1, usize::from).min(suites.len());
     let waiting = Mutex::new(VecDeque::from(suites));
