@@ -42,6 +42,8 @@ use crate::{Error, Result};
 
 /// The newest version of [`RunRecord`].
 const VERSION: u32 = 1;
+/// The record in the directory of a run.
+const RUN_RECORD: &str = "run.json";
 /// A record beside an engine's images: how to make copies of the run.
 pub(crate) const COPY_RECORD: &str = "fsnap-run.json";
 /// More than a record of a thousand directories needs.
@@ -196,7 +198,7 @@ impl Runs {
     /// The run of that name.
     pub fn find(&self, name: &Name) -> Result<Option<Run>> {
         let place = self.dir().join(name.as_str());
-        let path = place.join("run.json");
+        let path = place.join(RUN_RECORD);
         let record = match fs::read(&path) {
             Ok(bytes) => RunRecord::parse(&bytes, &path)?,
             // It is not begun, or it is being removed.
@@ -238,7 +240,7 @@ impl Runs {
         beneath::open_root(&output)
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
-        place.write("run.json", record)?;
+        place.write(RUN_RECORD, record)?;
         Ok(place)
     }
 
@@ -313,6 +315,17 @@ impl Place {
 }
 
 impl Run {
+    /// Waits until nobody else saves it, and keeps others from it as long as what is returned is there.
+    ///
+    /// The engine traces the processes, and one process cannot be traced by two. The record carries the lock, since one on the directory says
+    /// that the run is being started.
+    fn begin_saving(&self) -> Result<File> {
+        let record = self.place.join(RUN_RECORD);
+        let file = File::open(&record).context("open", &record)?;
+        file.lock().context("lock", &record)?;
+        Ok(file)
+    }
+
     /// Opens its log. The processes could have put anything in its place: it is a regular file, or an error.
     pub fn log(&self) -> Result<File> {
         let output = self.place.join(OUTPUT);

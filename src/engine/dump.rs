@@ -200,6 +200,7 @@ impl Dump<'_> {
         }
         let mut reasons = reasons::of(&log);
         if reasons.is_empty() {
+            let said = if said.trim().is_empty() { &log } else { said };
             reasons = criu::tail(said, 5).lines().map(str::to_owned).collect();
         }
         Reasons(reasons)

@@ -79,8 +79,9 @@ pub fn engine_args() -> Vec<OsString> {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl RunCheckpoint<'_> {
-    /// Takes it; the next command seals it. On failure nothing of it is left, and the run goes on.
+    /// Takes it, after those that others are taking; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
+        let _turn = self.run.begin_saving()?;
         let (init, root) = self.run.running()?;
         refuse_out_of_reach(root)?;
         let (dir, _lock) = self.make_directory()?;

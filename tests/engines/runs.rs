@@ -15,6 +15,7 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("copies_go_on_side_by_side", copies_go_on_side_by_side),
     ("a_copy_is_copied", a_copy_is_copied),
+    ("saved_by_several_at_once", saved_by_several_at_once),
     ("the_settings_name_the_volumes_of_a_run", the_settings_name_the_volumes_of_a_run),
     ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
     ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
@@ -192,6 +193,25 @@ fn a_copy_is_copied() {
     let log = site.json(["log", "--json"]);
     assert_eq!(log[0]["branch"], "second", "{log}");
     assert_eq!(log[0]["parent"], log[1]["id"], "{log}");
+}
+
+/// The engine can trace a process for one dump at a time: others wait for their turn.
+fn saved_by_several_at_once() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0"], &counter(&site));
+    running.says("one", "3");
+    let savers: Vec<_> = (0..4)
+        .map(|_| site.command(["checkpoint", "one"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+        .collect();
+    for saver in savers {
+        let output = saver.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+    }
+    running.counts_on("one");
+    assert_eq!(site.json(["log", "--json"]).as_array().unwrap().len(), 4);
+    site.ok(["branch", "@latest", "copy", "--run"]);
+    running.counts_on("copy");
 }
 
 fn nothing_but_volumes_can_be_written() {
