@@ -94,6 +94,7 @@ impl Coordinator {
         }
         let logs = self.catalog.state().join("log");
         std::fs::create_dir_all(&logs).context("make the directory", &logs)?;
+        let log = logs.join(format!("restore-{}.log", branch.name));
         let returned = self.returned(request.checkpoint, branch, &mounts)?;
         let restore = Restore {
             criu: request.criu,
@@ -102,7 +103,7 @@ impl Coordinator {
             returned: &returned,
             args: request.args,
             pids: request.pids,
-            log: &logs.join(format!("restore-{}.log", branch.name)),
+            log: &log,
             stage: request.stage,
             cell: request.run.map(|run| (&run.record.confinement, run.place)),
             terminal: request.run.and_then(|run| run.terminal),
@@ -110,6 +111,8 @@ impl Coordinator {
         let _work = self.begin_work(Work::Restoring, None);
         let restored = restore.run()?;
         failpoint::hit("restore:reported");
+        // Nobody reads what went well, and a branch would leave it behind.
+        let _ = std::fs::remove_file(&log);
         Ok(restored)
     }
 

@@ -143,6 +143,7 @@ fn copies_go_on_side_by_side() {
     assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
     site.ok(["rm", &id]);
     assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(site.path("state/log")).unwrap().count(), 0, "logs of restores that went well");
     site.holds_nothing_but(0);
 }
 
