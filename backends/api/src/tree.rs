@@ -68,7 +68,8 @@ pub trait Content: fmt::Debug + Send + Sync {
     /// Reads at `offset` into `buffer` and returns how many bytes there were; 0 only at the end or for an empty buffer.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
-    /// The first range at or after `offset` that is not a hole; `None` if only holes follow.
+    /// The first range at or after `offset` that is not a hole; `None` if only holes follow. Another may follow it at once: to look
+    /// for its end can be dear.
     fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
 
     /// The file that holds exactly these bytes, if there is one: it can be reflinked, or passed through.

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use fsnap_backend::{Content, ErrorKind, FileMeta};
@@ -103,34 +104,29 @@ impl LowerContent {
         if self.read(buffer, offset)? == buffer.len() { Ok(()) } else { Err(Errno::IO) }
     }
 
-    /// The first offset at or after `at` that is no hole.
-    pub(super) fn data(&self, at: u64) -> Result<Option<u64>> {
+    /// The first range at or after `at` that is no hole; another may follow it at once.
+    pub(super) fn data_after(&self, at: u64) -> Result<Option<Range<u64>>> {
         match self {
-            Self::File(file, _) => match rustix::fs::seek(file, SeekFrom::Data(at)) {
-                Err(Errno::NXIO) => Ok(None),
-                found => found.map(Some),
-            },
+            Self::File(file, length) => data_in(file, at, *length),
             Self::Content(content) => {
                 let data = content.data_after(at).map_err(|error| io_errno(&error))?;
-                Ok(data.map(|data| data.start.max(at)))
+                Ok(data.map(|data| data.start.max(at)..data.end))
             }
         }
     }
+}
 
-    /// The first offset at or after `at`, which is before the end, that is a hole; the end counts as one.
-    pub(super) fn hole(&self, at: u64) -> Result<u64> {
-        match self {
-            Self::File(file, _) => rustix::fs::seek(file, SeekFrom::Hole(at)),
-            Self::Content(content) => {
-                let (mut at, length) = (at, content.len());
-                loop {
-                    match content.data_after(at).map_err(|error| io_errno(&error))? {
-                        Some(data) if data.start <= at && data.end >= length => return Ok(length),
-                        Some(data) if data.start <= at => at = data.end,
-                        _ => return Ok(at),
-                    }
-                }
-            }
-        }
+/// The first range of a file of that length, at or after `at`, that is no hole.
+pub(super) fn data_in(file: &File, at: u64, length: u64) -> Result<Option<Range<u64>>> {
+    if at >= length {
+        return Ok(None);
     }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => return Ok(None),
+        start => start?,
+    };
+    if start >= length {
+        return Ok(None);
+    }
+    Ok(Some(start..rustix::fs::seek(file, SeekFrom::Hole(start))?.min(length)))
 }

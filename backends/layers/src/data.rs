@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -101,11 +102,10 @@ fn io_errno(error: io::Error) -> Errno {
 pub(super) fn copy_all(from: &LowerContent, to: &OwnedFd) -> Result<()> {
     rustix::fs::ftruncate(to, from.length())?;
     let mut at = 0;
-    while let Some(data) = from.data(at)? {
-        at = data;
-        let end = from.hole(at)?;
-        while at < end {
-            let mut buffer = vec![0; CHUNK.min(end - at) as usize];
+    while let Some(data) = from.data_after(at)? {
+        at = data.start;
+        while at < data.end {
+            let mut buffer = vec![0; CHUNK.min(data.end - at) as usize];
             let read = from.read(&mut buffer, at)?;
             if read == 0 {
                 return Ok(());
@@ -262,9 +262,9 @@ impl Partial {
 
     /// Copies what is below in a range of which nothing is above. Holes stay holes.
     fn bring_up(&self, mut at: u64, end: u64) -> Result<()> {
-        while let Some(data) = self.lower.data(at)?.filter(|&data| data < end) {
-            let hole = self.lower.hole(data)?.min(end);
-            at = data;
+        while let Some(data) = self.lower.data_after(at)?.filter(|data| data.start < end) {
+            let hole = data.end.min(end);
+            at = data.start;
             while at < hole {
                 let mut buffer = vec![0; CHUNK.min(hole - at) as usize];
                 self.read_lower(&mut buffer, at)?;
@@ -284,38 +284,21 @@ impl Partial {
         Ok(())
     }
 
-    fn seek_data(&self, offset: u64) -> Result<u64> {
+    /// As [`Source::data_after`]. The lower is asked once: it may be a file in parts as well, and so on downwards.
+    fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
         let size = self.file.metadata().map_err(io_errno)?.len();
-        if offset >= size {
-            return Err(Errno::NXIO);
-        }
-        let above = next_data(&*self.file, offset)?;
-        let below = self.lower.data(offset)?.filter(|&at| at < self.valid);
-        above.into_iter().chain(below).min().ok_or(Errno::NXIO)
-    }
-
-    fn seek_hole(&self, offset: u64) -> Result<u64> {
-        let size = self.file.metadata().map_err(io_errno)?.len();
-        if offset >= size {
-            return Err(Errno::NXIO);
-        }
-        let mut at = offset;
-        while at < size {
-            let above = next_data(&*self.file, at)?.unwrap_or(size);
-            if above == at {
-                at = rustix::fs::seek(&*self.file, SeekFrom::Hole(at))?;
-                continue;
+        let above = below::data_in(&self.file, offset, size)?;
+        let valid = self.valid.min(size);
+        let lower = if offset < valid { self.lower.data_after(offset)? } else { None };
+        let lower = lower.filter(|data| data.start < valid).map(|data| data.start..data.end.min(valid));
+        Ok(match (above, lower) {
+            (Some(one), Some(other)) => {
+                let (first, second) = if one.start <= other.start { (one, other) } else { (other, one) };
+                let joined = if second.start <= first.end { first.end.max(second.end) } else { first.end };
+                Some(first.start..joined)
             }
-            if at >= self.valid || self.lower.data(at)? != Some(at) {
-                return Ok(at);
-            }
-            let below = self.lower.hole(at)?.min(self.valid);
-            if below < above {
-                return Ok(below.min(size));
-            }
-            at = above;
-        }
-        Ok(size)
+            (one, other) => one.or(other),
+        })
     }
 }
 
@@ -329,22 +312,31 @@ impl Source {
         }
     }
 
-    fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+    /// The first range at or after `offset` that is no hole; another may follow it at once.
+    fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
         match self {
-            Self::Lower(content) if hole => {
-                if offset < content.length() {
-                    content.hole(offset)
-                } else {
-                    Err(Errno::NXIO)
-                }
+            Self::Lower(content) => content.data_after(offset),
+            Self::Whole(file) => below::data_in(file, offset, self.length()?),
+            Self::Partial(partial) => partial.data_after(offset),
+            Self::Sealed(sealed) => sealed.data_after(offset),
+        }
+    }
+
+    fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
+        let size = self.length()?;
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let mut at = offset;
+        loop {
+            match self.data_after(at)? {
+                Some(data) if !hole => return Ok(data.start),
+                // The end of a file counts as a hole.
+                Some(data) if data.start == at && data.end < size => at = data.end,
+                Some(data) if data.start == at => return Ok(size),
+                None if !hole => return Err(Errno::NXIO),
+                _ => return Ok(at),
             }
-            Self::Lower(content) => content.data(offset)?.ok_or(Errno::NXIO),
-            Self::Whole(file) => {
-                rustix::fs::seek(&**file, if hole { SeekFrom::Hole(offset) } else { SeekFrom::Data(offset) })
-            }
-            Self::Partial(partial) if hole => partial.seek_hole(offset),
-            Self::Partial(partial) => partial.seek_data(offset),
-            Self::Sealed(sealed) => sealed.seek(offset, hole),
         }
     }
 
@@ -388,15 +380,8 @@ impl Content for Source {
         Ok(self.read(buffer, offset)?)
     }
 
-    fn data_after(&self, offset: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-        if offset >= Content::len(self) {
-            return Ok(None);
-        }
-        match self.seek(offset, false) {
-            Err(Errno::NXIO) => Ok(None),
-            Err(error) => Err(error.into()),
-            Ok(start) => Ok(Some(start..self.seek(start, true)?)),
-        }
+    fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        Ok(Self::data_after(self, offset)?)
     }
 
     fn as_file(&self) -> Option<&File> {
@@ -565,7 +550,7 @@ impl Content for Nothing {
         Ok(0)
     }
 
-    fn data_after(&self, _: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+    fn data_after(&self, _: u64) -> io::Result<Option<Range<u64>>> {
         Ok(None)
     }
 }
@@ -577,6 +562,8 @@ fn copy_range(from: &File, at: &mut u64, to: &File, target: &mut u64, length: u6
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     fn in_memory(length: u64) -> File {
@@ -585,20 +572,101 @@ mod tests {
         file.into()
     }
 
+    fn partial(file: Arc<File>, lower: LowerContent, valid: u64) -> Partial {
+        let keys = super::super::store::keys_of_ours();
+        Partial { file, lower, valid, block: 4096, keys, path: Vec::new() }
+    }
+
+    /// A content that counts how often it is asked for its data.
+    #[derive(Debug)]
+    struct Counted(Vec<u8>, Arc<AtomicUsize>);
+
+    impl Content for Counted {
+        fn len(&self) -> u64 {
+            self.0.len() as u64
+        }
+
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+            let rest = &self.0[self.0.len().min(offset as usize)..];
+            let length = rest.len().min(buffer.len());
+            buffer[..length].copy_from_slice(&rest[..length]);
+            Ok(length)
+        }
+
+        fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            Ok((offset < self.len()).then(|| offset..self.len()))
+        }
+    }
+
+    /// A branch of a branch of a branch: each of them reads the one below as a content.
+    #[test]
+    fn what_lies_deep_is_asked_once_for_its_data() {
+        const DEPTH: usize = 32;
+        const LENGTH: u64 = 1 << 20;
+        let asked = Arc::new(AtomicUsize::new(0));
+        let mut whole = Source::Lower(LowerContent::Content(Box::new(Counted(vec![1; 4096], asked.clone()))));
+        let mut parts =
+            Source::Lower(LowerContent::Content(Box::new(Counted(vec![1; LENGTH as usize], asked.clone()))));
+        for level in 0..DEPTH {
+            whole = Source::Lower(LowerContent::Content(Box::new(whole)));
+            let above = in_memory(LENGTH);
+            above.write_all_at(&[2; 4096], 8192 * level as u64).unwrap();
+            parts = Source::Partial(partial(Arc::new(above), LowerContent::Content(Box::new(parts)), LENGTH));
+        }
+        assert_eq!(whole.data_after(0).unwrap(), Some(0..4096));
+        assert_eq!(asked.swap(0, Ordering::SeqCst), 1);
+        assert_eq!(parts.seek(0, true).unwrap(), LENGTH);
+        assert_eq!(parts.seek(0, false).unwrap(), 0);
+        let asked = asked.load(Ordering::SeqCst);
+        assert!(asked <= 2 * DEPTH, "{asked}");
+    }
+
+    /// Wherever the pieces of two layers meet, overlap or end, what is told is what is read.
+    #[test]
+    fn data_are_where_either_layer_has_them() {
+        const BLOCK: u64 = 4096;
+        for shape in 0_u32..1 << 10 {
+            let (below, above) = (in_memory(5 * BLOCK), in_memory(5 * BLOCK));
+            for block in 0..5_u32 {
+                for (file, bit) in [(&below, block), (&above, block + 5)] {
+                    if shape & (1 << bit) != 0 {
+                        file.write_all_at(&[1; BLOCK as usize], u64::from(block) * BLOCK).unwrap();
+                    }
+                }
+            }
+            let valid = 4 * BLOCK;
+            let source = Source::Partial(partial(Arc::new(above), LowerContent::File(below, 5 * BLOCK), valid));
+            let mut told = 0;
+            let mut at = 0;
+            while let Some(data) = source.data_after(at).unwrap() {
+                assert!(at <= data.start && data.start < data.end && data.end <= 5 * BLOCK, "{shape:b}: {data:?}");
+                (data.start / BLOCK..data.end / BLOCK).for_each(|block| told |= 1_u32 << block);
+                at = data.end;
+            }
+            // From `valid` on, what is below does not show.
+            assert_eq!(told, (shape >> 5) | (shape & 0b1111), "{shape:b}");
+            for block in 0..5_u64 {
+                let from = block * BLOCK;
+                let next = |hole: bool| (block..5).find(|block| (told & (1 << block) == 0) == hole);
+                let hole = next(true).map_or(5 * BLOCK, |block| block * BLOCK);
+                assert_eq!(source.seek(from, true), Ok(hole), "{shape:b}");
+                assert_eq!(
+                    source.seek(from, false),
+                    next(false).map(|block| block * BLOCK).ok_or(Errno::NXIO),
+                    "{shape:b}"
+                );
+            }
+        }
+    }
+
     #[test]
     fn what_is_brought_up_keeps_its_holes() {
         const LENGTH: u64 = 3 << 20;
         let (below, above) = (in_memory(LENGTH), Arc::new(in_memory(LENGTH)));
         below.write_all_at(&[b'x'; 8192], 1 << 20).unwrap();
         above.write_all_at(&[b'y'; 4096], 0).unwrap();
-        let partial = Partial {
-            file: above.clone(),
-            lower: LowerContent::File(below, LENGTH),
-            valid: LENGTH,
-            block: 4096,
-            keys: super::super::store::keys_of_ours(),
-            path: Vec::new(),
-        };
+        let partial = partial(above.clone(), LowerContent::File(below, LENGTH), LENGTH);
         partial.bring_up(4096, LENGTH).unwrap();
         let mut content = vec![0; LENGTH as usize];
         above.read_exact_at(&mut content, 0).unwrap();
