@@ -7,6 +7,7 @@
 use std::process::Stdio;
 
 use insta::{allow_duplicates, assert_snapshot};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::site::Site;
 
@@ -457,6 +458,25 @@ fn two_removals_at_once() {
             assert_eq!(site.stored(), 1);
         }
         site.expect_order(&["kept"]);
+    }
+}
+
+#[test]
+fn what_is_removed_while_it_is_verified_is_not_damaged() {
+    for site in Site::each() {
+        let shell = site.top();
+        shell.run("fsnap init db && fsnap checkpoint -t going && fsnap checkpoint -t kept");
+        let mut verifying = shell.command("exec fsnap verify");
+        verifying.env("FSNAP_FAILPOINT", "verify:listed=stop").stdout(Stdio::piped());
+        let verifying = verifying.spawn().unwrap();
+        let pid = Pid::from_child(&verifying);
+        waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+        shell.run("fsnap rm going");
+        kill_process(pid, Signal::CONT).unwrap();
+        let output = verifying.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(said, "verified the catalog and 2 checkpoints: 0 damaged\n");
+        assert!(output.status.success());
     }
 }
 
