@@ -158,7 +158,11 @@ impl Coordinator {
 
 /// Opens a volume and makes sure that it is the tree that was recorded.
 fn adopt(backend: &dyn Backend, volume: &Name, path: &PathText, expected: &Identity) -> Result<Volume> {
-    let opened = backend.adopt(path.as_path())?;
+    let opened = backend.adopt(path.as_path()).map_err(|error| match error {
+        // It was one when it was registered.
+        source @ fsnap_backend::Error::NotAVolume { .. } => Error::VolumeAway { volume: volume.clone(), source },
+        other => other.into(),
+    })?;
     if opened.identity() != expected {
         return Err(Error::WrongVolume {
             volume: volume.clone(),

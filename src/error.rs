@@ -107,6 +107,14 @@ pub enum Error {
         /// The branches that there are.
         near: Vec<String>,
     },
+    /// No store for a thin pool of that name.
+    #[error("fsnap has made no pool {name:?}, and keeps nothing in it{}", candidates(.near))]
+    NoSuchPool {
+        /// What the user wrote.
+        name: String,
+        /// The pools that have a store.
+        near: Vec<String>,
+    },
     /// The name is in use.
     #[error("{what} {name} exists already{}", .by.as_ref().map(|by| format!(": {by}")).unwrap_or_default())]
     NameTaken {
@@ -148,6 +156,14 @@ pub enum Error {
         dir: PathText,
         /// Why.
         reason: String,
+    },
+    /// What lies where a volume was registered is none any more.
+    #[error("the volume {volume} is not there: {source}")]
+    VolumeAway {
+        /// The volume.
+        volume: Name,
+        /// What its backend says.
+        source: fsnap_backend::Error,
     },
     /// The processes can write to no registered volume.
     #[error("{why}")]

@@ -111,7 +111,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         return Err(Failure::Error(coordinator.give_up(begun, error)));
     }
     failpoint::hit("take:recorded");
-    let checkpoint = coordinator.seal(begun)?;
+    let checkpoint = coordinator.seal_or_undo(begun)?;
     print(&coordinator, &checkpoint, args.json)
 }
 

@@ -96,13 +96,26 @@ pub(crate) fn run(args: Args) -> Outcome {
         Command::List { json } => list(&out, json),
         Command::AddVolume { pool, volume, size, file_system } => {
             let file_system = if file_system == "xfs" { FileSystem::Xfs } else { FileSystem::Ext4 };
-            let node = Store::open(&place(&pool))?.make_volume(&volume, size, file_system)?;
+            let node = open(&pool)?.make_volume(&volume, size, file_system)?;
             out.line(fsnap::printable(node.as_os_str()))
         }
-        Command::RemoveVolume { pool, volume } => Ok(Store::open(&place(&pool))?.remove_volume(&volume)?),
+        Command::RemoveVolume { pool, volume } => Ok(open(&pool)?.remove_volume(&volume)?),
         Command::Start { pools } => start(&out, &pools),
-        Command::Stop { pool } => Ok(Store::open(&place(&pool))?.stop_pool()?),
+        Command::Stop { pool } => Ok(open(&pool)?.stop_pool()?),
         Command::Remove { pool, with_volumes } => remove(&pool, with_volumes),
+    }
+}
+
+/// Opens the store of a pool.
+fn open(pool: &str) -> Result<Store, fsnap::Error> {
+    let known = survey(Path::new(STORES))?;
+    let places: Vec<_> = known.into_iter().filter_map(|state| Some((state.name, state.place?))).collect();
+    match places.iter().find(|(name, _)| name == pool) {
+        Some((_, place)) => Ok(Store::open(place)?),
+        None => {
+            let near = places.into_iter().map(|(name, _)| name).collect();
+            Err(fsnap::Error::NoSuchPool { name: pool.to_owned(), near })
+        }
     }
 }
 
@@ -118,21 +131,21 @@ fn start(out: &Output, pools: &[String]) -> Outcome {
         if pools.is_empty() { made_here.map(|state| state.name.clone()).collect() } else { pools.to_vec() };
     let mut failed = Vec::new();
     for pool in wanted {
-        match Store::open(&place(&pool)) {
+        match open(&pool) {
             Ok(store) => {
                 for (volume, _) in store.volumes()? {
                     let node = store.volume_node(&volume)?;
                     out.line(format_args!("{pool} {volume} {}", fsnap::printable(node.as_os_str())))?;
                 }
             }
-            Err(error) => failed.push(error.into()),
+            Err(error) => failed.push(error),
         }
     }
     fsnap::Error::of_all(failed).map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn remove(pool: &str, with_volumes: bool) -> Outcome {
-    let store = Store::open(&place(pool))?;
+    let store = open(pool)?;
     let busy = |by: String| Failure::from(fsnap_backend::Error::Busy { what: format!("the pool {pool}"), by });
     let context = Context::load()?;
     if context.state.join(fsnap::catalog::format::FILE).exists() {

@@ -213,29 +213,48 @@ impl Coordinator {
 
     /// Makes what was taken durable, and puts the checkpoint in the place of its intent.
     ///
-    /// The processes run again. When a member turns out not to be whole, everything is undone.
+    /// The processes run again. When a member turns out not to be whole, everything is undone. A store may be away for the moment:
+    /// then the intent stays, and the next recovery tries again.
     pub fn seal(&self, begun: Begun) -> Result<Checkpoint> {
+        let members = self.open_members(&begun.pending)?;
+        match self.put_in_place(&begun, &members) {
+            Ok(checkpoint) => {
+                begun.lock.finish();
+                Ok(checkpoint)
+            }
+            Err(error) if is_lost(&error) => Err(self.give_up(begun, error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Seals, or undoes everything: nothing comes later of what a user was told has failed.
+    ///
+    /// For processes that run on in any case. What an engine may have ended is left to [`Self::seal`].
+    pub fn seal_or_undo(&self, begun: Begun) -> Result<Checkpoint> {
+        match self.open_members(&begun.pending).and_then(|members| self.put_in_place(&begun, &members)) {
+            Ok(checkpoint) => {
+                begun.lock.finish();
+                Ok(checkpoint)
+            }
+            // Without the note the next recovery undoes it, should that not succeed now.
+            Err(error) => Err(error.and_undo(self.cancel(begun))),
+        }
+    }
+
+    fn put_in_place(&self, begun: &Begun, members: &[OpenMember<'_>]) -> Result<Checkpoint> {
         let Some(taken) = &begun.taken else {
             return Err(Error::NothingToTake { why: "no snapshot was taken".into() });
         };
-        let members = self.open_members(&begun.pending)?;
         let work = self.begin_work(Work::Settling, members.len());
-        let settled = side_by_side(&members, |(store, member)| {
+        let settled = side_by_side(members, |(store, member)| {
             let settled = store.settle(&member.at)?;
             failpoint::hit("seal:settled");
             work.step();
             Ok(settled)
         });
         drop(work);
-        let settled = match settled {
-            Ok(settled) => settled,
-            Err(error) if is_lost(&error) => return Err(self.give_up(begun, error)),
-            // The store may be away for the moment: the intent stays, and the next recovery tries again.
-            Err(error) => return Err(error),
-        };
-        if let Err(error) = self.settle_kept(&begun.pending, &taken.kept) {
-            return Err(if is_lost(&error) { self.give_up(begun, error) } else { error });
-        }
+        let settled = settled?;
+        self.settle_kept(&begun.pending, &taken.kept)?;
         let mut members = taken.members.clone();
         for (member, snapshot) in members.iter_mut().zip(settled) {
             member.snapshot = snapshot;
@@ -254,7 +273,6 @@ impl Coordinator {
         failpoint::hit("seal:before");
         self.catalog.seal(begun.id, &checkpoint, &begun.pending.tags, taken.tree.as_ref())?;
         failpoint::hit("seal:after");
-        begun.lock.finish();
         Ok(checkpoint)
     }
 
@@ -281,7 +299,7 @@ impl Coordinator {
         Ok(())
     }
 
-    fn open_members<'a>(&self, pending: &'a PendingCheckpoint) -> Result<Vec<(Arc<dyn Backend>, &'a PlannedMember)>> {
+    fn open_members<'a>(&self, pending: &'a PendingCheckpoint) -> Result<Vec<OpenMember<'a>>> {
         pending.members.iter().map(|member| Ok((self.store(&member.store)?, member))).collect()
     }
 
@@ -299,6 +317,9 @@ impl Coordinator {
         Ok(self.catalog.branch(name)?.map(|branch| branch.checkpoint))
     }
 }
+
+/// A planned member, with its store.
+type OpenMember<'a> = (Arc<dyn Backend>, &'a PlannedMember);
 
 /// An id that no other checkpoint has.
 pub(super) fn new_id() -> Result<CheckpointId> {

@@ -7,7 +7,7 @@
 use std::process::Stdio;
 
 use insta::{allow_duplicates, assert_snapshot};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
 
 use crate::site::Site;
 
@@ -390,6 +390,28 @@ fn too_few_descriptors_fail_one_checkpoint_and_no_other() {
         assert!(failed > 3, "only {failed} were refused");
         shell.run("fsnap recover");
         site.expect_order(&["", "before"]);
+    }
+}
+
+/// Everything is taken and noted, and then nothing can be opened any more: it has failed, and stays so.
+#[test]
+fn what_fails_in_the_end_is_not_there_later() {
+    for site in Site::each() {
+        let shell = site.top();
+        shell.run("fsnap init db && fsnap checkpoint -m before && echo changed >db/a");
+        let mut failing = shell.command("exec fsnap checkpoint -m failed");
+        failing.env("FSNAP_FAILPOINT", "take:recorded=stop").stderr(Stdio::piped());
+        let failing = failing.spawn().unwrap();
+        let pid = Pid::from_child(&failing);
+        waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+        prlimit(Some(pid), Resource::Nofile, Rlimit { current: Some(3), maximum: Some(3) }).unwrap();
+        kill_process(pid, Signal::CONT).unwrap();
+        let output = failing.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("Too many open files"), "{said}");
+        shell.run("fsnap recover");
+        site.expect_order(&["before"]);
+        assert_eq!(site.stored(), 1);
     }
 }
 

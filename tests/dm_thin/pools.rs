@@ -15,6 +15,8 @@ use crate::site::{Site, pretend};
 pub(crate) const CASES: &[Case] = &[
     ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
     ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
+    ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
     ("a_branch_survives_a_restart", a_branch_survives_a_restart),
     ("kills_leave_nothing", kills_leave_nothing),
@@ -99,6 +101,49 @@ fn a_device_that_holds_something_is_refused() -> Done {
     let done = tried();
     detach(&device);
     done
+}
+
+/// Where the kernel would make a new, empty pool, as on a loop device that leads elsewhere after a restart, nothing is written.
+fn a_pool_comes_up_on_its_own_metadata_only() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    let (own, away) = (site.dir.join("pool/metadata"), site.dir.join("away"));
+    fs::rename(&own, &away)?;
+    let gone = site.fails(&["pool", "start"])?;
+    ensure(gone.contains(&site.pool) && gone.contains("No such file"), &gone)?;
+    for length in [0, 32 << 20] {
+        File::create(&own)?.set_len(length)?;
+        let said = site.fails(&["pool", "start", &site.pool])?;
+        ensure(said.contains(&format!("cannot bring up the pool {} on {}", site.pool, own.display())), &said)?;
+        ensure(said.contains("no part of a pool"), &said)?;
+        ensure(fs::read(&own)?.iter().all(|byte| *byte == 0), "it was written to")?;
+        // What can be told without the pool is told.
+        ensure(site.fsnap(&["log"])?.contains("(one)"), "the checkpoint is not listed")?;
+    }
+    fs::rename(&away, &own)?;
+    site.fsnap(&["pool", "start"])?;
+    site.mount("db", "ext4")?;
+    is(&site.db().join("file"), "first")?;
+    let verified = site.fsnap(&["verify"])?;
+    ensure(verified.contains("1 checkpoint: 0 damaged"), &verified)
+}
+
+/// As after a start of the machine: who forgot to mount a volume is told which, and how to go on.
+fn a_volume_that_is_away_is_named() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    for arguments in [&["checkpoint"][..], &["diff", "one"]] {
+        let said = site.fails(arguments)?;
+        ensure(said.contains("the volume db is not there: ") && said.contains("the root of a mounted"), &said)?;
+        ensure(said.contains("mount it there again, after `fsnap pool start`"), &said)?;
+    }
+    let said = site.fails(&["pool", "add-volume", "no-such-pool", "db", "--size", "16M"])?;
+    ensure(said.contains("no pool \"no-such-pool\"") && said.contains(&site.pool), &said)?;
+    ensure(site.fsnap(&["log"])?.lines().count() == 2, "something was recorded")
 }
 
 /// A branch is mounted, written independently, captured itself, branched again, and gone when it is removed.

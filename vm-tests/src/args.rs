@@ -71,7 +71,7 @@ struct Program {
     /// When to give up, in seconds
     #[arg(long, default_value_t = 1800)]
     deadline: u64,
-    /// The program and its arguments
+    /// The program and its arguments; it sees this computer's files below a writable layer, and an empty /tmp
     #[arg(required = true, last = true)]
     command: Vec<String>,
 }

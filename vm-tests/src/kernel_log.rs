@@ -1,13 +1,17 @@
 //! What a kernel says on its console, and which of it no test may pass over.
 
-/// What begins a message that means that the kernel is at fault, or about to lose data.
+/// What the kernel says before it stops for good. User-mode Linux then does not end, and takes a whole processor.
+pub(crate) const PANIC: &str = "Kernel panic";
+
+/// What begins a message that means that the kernel is at fault, or about to lose data, or that the machine cannot run the program.
 const COMPLAINTS: &[&str] = &[
+    "vm-tests: ",
     "WARNING:",
     "BUG:",
     "kernel BUG at",
     "Oops",
     "general protection fault",
-    "Kernel panic",
+    PANIC,
     "INFO: task",
     "soft lockup",
     "hard LOCKUP",
@@ -46,6 +50,7 @@ mod tests {
             "BUG: kernel NULL pointer dereference, address: 0",
             "Oops: 0000 [#1]",
             "Kernel panic - not syncing: Attempted to kill init!",
+            "<3>vm-tests: cannot run /bin/no-such",
             "INFO: task dmsetup:12 blocked for more than 120 seconds.",
             "watchdog: BUG: soft lockup - CPU#0 stuck for 22s!",
         ] {

@@ -5,10 +5,12 @@ pub(crate) mod qemu;
 mod uml;
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -155,6 +157,7 @@ impl Machine {
         let code = match (ended, Report::read(&exchange)?) {
             (Ended::Off(_), Some(report)) => Ok(report.code),
             (Ended::Off(status), None) => Err(format!("the machine ended without a report: {status}")),
+            (Ended::Panicked, _) => Err("the machine's kernel panicked".to_owned()),
             (Ended::Late(deadline), _) => Err(format!("the machine did not end within {} s", deadline.as_secs())),
         };
         Ok(Outcome { code, kernel_log })
@@ -176,10 +179,12 @@ impl Machine {
         if !interactive {
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         }
-        let mut log_file = File::create(log).during("make", log)?;
+        let log_file = File::create(log).during("make", log)?;
         let mut child = command.spawn().during("run", "setpriv")?;
-        let logger = child.stderr.take().map(|mut from| thread::spawn(move || std::io::copy(&mut from, &mut log_file)));
-        Ok(Running { child, logger })
+        let panicked = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&panicked);
+        let logger = child.stderr.take().map(|from| thread::spawn(move || keep_log(from, log_file, &seen)));
+        Ok(Running { child, logger, panicked })
     }
 }
 
@@ -192,10 +197,25 @@ fn place() -> Result<PathBuf> {
 
 fn make_scratch(path: &Path, gib: u64) -> Result<()> {
     File::create(path).and_then(|file| file.set_len(gib << 30)).during("make", path)?;
-    let mut command = Command::new("mkfs.ext4");
+    let mut command = blind_to_mounts("mkfs.ext4");
     // It is thrown away: no journal to lose, nothing to initialise ahead.
     command.args(["-q", "-F", "-E", "lazy_itable_init=1,nodiscard"]).arg(path);
     run_quietly(&mut command)
+}
+
+/// A program that does not find out what is mounted.
+///
+/// Even for a plain file, mke2fs(8) looks at the source of every mount, and waits for ever where that is a file system that a
+/// hung server should serve. Nothing of what it makes a disk of is mounted here.
+fn blind_to_mounts(program: &str) -> Command {
+    let mut command = Command::new("unshare");
+    if !nix::unistd::geteuid().is_root() {
+        command.args(["--user", "--map-root-user"]);
+    }
+    // Where that mount is not allowed, it looks.
+    command.args(["--mount", "sh", "-c", "mount -t tmpfs none /proc 2>/dev/null; exec \"$0\" \"$@\"", program]);
+    command.env("EXT2FS_NO_MTAB_OK", "1");
+    command
 }
 
 /// Runs a program that has nothing to say if all is well.
@@ -214,14 +234,21 @@ enum Ended {
     Off(ExitStatus),
     /// It was given up.
     Late(Duration),
+    /// It was ended after its kernel had stopped.
+    Panicked,
 }
 
 /// A machine that is on; off when dropped.
 struct Running {
     child: Child,
     /// Keeps what the kernel says.
-    logger: Option<JoinHandle<io::Result<u64>>>,
+    logger: Option<JoinHandle<io::Result<()>>>,
+    /// The kernel has said that it stops.
+    panicked: Arc<AtomicBool>,
 }
+
+/// How long a kernel that panicked may take to say the rest, and to end by itself.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 impl Running {
     /// Waits for its end, and passes on what it writes.
@@ -229,6 +256,7 @@ impl Running {
         let started = Instant::now();
         let output = self.child.stdout.take().map(read_in_background);
         let mut at_end = output.is_none();
+        let mut stopped = None;
         loop {
             if let Some(output) = &output
                 && !at_end
@@ -247,6 +275,10 @@ impl Running {
             if crate::run::interrupted() {
                 return Err(Error::Interrupted);
             }
+            if self.panicked.load(Ordering::Relaxed) && stopped.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS
+            {
+                return Ok(Ended::Panicked);
+            }
             if let Some(deadline) = deadline.filter(|deadline| started.elapsed() > *deadline) {
                 return Ok(Ended::Late(deadline));
             }
@@ -264,6 +296,20 @@ impl Drop for Running {
     }
 }
 
+/// Keeps what the kernel says, and notes when it stops.
+fn keep_log(from: impl Read, mut log: impl Write, panicked: &AtomicBool) -> io::Result<()> {
+    let mut from = BufReader::new(from);
+    let mut line = Vec::new();
+    while from.read_until(b'\n', &mut line)? > 0 {
+        log.write_all(&line)?;
+        if String::from_utf8_lossy(&line).contains(kernel_log::PANIC) {
+            panicked.store(true, Ordering::Relaxed);
+        }
+        line.clear();
+    }
+    Ok(())
+}
+
 fn read_in_background(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     thread::spawn(move || {
@@ -275,4 +321,31 @@ fn read_in_background(mut from: impl Read + Send + 'static) -> Receiver<Vec<u8>>
         }
     });
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_stops_is_noticed() {
+        let said = |log: &str| {
+            let (mut kept, panicked) = (Vec::new(), AtomicBool::new(false));
+            keep_log(log.as_bytes(), &mut kept, &panicked).unwrap();
+            assert_eq!(kept, log.as_bytes());
+            panicked.into_inner()
+        };
+        assert!(!said("<6>all is well\nand no line end"));
+        assert!(said("<0>Kernel panic - not syncing: sysrq triggered crash\n<4>CPU: 0\n"));
+    }
+
+    #[test]
+    fn a_disk_is_made_without_a_look_at_what_is_mounted() {
+        run_quietly(blind_to_mounts("sh").args(["-c", "! test -e /proc/mounts"])).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk");
+        make_scratch(&disk, 1).unwrap();
+        // Where the magic number of ext4 is.
+        assert_eq!(fs::read(disk).unwrap()[1080..1082], [0x53, 0xef]);
+    }
 }

@@ -98,11 +98,13 @@ impl Store {
     pub fn create_pool(plan: &Plan) -> Result<Self> {
         let mapper = Mapper::open()?;
         check_name(&plan.name)?;
+        if is_made(&plan.place)? {
+            return Err(Error::Exists {
+                what: format!("the pool {}, whose store is {},", plan.name, plan.place.display()),
+            });
+        }
         if mapper.find(By::Name(&plan.name))?.is_some() {
             return Err(Error::Exists { what: By::Name(&plan.name).to_string() });
-        }
-        if is_made(&plan.place)? {
-            return Err(Error::Exists { what: format!("the store {}", plan.place.display()) });
         }
         let kind = fs::metadata(&plan.on).map(|meta| meta.file_type());
         let backing = match kind {
@@ -266,6 +268,9 @@ fn flock(dir: &OwnedFd, operation: FlockOperation) -> io::Result<()> {
 
 fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Settings, backing: &Backing) -> Result<()> {
     let name = settings.pool.as_str();
+    if settings.started {
+        check_backing(name, backing)?;
+    }
     let parts = Parts::attach(mapper, name, &settings.uuid, backing)?;
     let blocks = parts.data_length / BLOCK;
     let text = format!("{} {} {BLOCK} {} 1 error_if_no_space", parts.metadata, parts.data, blocks / 20);
@@ -288,6 +293,30 @@ fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Setting
         start_volume(mapper, &pool, &settings.uuid, &volume, &record)?;
     }
     Ok(())
+}
+
+/// Refuses to bring up a pool on what does not hold its metadata.
+///
+/// The kernel makes a new pool wherever it finds zeroes, and btrfs, for one, begins with 64 KiB of them. What a loop device
+/// leads to, and a device that has no lasting name, may be another one after a start of the machine.
+fn check_backing(pool: &str, backing: &Backing) -> Result<()> {
+    /// Of `struct thin_disk_superblock` in the kernel's dm-thin-metadata.c.
+    const MAGIC: u64 = 27_022_010;
+    const MAGIC_AT: u64 = 32;
+    let on = match backing {
+        Backing::Files { metadata, .. } => metadata,
+        Backing::Device { device, .. } => device,
+    };
+    let mut magic = [0; 8];
+    let read = File::open(on).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT));
+    let why = match read {
+        Ok(()) if u64::from_le_bytes(magic) == MAGIC => return Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => error,
+        _ => io::Error::other(
+            "it is no part of a pool: set up again what the pool was made on, if that has another name now",
+        ),
+    };
+    Err(why).context("bring up", format!("the pool {pool} on {}", on.display()))
 }
 
 /// The two devices of a pool.
@@ -320,6 +349,10 @@ impl Parts {
             }
             Backing::Device { device, metadata } => {
                 let all = length_of(device)?;
+                let Some(data) = all.checked_sub(*metadata) else {
+                    let shrunk = io::Error::other("it has become smaller than the pool's metadata");
+                    return Err(shrunk).context("use", device);
+                };
                 let number = Number::of(fs::metadata(device).context("look at", device)?.rdev());
                 let part = |name: String, from: u64, length: u64| {
                     if let Some(found) = mapper.find(By::Name(&name))? {
@@ -330,8 +363,8 @@ impl Parts {
                 };
                 Ok(Self {
                     metadata: part(format!("{pool}-metadata"), 0, *metadata)?,
-                    data: part(format!("{pool}-data"), *metadata, all - metadata)?,
-                    data_length: all - metadata,
+                    data: part(format!("{pool}-data"), *metadata, data)?,
+                    data_length: data,
                     loops: Vec::new(),
                 })
             }
@@ -412,7 +445,12 @@ fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
         return Err(refused("it is too small for a pool".to_owned()));
     }
     // The kernel makes new metadata where it finds nothing but zeroes.
-    let file = OpenOptions::new().write(true).custom_flags(libc_excl()).open(&device).context("open", &device)?;
+    let file = match OpenOptions::new().write(true).custom_flags(libc_excl()).open(&device) {
+        Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+            return Err(refused("it is in use: mounted, or a part of something else".to_owned()));
+        }
+        file => file.context("open", &device)?,
+    };
     file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_all()).context("write to", &device)?;
     Ok(Backing::Device { device, metadata })
 }

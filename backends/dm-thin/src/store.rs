@@ -56,6 +56,9 @@ pub(crate) struct Settings {
     /// How the pool is brought up after a restart, if fsnap made it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) backing: Option<Backing>,
+    /// The pool was up once: what it stands on has metadata to be kept.
+    #[serde(default)]
+    pub(crate) started: bool,
 }
 
 impl Settings {
@@ -67,6 +70,7 @@ impl Settings {
             pool_uuid: pool_uuid.to_owned(),
             limits: Limits::default(),
             backing: None,
+            started: false,
         })
     }
 }
@@ -124,7 +128,7 @@ impl Store {
         if !place.is_absolute() {
             return Err(not_a_store(place, "name it by an absolute path"));
         }
-        let (root, settings) = open_root(place)?;
+        let (root, mut settings) = open_root(place)?;
         let place = place.canonicalize().context("find", place)?;
         let mapper = Mapper::open()?;
         let notes = Notes::open(&root, &place)?;
@@ -132,6 +136,10 @@ impl Store {
         notes.resume_left_behind(&mapper)?;
         if let Some(backing) = &settings.backing {
             bring_up::start(&mapper, &root, &place, &settings, backing)?;
+            if !settings.started {
+                settings.started = true;
+                write(&root, &settings).context("write", place.join(FILE))?;
+            }
         }
         let pool = find_pool(&mapper, &place, &settings.pool)?;
         if pool.uuid != settings.pool_uuid {

@@ -71,16 +71,24 @@ fn line(label: &str, text: &str) -> String {
 
 fn hint(error: &Error) -> Option<String> {
     let hint = match error {
+        // What begins with an @ is meant as a checkpoint.
+        Error::NoSuchCheckpoint { reference, .. } if reference.find('@').is_some_and(|at| at > 0) => {
+            "a past state that is no checkpoint can only be branched: `fsnap branch VOLUME@TIME NAME`"
+        }
         Error::NoSuchCheckpoint { .. } => "`fsnap log` lists the checkpoints",
         Error::Ambiguous { .. } => "write more digits of the one you mean",
         Error::NoSuchVolume { .. } => "`fsnap volumes` lists the volumes; `fsnap init DIR` registers one",
         Error::NoSuchState { volume, .. } => {
             return Some(format!("`fsnap log --all {volume}` lists the states that are left"));
         }
+        Error::NoSuchPool { .. } => "`fsnap pool list` lists the pools of this machine",
         Error::NoSuchBranch { .. } => "`fsnap branches` lists the branches",
         Error::Needed { .. } => "remove the branch first: `fsnap rm --branch NAME`",
         Error::BranchInUse { .. } => "end these processes first",
         Error::MountedInBranch { .. } => "unmount it first",
+        Error::VolumeAway { .. } => {
+            "mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`"
+        }
         Error::WrongVolume { .. } => {
             "mount the right file system there, or forget the volume with `fsnap rm --volume NAME` and register it anew"
         }
@@ -148,6 +156,7 @@ fn hint(error: &Error) -> Option<String> {
             ErrorKind::Permission => "run fsnap as root, or use a directory and a store of your own",
             ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
             ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
+            ErrorKind::Exists => "choose another name, or remove what is there first",
             ErrorKind::Busy => "end the processes that use it first",
             _ => return None,
         },
