@@ -204,6 +204,18 @@ pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> 
     tar(&["--create", "--one-file-system", "--sparse"], &used, |tar| tar.stdout(file))
 }
 
+/// What is saved in less time than a snapshot takes.
+const LITTLE: u64 = 32 << 20;
+
+/// Whether there is so little in scratch places that saving it takes no time to speak of.
+pub(super) fn holds_little(places: &[PathBuf]) -> bool {
+    let held = places.iter().map(|place| {
+        let found = rustix::fs::statvfs(place).ok().filter(|found| found.f_blocks > 0)?;
+        Some((found.f_blocks - found.f_bfree.min(found.f_blocks)) * found.f_frsize)
+    });
+    held.sum::<Option<u64>>().is_some_and(|held| held <= LITTLE)
+}
+
 fn load_scratch(saved: File) -> io::Result<()> {
     tar(&["--extract", "--preserve-permissions", "--same-owner"], &[], |tar| tar.stdin(saved))
 }
