@@ -207,11 +207,12 @@ pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> 
 /// What is saved in less time than a snapshot takes.
 const LITTLE: u64 = 32 << 20;
 
-/// Whether there is so little in scratch places that saving it takes no time to speak of.
+/// Whether there is so little in scratch places that saving it takes no time to speak of. Of a file system without a limit it cannot be told.
 pub(super) fn holds_little(places: &[PathBuf]) -> bool {
-    let held = places.iter().map(|place| {
-        let found = rustix::fs::statvfs(place).ok().filter(|found| found.f_blocks > 0)?;
-        Some((found.f_blocks - found.f_bfree.min(found.f_blocks)) * found.f_frsize)
+    let found = places.iter().filter_map(|place| rustix::fs::statvfs(place).ok());
+    let held = found.map(|found| {
+        let used = found.f_blocks.checked_sub(found.f_bfree).filter(|_| found.f_blocks > 0)?;
+        used.checked_mul(found.f_frsize)
     });
     held.sum::<Option<u64>>().is_some_and(|held| held <= LITTLE)
 }
