@@ -30,7 +30,7 @@ use std::{fmt, io};
 
 pub(crate) use confine::SCRATCH_TYPE;
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
-pub use dump::{Action, Dump, run_dump_stage};
+pub use dump::{Action, Dump, Rest, run_dump_stage};
 pub use external::key as external_key;
 pub use given_back::GivenBack;
 pub(crate) use given_back::allow_descriptors;

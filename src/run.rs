@@ -31,7 +31,9 @@ use fsnap_backend::beneath;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::remove_images;
-pub use checkpoint::{AUDIT, EXTERNAL, HookCommand, RunCheckpoint, UNLINKED, engine_args, sweep_images};
+pub use checkpoint::{
+    AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
+};
 
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, os_text};

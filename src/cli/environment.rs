@@ -1,6 +1,7 @@
 //! What the process finds around it: the only place that reads the environment.
 
 use std::ffi::OsString;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -212,6 +213,18 @@ pub(crate) fn is_told_to_leave_files_out(engine: i32) -> bool {
     let line = std::fs::read(format!("/proc/{engine}/cmdline")).unwrap_or_default();
     line.split(|&byte| byte == 0)
         .any(|argument| argument.starts_with(b"file[") || argument.starts_with(b"--external=file["))
+}
+
+/// Waits until what fsnap does beside a hook is done, if it does anything; fails if it cannot be done.
+pub(crate) fn wait_for_the_rest() -> Result<(), fsnap::Error> {
+    if std::env::var_os(fsnap::run::REST).is_none() {
+        return Ok(());
+    }
+    let mut heard = vec![0; fsnap::run::IN_ORDER.len()];
+    let read = std::io::stdin().read_exact(&mut heard);
+    let read =
+        read.and_then(|()| if heard == fsnap::run::IN_ORDER { Ok(()) } else { Err(ErrorKind::InvalidData.into()) });
+    read.map_err(|source| fsnap::Error::Io { action: "hear of", object: "the rest of the checkpoint".into(), source })
 }
 
 /// The volumes that hooks are told to take: `FSNAP_VOLUMES`, or the configuration's.

@@ -156,6 +156,7 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     let ignore = vec![call.engine, environment::parent()];
     if let Some((id, note)) = attendant::take(&context.state, &images, &call.images, pid, &ignore)? {
         deadline.removes(&note.path()).map_err(cannot)?;
+        environment::wait_for_the_rest()?;
         say_id(call, id);
         hold_off_signals().map_err(cannot)?;
         return Ok(note.appear()?);
@@ -179,7 +180,7 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     // The engine takes a hook that is late for one that has failed, whatever was taken by then.
     deadline.removes(&window.note()).map_err(cannot)?;
     let search = Search::start(&window, pid, ignore, limit);
-    let taken = take_all(&mut window, &call.images).and_then(|()| {
+    let taken = take_all(&mut window, &call.images).and_then(|()| environment::wait_for_the_rest()).and_then(|()| {
         say_id(call, id);
         let unlinked = match &search {
             Ok(search) => search.knows_the_tree(&window.pending().audit)?,

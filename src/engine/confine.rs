@@ -204,6 +204,19 @@ pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> 
     tar(&["--create", "--one-file-system", "--sparse"], &used, |tar| tar.stdout(file))
 }
 
+/// What is saved in less time than a snapshot takes.
+const LITTLE: u64 = 32 << 20;
+
+/// Whether there is so little in scratch places that saving it takes no time to speak of. Of a file system without a limit it cannot be told.
+pub(super) fn holds_little(places: &[PathBuf]) -> bool {
+    let found = places.iter().filter_map(|place| rustix::fs::statvfs(place).ok());
+    let held = found.map(|found| {
+        let used = found.f_blocks.checked_sub(found.f_bfree).filter(|_| found.f_blocks > 0)?;
+        used.checked_mul(found.f_frsize)
+    });
+    held.sum::<Option<u64>>().is_some_and(|held| held <= LITTLE)
+}
+
 fn load_scratch(saved: File) -> io::Result<()> {
     tar(&["--extract", "--preserve-permissions", "--same-owner"], &[], |tar| tar.stdin(saved))
 }

@@ -46,6 +46,9 @@ impl Action<'_> {
     }
 }
 
+/// Waits until all is in order that is done beside the hook, and tells whether it is.
+pub type Rest<'a> = &'a mut dyn FnMut() -> bool;
+
 /// A dump to be done.
 #[derive(Debug)]
 pub struct Dump<'a> {
@@ -89,22 +92,24 @@ const RELAY_PATIENCE: Duration = Duration::from_secs(10);
 impl Dump<'_> {
     /// Runs it; `hook` is called for each of CRIU's actions, and its failure is the dump's.
     ///
-    /// However it ends, the processes run.
-    pub fn run(&self, mut hook: impl FnMut(Action<'_>) -> bool) -> Result<()> {
+    /// With it comes what waits until all else that belongs to the images is in order, and tells whether it is: beside that the hook works,
+    /// and claims nothing before. However it ends, the processes run.
+    pub fn run(&self, mut hook: impl FnMut(Action<'_>, Rest<'_>) -> bool) -> Result<()> {
         let step = |step: &str, source: io::Error| Error::Restore { step: step.into(), reason: source.to_string() };
         let root = pid_inside(self.root).map_err(|error| step("find the processes of the run", error))?;
         self.check_whole()?;
         let listener = self.listen().map_err(|error| step("listen to CRIU", error))?;
         let mut stage = self.start(root).map_err(|error| step("start the dump", error))?;
         let mut strays = None;
-        let followed = self.follow(&listener, &stage, |action| {
-            if let Action::Frozen(_) = action
-                && let Err(error) = self.check_whole()
-            {
-                strays = Some(error);
-                return false;
-            }
-            hook(action)
+        let followed = self.follow(&listener, &stage, |action, saved| match action {
+            Action::Running(_) => hook(action, &mut || true),
+            Action::Frozen(_) => hook(action, &mut || match self.check_whole() {
+                Ok(()) => saved(),
+                Err(error) => {
+                    strays = Some(error);
+                    false
+                }
+            }),
         });
         // It ends when nobody answers any more.
         drop(listener);
@@ -172,7 +177,7 @@ impl Dump<'_> {
         &self,
         listener: &UnixListener,
         stage: &Child,
-        mut hook: impl FnMut(Action<'_>) -> bool,
+        mut hook: impl FnMut(Action<'_>, Rest<'_>) -> bool,
     ) -> io::Result<()> {
         let pid = Pid::from_raw(stage.id().cast_signed()).ok_or_else(|| io::Error::other("no process"))?;
         let ended = pidfd_open(pid, PidfdFlags::empty())?;
@@ -207,14 +212,22 @@ impl Dump<'_> {
     }
 }
 
-fn answer(mut stream: UnixStream, hook: &mut impl FnMut(Action<'_>) -> bool) -> io::Result<()> {
+fn answer(stream: UnixStream, hook: &mut impl FnMut(Action<'_>, Rest<'_>) -> bool) -> io::Result<()> {
     stream.set_read_timeout(Some(RELAY_PATIENCE))?;
+    let mut relay = BufReader::new(&stream).take(64);
     let mut action = String::new();
-    BufReader::new(&stream).take(64).read_line(&mut action)?;
+    relay.read_line(&mut action)?;
     let name = action.trim_end();
     let action = if name == "post-dump" { Action::Frozen(name) } else { Action::Running(name) };
+    // It takes as long as it takes to save the scratch places, and ends with the relay.
+    stream.set_read_timeout(None)?;
+    let mut saved = || {
+        let mut said = String::new();
+        relay.read_line(&mut said).is_ok() && said.trim_end() == relay::SAVED
+    };
+    let done = hook(action, &mut saved);
     // A relay that has ended meanwhile has failed, and CRIU knows.
-    let _ = stream.write_all(if hook(action) { b"done\n" } else { b"failed\n" });
+    let _ = (&stream).write_all(if done { b"done\n" } else { b"failed\n" });
     Ok(())
 }
 

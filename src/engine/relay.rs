@@ -4,6 +4,9 @@
 //! is read-only and pids mean nothing outside, so that the hook cannot work there. This program stands in its place: it connects to
 //! a socket in the image directory, says which action is due, and ends as it is told. When nobody listens any more it fails,
 //! and so does the dump: the processes run on.
+//!
+//! While the processes are frozen it saves their scratch places, too, and says so when that is done: beside the snapshots, for which the
+//! hook does not say before that everything was taken.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
@@ -24,22 +27,42 @@ pub fn is_relay(called: &Path, variable: impl Fn(&str) -> Option<std::ffi::OsStr
     called == Path::new(PROGRAM) && variable(PLACES).is_some() && variable("CRTOOLS_SCRIPT_ACTION").is_some()
 }
 
+/// What it says when the scratch places are saved.
+pub(super) const SAVED: &str = "saved";
+
 /// Asks the fsnap outside to do what CRIU wants done; fails if that does.
 pub fn run_relay(variable: impl Fn(&str) -> Option<std::ffi::OsString>) -> io::Result<()> {
     let asked = |name: &str| variable(name).ok_or_else(|| io::Error::other(format!("{name} is not set")));
     let (action, images) = (asked("CRTOOLS_SCRIPT_ACTION")?, PathBuf::from(asked("CRTOOLS_IMAGE_DIR")?));
-    if action == "post-dump" {
-        let places: Vec<PathBuf> = std::env::split_paths(&asked(PLACES)?).collect();
-        confine::save_scratch(&places, &images)
-            .map_err(|error| io::Error::other(format!("cannot save the files in scratch places: {error}")))?;
+    if action != "post-dump" {
+        return answered(&say(&images, &action)?);
     }
-    ask(&action, &images)
+    let places: Vec<PathBuf> = std::env::split_paths(&asked(PLACES)?).collect();
+    let save = || {
+        confine::save_scratch(&places, &images)
+            .map_err(|error| io::Error::other(format!("cannot save the files in scratch places: {error}")))
+    };
+    // The hook has a deadline, which is not to run out because of them.
+    let beside = confine::holds_little(&places);
+    if !beside {
+        save()?;
+    }
+    let mut stream = say(&images, &action)?;
+    if beside {
+        save()?;
+    }
+    writeln!(stream, "{SAVED}")?;
+    answered(&stream)
 }
 
-fn ask(action: &OsStr, images: &Path) -> io::Result<()> {
+fn say(images: &Path, action: &OsStr) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(images.join(SOCKET))?;
     stream.write_all(action.as_encoded_bytes())?;
     stream.write_all(b"\n")?;
+    Ok(stream)
+}
+
+fn answered(stream: &UnixStream) -> io::Result<()> {
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer)?;
     if answer == "done\n" { Ok(()) } else { Err(io::Error::other("fsnap did not do its part of the checkpoint")) }

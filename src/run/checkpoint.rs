@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
@@ -17,7 +18,7 @@ use crate::catalog::{Access, Catalog, Intent};
 use crate::checkpoint::{CheckpointId, EngineImages, PathText};
 use crate::coordinator::Coordinator;
 use crate::engine::criu::{self, Criu};
-use crate::engine::{Dump, Images, StageCommand, sys};
+use crate::engine::{Action, Dump, Images, Rest, StageCommand, sys};
 use crate::error::IoContext;
 use crate::processes::{self, AuditRules, Policy, ProcessId, Tree};
 use crate::{Error, Result, stores};
@@ -65,6 +66,11 @@ pub const UNLINKED: [&str; 3] = ["--link-remap", "--ghost-limit", "1024G"];
 pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
 /// A variable that tells the hook, in JSON, how the audit of a run is made.
 pub const AUDIT: &str = "FSNAP_AUDIT";
+/// A variable that tells the hook to wait, before it says that everything was taken, for [`IN_ORDER`] at its standard input: something else is
+/// done beside it.
+pub const REST: &str = "FSNAP_REST";
+/// What it hears when that was done. If it was not, there is nothing.
+pub const IN_ORDER: &[u8] = b"in order\n";
 /// What a user who is not root has to tell CRIU, else it insists on rights over the whole machine.
 const UNPRIVILEGED: &str = "--unprivileged";
 
@@ -73,6 +79,14 @@ pub fn engine_args() -> Vec<OsString> {
     let unprivileged = (!rustix::process::geteuid().is_root()).then_some(UNPRIVILEGED);
     // Locks that it holds come back in its copies.
     ["--file-locks"].into_iter().chain(unprivileged).map(OsString::from).collect()
+}
+
+/// What came of a call of the hook.
+struct Called {
+    /// The checkpoint that it named.
+    said: Option<CheckpointId>,
+    /// Whether all else was in order.
+    rest: bool,
 }
 
 /// How long another fsnap may be at work on what is to be taken back.
@@ -133,8 +147,10 @@ impl RunCheckpoint<'_> {
         let audit = AuditRules { own: self.run.own_mounts()?, ..self.audit.clone() };
         let audit =
             serde_json::to_string(&audit).map_err(std::io::Error::other).context("write", "the rules of the audit")?;
-        let dumped = dump.run(|action| match self.call_hook(action.name(), &images, root, &audit) {
-            Ok(said) => {
+        let dumped = dump.run(|action, rest| match self.call_hook(action, rest, &images, root, &audit) {
+            // The reason is the dump's.
+            Ok(Called { rest: false, .. }) => false,
+            Ok(Called { said, .. }) => {
                 *id = id.or(said);
                 // Before the freeze it says which checkpoint it has begun; if it has not, there is nothing to save.
                 if action.name() == "pre-dump" && id.is_none() {
@@ -159,26 +175,46 @@ impl RunCheckpoint<'_> {
         format!("the run {} can write to no registered volume: start it with `--volume`", self.run.record.name)
     }
 
-    fn call_hook(&self, action: &str, images: &Images, root: ProcessId, audit: &str) -> Result<Option<CheckpointId>> {
+    fn call_hook(
+        &self,
+        action: Action<'_>,
+        rest: Rest<'_>,
+        images: &Images,
+        root: ProcessId,
+        audit: &str,
+    ) -> Result<Called> {
+        let frozen = matches!(action, Action::Frozen(_));
         let mut command = Command::new(&self.hook.program);
         // When this program dies, the relay fails and the processes run: nothing may be taken any more.
-        let output = sys::dies_with_this_thread(&mut command)
+        let mut hook = sys::dies_with_this_thread(&mut command)
             .arg0(&self.hook.name)
-            .env("CRTOOLS_SCRIPT_ACTION", action)
+            .env("CRTOOLS_SCRIPT_ACTION", action.name())
             .env("CRTOOLS_IMAGE_DIR", format!("/proc/{}/fd/{}", std::process::id(), images.as_fd().as_raw_fd()))
             .env("CRTOOLS_INIT_PID", root.to_string())
             .envs((!self.external.is_empty()).then_some((EXTERNAL, "1")))
             .env(AUDIT, audit)
             .env("FSNAP_MESSAGE", self.message)
-            .stdin(Stdio::null())
-            .output()
+            .envs(frozen.then_some((REST, "1")))
+            .stdin(if frozen { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
             .context("run", &self.hook.program)?;
+        let rest = rest();
+        if let Some(mut input) = hook.stdin.take().filter(|_| rest) {
+            // One that has ended meanwhile says itself why.
+            let _ = input.write_all(IN_ORDER);
+        }
+        let output = hook.wait_with_output().context("run", &self.hook.program)?;
+        if !rest {
+            return Ok(Called { said: None, rest });
+        }
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             return Err(Error::HookFailed { said: said.trim_end().replace("fsnap: error: ", "") });
         }
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()))
+        Ok(Called { said: said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()), rest })
     }
 
     /// Makes an empty directory for images, and locks it.

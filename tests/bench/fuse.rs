@@ -61,13 +61,11 @@ fn works(wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
     let peers = Peers::new()?;
     let mut costs = Costs::new();
     for work in Work::ALL.iter().filter(|work| wanted(work.name)) {
-        for kind in Kind::ALL.into_iter().filter(|kind| kind.does(work)) {
-            costs.insert((work.name, kind), measure(&peers, work, kind)?);
-        }
+        measure(&peers, work, &mut costs)?;
     }
     for (title, cell) in [
         (
-            "time by the clock, as multiples of btrfs itself; the first time on a mount / the second",
+            "time by the clock, as multiples of btrfs itself (the volume); the first time on a mount / the second",
             Cost::wall as fn(&Cost, &Cost) -> f64,
         ),
         ("time of processors, client and server, as multiples of btrfs itself", Cost::cpu),
@@ -91,18 +89,21 @@ fn works(wanted: &dyn Fn(&str) -> bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The median costs of one contender's work.
-fn measure(peers: &Peers, work: &Work, kind: Kind) -> Result<[Cost; 2], Failure> {
-    let mut rounds = [Vec::new(), Vec::new()];
-    // What is slow by a hundred times need not be measured thrice.
-    for _ in 0..if kind == Kind::Restic { 1 } else { ROUNDS } {
-        let mount = peers.mount(kind)?;
-        for times in &mut rounds {
-            work.prepare(&mount)?;
-            times.push(work.cost(&mount)?);
+/// The median costs of one work, done by the contenders in turns.
+fn measure(peers: &Peers, work: &Work, costs: &mut Costs) -> Result<(), Failure> {
+    let mut taken: BTreeMap<Kind, [Vec<Cost>; 2]> = BTreeMap::new();
+    for round in 0..ROUNDS {
+        // What is slow by a hundred times need not be measured thrice.
+        for kind in Kind::ALL.into_iter().filter(|kind| kind.does(work) && (round == 0 || *kind != Kind::Restic)) {
+            let mount = peers.mount(kind)?;
+            for times in taken.entry(kind).or_default() {
+                work.prepare(&mount)?;
+                times.push(work.cost(&mount)?);
+            }
         }
     }
-    Ok(rounds.map(Cost::median))
+    costs.extend(taken.into_iter().map(|(kind, rounds)| ((work.name, kind), rounds.map(Cost::median))));
+    Ok(())
 }
 
 fn table(title: &str, costs: &Costs, cell: fn(&Cost, &Cost) -> f64) {

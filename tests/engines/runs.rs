@@ -3,9 +3,11 @@
 use std::fs;
 use std::io::Write as _;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -378,12 +380,40 @@ fn killed_while_it_is_saved() {
     fsnap.wait().unwrap();
     running.counts_on("one");
     site.holds_nothing_but(0);
+    killed_before_scratch_places_are_saved(&site, &running);
     // What it left goes with the next one.
     let id = site.ok(["checkpoint", "one"]);
     assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
     site.holds_nothing_but(1);
     site.ok(["branch", &id, "copy", "--run"]);
     running.counts_on("copy");
+}
+
+/// The snapshots are taken beside that, and count for nothing before it is done.
+fn killed_before_scratch_places_are_saved(site: &Site, running: &Running<'_>) {
+    // The run sees the volume, and nothing of the site besides.
+    let (programs, go_on) = (site.volumes[1].join("programs"), site.volumes[1].join("go-on"));
+    fs::create_dir(&programs).unwrap();
+    let script = format!("#!/bin/sh\nuntil [ -e {} ]; do sleep 0.01; done\nexec /bin/tar \"$@\"\n", go_on.display());
+    fs::write(programs.join("tar"), script).unwrap();
+    fs::set_permissions(programs.join("tar"), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = site.command(["checkpoint", "one"]);
+    let path = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{path}", programs.display())).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut fsnap = command.spawn().unwrap();
+    let in_images =
+        || fs::read_dir(site.path("state/images")).unwrap().map(|dir| dir.unwrap().path().join("fsnap.json"));
+    wait_until("the snapshots", || in_images().any(|record| record.exists()));
+    for _ in 0..20 {
+        let mut intents = fs::read_dir(site.path("state/intents")).unwrap().map(|file| file.unwrap().path());
+        assert!(!intents.any(|file| file.extension().is_some_and(|end| end == "taken")), "it is noted too early");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    fsnap.kill().unwrap();
+    fsnap.wait().unwrap();
+    fs::write(go_on, "").unwrap();
+    running.counts_on("one");
+    site.holds_nothing_but(0);
 }
 
 fn failing_hooks_leave_the_run_alone() {
@@ -399,6 +429,12 @@ fn failing_hooks_leave_the_run_alone() {
         site.holds_nothing_but(0);
         assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0, "{place}");
     }
+    // What lies in its scratch places cannot be saved, for there is no tar(1).
+    let failed = site.command(["checkpoint", "one"]).env("PATH", "/usr/sbin:/sbin").output().unwrap();
+    assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
+    assert!(said(&failed).contains("scratch places"), "{}", said(&failed));
+    running.counts_on("one");
+    site.holds_nothing_but(0);
     // A run without volumes has nothing that could be kept with it.
     running.start("none", &[], "exec sleep 1000");
     let failed = site.command(["checkpoint", "none"]).output().unwrap();

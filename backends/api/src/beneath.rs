@@ -62,6 +62,11 @@ pub fn open_dir(dir: impl AsFd, name: &OsStr) -> io::Result<OwnedFd> {
 ///
 /// Never blocks on a fifo and never touches a device: anything but a regular file is `EINVAL`.
 pub fn open_file(dir: impl AsFd, name: &OsStr) -> io::Result<File> {
+    open_known_file(dir, name).map(|(file, _)| file)
+}
+
+/// The same, with what was read of it on the way.
+pub fn open_known_file(dir: impl AsFd, name: &OsStr) -> io::Result<(File, FileMeta)> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
     // O_NOATIME keeps reading from changing the volume; only the owner may ask for it.
     let descriptor = match open(dir.as_fd(), name, flags | OFlags::NOATIME, ResolveFlags::NO_XDEV) {
@@ -70,8 +75,9 @@ pub fn open_file(dir: impl AsFd, name: &OsStr) -> io::Result<File> {
         }
         opened => opened?,
     };
-    match stat_fd(&descriptor)?.kind {
-        FileKind::File => Ok(File::from(descriptor)),
+    let meta = stat_fd(&descriptor)?;
+    match meta.kind {
+        FileKind::File => Ok((File::from(descriptor), meta)),
         _ => Err(Errno::INVAL.into()),
     }
 }

@@ -74,9 +74,8 @@ impl Dir for DirTree {
     }
 
     fn open_file(&self, name: &OsStr) -> Result<Box<dyn Content>> {
-        let file = beneath::open_file(&self.descriptor, name).context("open", self.shown(name))?;
-        let length = file.metadata().context("read the attributes of", self.shown(name))?.len();
-        Ok(Box::new(WholeFile { file, length }))
+        let (file, meta) = beneath::open_known_file(&self.descriptor, name).context("open", self.shown(name))?;
+        Ok(Box::new(WholeFile { file, length: meta.size }))
     }
 
     fn read_link(&self, name: &OsStr) -> Result<OsString> {

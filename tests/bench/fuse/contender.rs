@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags};
+use serde_json::Value;
 
 use crate::measure::{Failure, run};
 use crate::tree::Tree;
@@ -17,8 +18,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// btrfs itself.
+    /// btrfs itself: the volume.
     Native,
+    /// btrfs itself: the checkpoint's snapshot of it, which is what the mounts of fsnap read. Its pages are others in the page cache.
+    Snapshot,
     /// overlayfs of the kernel.
     Overlayfs,
     FuseOverlayfs,
@@ -33,8 +36,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Native,
+        Self::Snapshot,
         Self::Overlayfs,
         Self::FuseOverlayfs,
         Self::Unionfs,
@@ -44,12 +48,21 @@ impl Kind {
         Self::Overlay,
     ];
     /// Those that are compared with the file system itself.
-    pub const PEERS: [Self; 7] =
-        [Self::Overlayfs, Self::FuseOverlayfs, Self::Unionfs, Self::Restic, Self::Mount, Self::Attached, Self::Overlay];
+    pub const PEERS: [Self; 8] = [
+        Self::Snapshot,
+        Self::Overlayfs,
+        Self::FuseOverlayfs,
+        Self::Unionfs,
+        Self::Restic,
+        Self::Mount,
+        Self::Attached,
+        Self::Overlay,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Native => "btrfs",
+            Self::Snapshot => "its snapshot",
             Self::Overlayfs => "kernel overlayfs",
             Self::FuseOverlayfs => "fuse-overlayfs",
             Self::Unionfs => "unionfs-fuse",
@@ -64,7 +77,7 @@ impl Kind {
         match self {
             // It takes a millisecond for each of the random reads.
             Self::Restic => !work.writes && work.name != "random 4 KiB reads",
-            Self::Mount | Self::Attached => !work.writes,
+            Self::Snapshot | Self::Mount | Self::Attached => !work.writes,
             _ => true,
         }
     }
@@ -73,15 +86,18 @@ impl Kind {
 /// The tree, and all that the contenders need beside it.
 pub struct Peers {
     pub tree: Tree,
+    snapshot: PathBuf,
     mounts: Cell<usize>,
 }
 
 impl Peers {
     pub fn new() -> Result<Self, Failure> {
-        let peers = Self { tree: Tree::new()?, mounts: Cell::new(0) };
+        let mut peers = Self { tree: Tree::new()?, snapshot: PathBuf::new(), mounts: Cell::new(0) };
         fs::create_dir(peers.tree.beside("mounts"))?;
         run(peers.fsnap().args(["init", "--name", "data"]).arg(peers.tree.volume()))?;
-        run(peers.fsnap().args(["checkpoint", "--tag", "bench"]))?;
+        let made: Value = serde_json::from_slice(&peers.fsnap().args(["checkpoint", "--json"]).output()?.stdout)?;
+        let name = made["members"][0]["snapshot"].as_str().ok_or("the checkpoint has no snapshot")?;
+        peers.snapshot = peers.tree.beside(".fsnap/snapshots").join(name);
         run(peers.restic().arg("init"))?;
         run(peers.restic().arg("backup").arg(peers.tree.volume()))?;
         Ok(peers)
@@ -104,9 +120,14 @@ impl Peers {
     pub fn mount(&self, kind: Kind) -> Result<Mount, Failure> {
         let number = self.mounts.replace(self.mounts.get() + 1);
         let base = self.tree.beside("mounts").join(number.to_string());
-        if kind == Kind::Native {
+        let bare = match kind {
+            Kind::Native => Some(self.tree.volume()),
+            Kind::Snapshot => Some(self.snapshot.clone()),
+            _ => None,
+        };
+        if let Some(root) = bare {
             fs::create_dir(&base)?;
-            return Ok(Mount { root: self.tree.volume(), new: base.clone(), base, server: None, mounted: None });
+            return Ok(Mount { root, new: base.clone(), base, server: None, mounted: None });
         }
         let (lower, dir) = (self.tree.volume(), base.join("mnt"));
         for name in ["mnt", "upper", "work"] {
@@ -114,7 +135,7 @@ impl Peers {
         }
         let mut root = dir.clone();
         let server = match kind {
-            Kind::Native => None,
+            Kind::Native | Kind::Snapshot => None,
             Kind::Overlayfs => {
                 overlayfs(&lower, &base, &dir)?;
                 None
