@@ -18,6 +18,7 @@ use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::Case;
 use crate::site::{Site, fsnap, is_mounted};
+use crate::sys::Lease;
 use crate::tree;
 use crate::waiting::wait_until;
 
@@ -31,6 +32,7 @@ pub(crate) const CASES: &[Case] = &[
     ("more_layers_than_a_tree_can_have_are_refused", more_layers_than_a_tree_can_have_are_refused),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
+    ("a_lease_on_a_stored_file_is_waited_for", a_lease_on_a_stored_file_is_waited_for),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
     ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
@@ -365,6 +367,23 @@ fn a_mount_that_others_have_as_well_goes_on_being_served() {
     assert!(said.contains("goes on being served"), "{said}");
     site.ends();
     site.mount();
+    site.end();
+}
+
+/// The server itself has one for an instant, to see whether a file is mapped.
+fn a_lease_on_a_stored_file_is_waited_for() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), "below").unwrap());
+    fs::write(site.at("file"), "file").unwrap();
+    site.remount();
+    for (path, name) in [(site.store().join("upper/file"), "file"), (site.lower().join("below"), "below")] {
+        let lease = Lease::new(fs::File::options().write(true).open(path).unwrap()).unwrap();
+        let (tell, ended) = channel();
+        let through = site.at(name);
+        std::thread::spawn(move || tell.send(fs::read_to_string(through)).unwrap());
+        wait_until("the lease is wanted back", || lease.is_wanted().unwrap());
+        drop(lease);
+        assert_eq!(ended.recv().unwrap().unwrap(), name);
+    }
     site.end();
 }
 
