@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -14,9 +15,11 @@ use fsnap_backend::{Dir, MountSpec, Source, beneath};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::fs::XattrFlags;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::Case;
+use crate::operations;
 use crate::site::{Site, fsnap, is_mounted};
 use crate::sys::Lease;
 use crate::tree;
@@ -29,6 +32,7 @@ pub(crate) const CASES: &[Case] = &[
     ("eight_writers_while_layers_are_sealed", eight_writers_while_layers_are_sealed),
     ("a_server_that_is_to_end_leaves_no_mount", a_server_that_is_to_end_leaves_no_mount),
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
+    ("what_a_store_cannot_keep_of_a_file_is_not_copied_up", what_a_store_cannot_keep_of_a_file_is_not_copied_up),
     ("more_layers_than_a_tree_can_have_are_refused", more_layers_than_a_tree_can_have_are_refused),
     ("a_second_server_is_refused", a_second_server_is_refused),
     ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
@@ -311,6 +315,31 @@ fn a_full_store_changes_nothing_by_halves() {
     site.remount();
     for (name, first) in [("f", "f"), ("g", "g"), ("h", "g"), ("d/in", "d/in")] {
         assert_eq!(fs::read_to_string(site.at(name)).unwrap(), first.repeat(5000) + "more", "{name}");
+    }
+    site.end();
+}
+
+fn what_a_store_cannot_keep_of_a_file_is_not_copied_up() {
+    let site = Site::on_store_without_acls(|lower| {
+        fs::create_dir(lower.join("private")).unwrap();
+        for name in ["shut", "plain", "private/file"] {
+            fs::write(lower.join(name), name).unwrap();
+        }
+        for (acl, name) in [("u:12345:-,o::r", "shut"), ("d:u:12345:-,d:o::r", "private")] {
+            assert!(Command::new("setfacl").args(["-m", acl]).arg(lower.join(name)).status().unwrap().success());
+        }
+    });
+    let refused = |done: std::io::Result<()>| assert_eq!(operations::errno(done.unwrap_err()), Errno::OPNOTSUPP);
+    for _ in 0..2 {
+        refused(fs::File::options().append(true).open(site.at("shut")).map(drop));
+        refused(fs::set_permissions(site.at("shut"), PermissionsExt::from_mode(0o600)));
+        refused(fs::rename(site.at("shut"), site.at("open")));
+        refused(fs::write(site.at("private/new"), ""));
+        fs::write(site.at("plain"), "changed").unwrap();
+        assert_eq!(fs::read_to_string(site.at("shut")).unwrap(), "shut");
+        assert!(rustix::fs::getxattr(site.at("shut"), "system.posix_acl_access", &mut [0; 256]).is_ok());
+        assert_eq!(fs::read_dir(site.store().join("work")).unwrap().count(), 0);
+        site.remount();
     }
     site.end();
 }
