@@ -35,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
     ("what_a_store_cannot_keep_of_a_file_is_not_copied_up", what_a_store_cannot_keep_of_a_file_is_not_copied_up),
     ("more_layers_than_a_tree_can_have_are_refused", more_layers_than_a_tree_can_have_are_refused),
     ("a_second_server_is_refused", a_second_server_is_refused),
+    ("a_second_mount_at_the_same_place_is_refused", a_second_mount_at_the_same_place_is_refused),
     ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
     ("a_lease_on_a_stored_file_is_waited_for", a_lease_on_a_stored_file_is_waited_for),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
@@ -370,6 +371,26 @@ fn more_layers_than_a_tree_can_have_are_refused() {
     site.remount();
     assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "later");
     site.end();
+}
+
+fn a_second_mount_at_the_same_place_is_refused() {
+    let site = Site::new(|lower| fs::write(lower.join("file"), "below").unwrap());
+    fs::write(site.at("file"), "changed").unwrap();
+    let mount = || {
+        let mut command = fsnap();
+        command.arg("overlay").args([site.lower(), site.store().with_file_name("other store"), site.dir()]);
+        command.output().unwrap()
+    };
+    let refused = mount();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("mounted at") && said.contains("already: unmount it first"), "{said}");
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "changed");
+    // What a killed server has left there is taken off.
+    site.kill();
+    assert!(mount().status.success());
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "below");
+    wait_until("it is unmounted", || fsnap().arg("umount").arg(site.dir()).status().unwrap().success());
 }
 
 fn a_second_server_is_refused() {
