@@ -9,7 +9,7 @@
 //! may be attached to it ([`browse::Natives`]); then no request for their files comes at all.
 //!
 //! Beside these: [`lower`] opens what a tree begins with, `mounting` puts a file system where it is seen, `open`, `handles` and `readers` are
-//! what the kernel has open, and `given` what it is given before it asks.
+//! what the kernel has open, `given` what it is given before it asks, and `wire` has both sides' values.
 //!
 //! Architecture Invariant: no path of a served tree is ever put together as a string and resolved. Every step goes from a
 //! directory's descriptor by one name, and no symbolic link of the tree is followed.
@@ -31,5 +31,6 @@ pub mod places;
 mod readers;
 pub mod session;
 mod sys;
+mod wire;
 
 pub use crate::stores::layers as overlay;

@@ -8,25 +8,30 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek,
-    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use rustix::fs::OFlags;
 
 use super::given::Given;
 use super::handles::{Access, Handle, Handles};
 use super::open::{Dots, locked, with_buffer};
-use super::overlay::{Attr, Caller, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, SetTime};
+use super::overlay::{Attr, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE};
+use super::wire::{
+    GENERATION, caller, done, errno, kind, nothing, set_time, sized, to_fuse, unpack_device, xattr_list,
+};
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
 const OPENING: Duration = Duration::from_millis(1);
-/// No file is ever another one's successor under the same number while the kernel knows it.
-pub(super) const GENERATION: Generation = Generation(0);
+/// The kernel keeps this for the file that it passes writes through to, when a program takes it off later (`F_SETFL`): all that it wrote anywhere
+/// would be added at the end. Who opens a file so is served here, unless it is passed through for somebody else already.
+const APPEND: i32 = OFlags::APPEND.bits().cast_signed();
 
 /// Serves a copy-on-write tree.
 #[derive(Debug)]
@@ -137,95 +142,6 @@ pub(super) fn prepare(config: &mut KernelConfig) -> bool {
     let _ = config.set_max_write(1 << 20);
     let _ = config.set_max_background(64);
     config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok() && config.set_max_stack_depth(2).is_ok()
-}
-
-pub(super) fn errno(error: rustix::io::Errno) -> Errno {
-    Errno::from_i32(error.raw_os_error())
-}
-
-/// A moment as fuser wants it; what it cannot say is moved to the nearest that it can.
-pub(super) fn moment(seconds: i64, nanoseconds: u64) -> SystemTime {
-    let nanoseconds = Duration::from_nanos(nanoseconds);
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let base = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    base.and_then(|base| base.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
-}
-
-fn set_time(time: TimeOrNow) -> SetTime {
-    match time {
-        TimeOrNow::Now => SetTime::Now,
-        TimeOrNow::SpecificTime(time) => match time.duration_since(UNIX_EPOCH) {
-            Ok(since) => SetTime::At(i64::try_from(since.as_secs()).unwrap_or(i64::MAX), since.subsec_nanos()),
-            // fuser takes the nanoseconds of a moment before 1970 away where they are to be added.
-            Err(before) => {
-                let before = before.duration();
-                SetTime::At(-i64::try_from(before.as_secs()).unwrap_or(i64::MAX), before.subsec_nanos())
-            }
-        },
-    }
-}
-
-fn kind(kind: rustix::fs::FileType) -> FileType {
-    use rustix::fs::FileType as Kind;
-    match kind {
-        Kind::Directory => FileType::Directory,
-        Kind::Symlink => FileType::Symlink,
-        Kind::Fifo => FileType::NamedPipe,
-        Kind::Socket => FileType::Socket,
-        Kind::CharacterDevice => FileType::CharDevice,
-        Kind::BlockDevice => FileType::BlockDevice,
-        Kind::RegularFile | Kind::Unknown => FileType::RegularFile,
-    }
-}
-
-/// A device's number as FUSE packs it.
-pub(super) fn pack_device(rdev: u64) -> u32 {
-    let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
-    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
-}
-
-fn unpack_device(packed: u32) -> u64 {
-    rustix::fs::makedev((packed & 0xf_ff00) >> 8, (packed & 0xff) | ((packed >> 12) & 0xf_ff00))
-}
-
-fn to_fuse(attr: &Attr) -> FileAttr {
-    let stat = &attr.stat;
-    FileAttr {
-        ino: INodeNo(attr.ino),
-        size: stat.st_size as u64,
-        blocks: stat.st_blocks as u64,
-        atime: moment(stat.st_atime, stat.st_atime_nsec),
-        mtime: moment(stat.st_mtime, stat.st_mtime_nsec),
-        ctime: moment(stat.st_ctime, stat.st_ctime_nsec),
-        crtime: UNIX_EPOCH,
-        kind: kind(attr.kind),
-        perm: (stat.st_mode & 0o7777) as u16,
-        nlink: attr.nlink,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        rdev: pack_device(attr.rdev),
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid() }
-}
-
-fn done(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(errno(error)),
-    }
-}
-
-pub(super) fn sized(value: &[u8], size: u32, reply: ReplyXattr) {
-    match u32::try_from(value.len()) {
-        Ok(length) if size == 0 => reply.size(length),
-        Ok(length) if length <= size => reply.data(value),
-        _ => reply.error(Errno::ERANGE),
-    }
 }
 
 impl Filesystem for Adapter {
@@ -358,7 +274,7 @@ impl Filesystem for Adapter {
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let write = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        let truncate = flags.0 & rustix::fs::OFlags::TRUNC.bits().cast_signed() != 0;
+        let truncate = flags.0 & OFlags::TRUNC.bits().cast_signed() != 0;
         let file = match self.overlay.open_file(self.own(ino), write, truncate) {
             Ok(file) => file,
             Err(error) => return reply.error(errno(error)),
@@ -366,7 +282,9 @@ impl Filesystem for Adapter {
         if truncate && request.uid() != 0 {
             let _ = self.overlay.drop_privileges(self.own(ino));
         }
-        let may_pass = self.overlay.may_be_passed() && (!write || self.overlay.is_unprivileged(self.own(ino)));
+        let appends = write && flags.0 & APPEND != 0;
+        let may_pass =
+            self.overlay.may_be_passed() && !appends && (!write || self.overlay.is_unprivileged(self.own(ino)));
         let access = if write { Access::Write } else { Access::Read };
         // Read before anything is locked: it may come from a disk.
         let length = if write { None } else { file.unwritten() };
@@ -401,14 +319,14 @@ impl Filesystem for Adapter {
         name: &OsStr,
         mode: u32,
         umask: u32,
-        _: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
         let (attr, file) = match self.overlay.create(self.own(parent), name, mode, umask, caller(request)) {
             Ok(created) => created,
             Err(error) => return reply.error(errno(error)),
         };
-        let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0;
+        let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0 && flags & APPEND == 0;
         let access = Access::Create;
         let register = |file: &_| reply.open_backing(file);
         let opened = self.handles.open_file(attr.ino, file, access, may_pass, register, |_| {});
@@ -609,16 +527,9 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         match self.overlay.xattr_names(self.own(ino)) {
-            Ok(names) => {
-                let mut list = Vec::new();
-                for name in names {
-                    list.extend_from_slice(name.as_encoded_bytes());
-                    list.push(0);
-                }
-                sized(&list, size, reply);
-            }
+            Ok(names) => sized(&xattr_list(request, names.iter().map(AsRef::as_ref)), size, reply),
             Err(error) => reply.error(errno(error)),
         }
     }
@@ -656,8 +567,8 @@ impl Filesystem for Adapter {
             Err(error) => return reply.error(error),
         };
         let allocated = self.overlay.allocate(self.own(ino), &file, mode.cast_unsigned(), offset, length);
-        if allocated.is_ok() && request.uid() != 0 && !self.overlay.is_unprivileged(self.own(ino)) {
-            let _ = self.overlay.drop_privileges(self.own(ino));
+        if allocated.is_ok() {
+            self.was_written_by(request, self.own(ino));
         }
         done(allocated, reply);
     }
@@ -683,7 +594,7 @@ impl Filesystem for Adapter {
 
     fn copy_file_range(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         fh_in: FileHandle,
         offset_in: u64,
@@ -701,6 +612,7 @@ impl Filesystem for Adapter {
         };
         match self.overlay.copy_range(self.own(ino_out), &to, &from, (offset_in, offset_out), len) {
             Ok(copied) => {
+                self.was_written_by(request, self.own(ino_out));
                 reply.written(copied as u32);
                 if self.handles.is_passed(self.own(ino_out)) {
                     self.attributes_changed(self.own(ino_out));
@@ -715,6 +627,13 @@ impl Adapter {
     /// Whether somebody asks who may do with the store what he likes.
     fn is_ours(&self, request: &Request) -> bool {
         [0, rustix::process::geteuid().as_raw()].contains(&request.uid())
+    }
+
+    /// Takes off what a write by somebody else takes off, where the kernel does not say that it is one.
+    fn was_written_by(&self, request: &Request, ino: u64) {
+        if request.uid() != 0 && !self.overlay.is_unprivileged(ino) {
+            let _ = self.overlay.drop_privileges(ino);
+        }
     }
 
     /// Seals the layer, in a thread of its own: the kernel writes to us meanwhile what it holds back.
@@ -749,49 +668,6 @@ impl Adapter {
         if let Some(notifier) = self.notifier.get() {
             // A negative offset spares the pages; a file that the kernel has forgotten by now needs nothing.
             let _ = notifier.inval_inode(INodeNo(ino + self.base), -1, 0);
-        }
-    }
-}
-
-pub(super) fn nothing() -> FileAttr {
-    FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 0,
-        flags: 0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn moments_before_1970_survive_the_way_through_fuser() {
-        assert_eq!(moment(-2, 800_000_000), UNIX_EPOCH - Duration::from_millis(1200));
-        assert_eq!(moment(5, 1), UNIX_EPOCH + Duration::new(5, 1));
-        let _ = (moment(i64::MIN, 0), moment(i64::MAX, 999_999_999));
-        // fuser reads (-2 s, 800 ms) as 2.8 s before 1970.
-        let read = TimeOrNow::SpecificTime(UNIX_EPOCH - Duration::from_millis(2800));
-        assert!(matches!(set_time(read), SetTime::At(-2, 800_000_000)));
-    }
-
-    #[test]
-    fn devices_are_packed_and_unpacked() {
-        for (major, minor) in [(0, 0), (8, 1), (0xfff, 0xf_ffff), (10, 229)] {
-            let rdev = rustix::fs::makedev(major, minor);
-            assert_eq!(unpack_device(pack_device(rdev)), rdev);
         }
     }
 }

@@ -12,11 +12,12 @@ use fuser::{
     ReplyXattr, Request,
 };
 
-use super::adapter::{FOREVER, GENERATION, errno, moment, pack_device, sized};
+use super::adapter::FOREVER;
 use super::browse::{self, Attr, Browse, Keep, Listed, Natives};
 use super::given::Given;
 use super::open::{Dots, with_buffer};
 use super::readers::{Reader, Readers};
+use super::wire::{GENERATION, errno, moment, pack_device, sized, xattr_list};
 
 /// How soon a removed checkpoint is seen to be gone by those who walk through its directory.
 const BRIEFLY: Duration = Duration::from_secs(1);
@@ -286,16 +287,7 @@ impl Filesystem for BrowseAdapter {
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         match self.browse.xattrs(ino.0) {
-            Ok(xattrs) => {
-                let mut list = Vec::new();
-                let trusted = |name: &OsStr| name.as_encoded_bytes().starts_with(b"trusted.");
-                // As on any file system: the names of these are for the superuser.
-                for (name, _) in xattrs.iter().filter(|(name, _)| request.uid() == 0 || !trusted(name)) {
-                    list.extend_from_slice(name.as_encoded_bytes());
-                    list.push(0);
-                }
-                sized(&list, size, reply);
-            }
+            Ok(xattrs) => sized(&xattr_list(request, xattrs.iter().map(|(name, _)| name.as_ref())), size, reply),
             Err(error) => reply.error(errno(error)),
         }
     }

@@ -16,10 +16,11 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 
-use super::adapter::{GENERATION, errno, prepare};
+use super::adapter::prepare;
 use super::branches::{Branches, slot_of};
 use super::browse::{Browse, Natives};
 use super::browse_adapter::{BrowseAdapter, to_fuse};
+use super::wire::{GENERATION, errno};
 
 /// Serves past states and branches.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fuser::{FileAttr, FileType, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
-use super::adapter::{GENERATION, nothing};
+use super::wire::{GENERATION, nothing};
 
 /// Locks what no panic can leave half changed.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -41,6 +41,14 @@ pub enum Error {
         /// The directory.
         dir: PathBuf,
     },
+    /// One of ours is there already, and would be out of sight.
+    #[error(
+        "fsnap has something mounted at {dir:?} already: unmount it first, with `fsnap umount`, or name another directory"
+    )]
+    Mounted {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// What is served could not be found any more.
     #[error("{dir:?} cannot be mounted on: that would hide {hidden:?}, which fsnap needs; name another directory")]
     Hides {
@@ -198,6 +206,9 @@ fn serve_by(
     clear_stale(dir)?;
     // Before it is mounted: afterwards, every look at it takes somebody who serves it.
     let shown = dir.canonicalize().map_err(failed("resolve", dir))?;
+    if is_ours(&shown).map_err(failed("look for a mount at", dir))? {
+        return Err(Error::Mounted { dir: dir.to_owned() });
+    }
     let mut config = Config::default();
     config.n_threads = Some(4);
     // Who may use the mount is for the kernel to say; it also makes requests of its own in anybody's name.
@@ -281,7 +292,13 @@ fn clear_stale(dir: &Path) -> Result<(), Error> {
 
 /// Whether nobody serves it any more. Attributes would not tell, for the kernel has them cached.
 fn is_stale(dir: &Path) -> bool {
-    rustix::fs::statfs(dir).err() == Some(Errno::NOTCONN)
+    loop {
+        match rustix::fs::statfs(dir) {
+            // It was being killed at this moment.
+            Err(Errno::CONNABORTED) => {}
+            answer => return answer.err() == Some(Errno::NOTCONN),
+        }
+    }
 }
 
 /// What has become of the server of a mount that was taken off.
@@ -346,6 +363,12 @@ fn wait_for_server(lock: &OwnedFd) -> Server {
         std::thread::sleep(Duration::from_millis(2));
     }
     Server::Ended
+}
+
+/// Whether `dir` is where one of ours is mounted, whoever else mounts just now.
+fn is_ours(dir: &Path) -> io::Result<bool> {
+    let opened = rustix::fs::openat(CWD, dir, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    Ok(mounts::of_file(opened)?.is_some_and(|mount| mount.point == dir && mount.fstype == TYPE.as_bytes()))
 }
 
 /// Our mount that is uppermost at `dir`.

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -14,10 +15,13 @@ use fsnap_backend::{Dir, MountSpec, Source, beneath};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::fs::XattrFlags;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::Case;
+use crate::operations;
 use crate::site::{Site, fsnap, is_mounted};
+use crate::sys::Lease;
 use crate::tree;
 use crate::waiting::wait_until;
 
@@ -28,9 +32,12 @@ pub(crate) const CASES: &[Case] = &[
     ("eight_writers_while_layers_are_sealed", eight_writers_while_layers_are_sealed),
     ("a_server_that_is_to_end_leaves_no_mount", a_server_that_is_to_end_leaves_no_mount),
     ("a_full_store_changes_nothing_by_halves", a_full_store_changes_nothing_by_halves),
+    ("what_a_store_cannot_keep_of_a_file_is_not_copied_up", what_a_store_cannot_keep_of_a_file_is_not_copied_up),
     ("more_layers_than_a_tree_can_have_are_refused", more_layers_than_a_tree_can_have_are_refused),
     ("a_second_server_is_refused", a_second_server_is_refused),
+    ("a_second_mount_at_the_same_place_is_refused", a_second_mount_at_the_same_place_is_refused),
     ("a_mount_that_others_have_as_well_goes_on_being_served", a_mount_that_others_have_as_well_goes_on_being_served),
+    ("a_lease_on_a_stored_file_is_waited_for", a_lease_on_a_stored_file_is_waited_for),
     ("a_store_of_something_else_is_refused", a_store_of_something_else_is_refused),
     ("what_is_mounted_in_the_lower_is_in_no_snapshot", what_is_mounted_in_the_lower_is_in_no_snapshot),
 ];
@@ -313,6 +320,31 @@ fn a_full_store_changes_nothing_by_halves() {
     site.end();
 }
 
+fn what_a_store_cannot_keep_of_a_file_is_not_copied_up() {
+    let site = Site::on_store_without_acls(|lower| {
+        fs::create_dir(lower.join("private")).unwrap();
+        for name in ["shut", "plain", "private/file"] {
+            fs::write(lower.join(name), name).unwrap();
+        }
+        for (acl, name) in [("u:12345:-,o::r", "shut"), ("d:u:12345:-,d:o::r", "private")] {
+            assert!(Command::new("setfacl").args(["-m", acl]).arg(lower.join(name)).status().unwrap().success());
+        }
+    });
+    let refused = |done: std::io::Result<()>| assert_eq!(operations::errno(done.unwrap_err()), Errno::OPNOTSUPP);
+    for _ in 0..2 {
+        refused(fs::File::options().append(true).open(site.at("shut")).map(drop));
+        refused(fs::set_permissions(site.at("shut"), PermissionsExt::from_mode(0o600)));
+        refused(fs::rename(site.at("shut"), site.at("open")));
+        refused(fs::write(site.at("private/new"), ""));
+        fs::write(site.at("plain"), "changed").unwrap();
+        assert_eq!(fs::read_to_string(site.at("shut")).unwrap(), "shut");
+        assert!(rustix::fs::getxattr(site.at("shut"), "system.posix_acl_access", &mut [0; 256]).is_ok());
+        assert_eq!(fs::read_dir(site.store().join("work")).unwrap().count(), 0);
+        site.remount();
+    }
+    site.end();
+}
+
 fn more_layers_than_a_tree_can_have_are_refused() {
     let site = Site::new(|lower| fs::write(lower.join("below"), "below").unwrap());
     for number in 1..layers::MOST_LAYERS {
@@ -341,6 +373,26 @@ fn more_layers_than_a_tree_can_have_are_refused() {
     site.end();
 }
 
+fn a_second_mount_at_the_same_place_is_refused() {
+    let site = Site::new(|lower| fs::write(lower.join("file"), "below").unwrap());
+    fs::write(site.at("file"), "changed").unwrap();
+    let mount = || {
+        let mut command = fsnap();
+        command.arg("overlay").args([site.lower(), site.store().with_file_name("other store"), site.dir()]);
+        command.output().unwrap()
+    };
+    let refused = mount();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("mounted at") && said.contains("already: unmount it first"), "{said}");
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "changed");
+    // What a killed server has left there is taken off.
+    site.kill();
+    assert!(mount().status.success());
+    assert_eq!(fs::read_to_string(site.at("file")).unwrap(), "below");
+    wait_until("it is unmounted", || fsnap().arg("umount").arg(site.dir()).status().unwrap().success());
+}
+
 fn a_second_server_is_refused() {
     let site = Site::new(|lower| fs::write(lower.join("f"), "below").unwrap());
     fs::write(site.at("g"), "above").unwrap();
@@ -365,6 +417,23 @@ fn a_mount_that_others_have_as_well_goes_on_being_served() {
     assert!(said.contains("goes on being served"), "{said}");
     site.ends();
     site.mount();
+    site.end();
+}
+
+/// The server itself has one for an instant, to see whether a file is mapped.
+fn a_lease_on_a_stored_file_is_waited_for() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), "below").unwrap());
+    fs::write(site.at("file"), "file").unwrap();
+    site.remount();
+    for (path, name) in [(site.store().join("upper/file"), "file"), (site.lower().join("below"), "below")] {
+        let lease = Lease::new(fs::File::options().write(true).open(path).unwrap()).unwrap();
+        let (tell, ended) = channel();
+        let through = site.at(name);
+        std::thread::spawn(move || tell.send(fs::read_to_string(through)).unwrap());
+        wait_until("the lease is wanted back", || lease.is_wanted().unwrap());
+        drop(lease);
+        assert_eq!(ended.recv().unwrap().unwrap(), name);
+    }
     site.end();
 }
 

@@ -25,6 +25,7 @@ mod union;
 mod volumes;
 #[path = "../support/waiting.rs"]
 mod waiting;
+mod writers;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         ("programs", programs::CASES),
         ("semantics", semantics::CASES),
         ("union", union::CASES),
+        ("writers", writers::CASES),
     ];
     for (module, cases) in modules {
         for &(name, case) in cases {

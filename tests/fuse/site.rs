@@ -38,6 +38,20 @@ impl Site {
         })
     }
 
+    /// As [`new`](Self::new), with a store on a btrfs that keeps no access control lists.
+    pub(crate) fn on_store_without_acls(fill: impl FnOnce(&Path)) -> Self {
+        Self::with_store(fill, |store| {
+            fs::create_dir(store).unwrap();
+            let image = store.with_file_name("image");
+            fs::File::create(&image).unwrap().set_len(128 << 20).unwrap();
+            let mut mkfs = Command::new("mkfs.btrfs");
+            let mut mount = Command::new("mount");
+            for command in [mkfs.arg("-q").arg(&image), mount.args(["-o", "loop,noacl"]).args([&image, store])] {
+                assert!(command.output().unwrap().status.success(), "{command:?}");
+            }
+        })
+    }
+
     fn with_store(fill: impl FnOnce(&Path), make_store: impl FnOnce(&Path)) -> Self {
         let base = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         for name in ["lower", "mnt"] {

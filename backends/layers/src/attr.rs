@@ -54,6 +54,12 @@ pub struct Change {
     pub drop_privileges: bool,
 }
 
+impl Change {
+    fn is_empty(&self) -> bool {
+        self.mode.is_none() && self.size.is_none() && self.atime.is_none() && self.mtime.is_none()
+    }
+}
+
 impl Overlay {
     /// The attributes of a file.
     pub fn attr(&self, ino: Ino) -> Result<Attr> {
@@ -80,7 +86,8 @@ impl Overlay {
         let mut tree = self.tree();
         tree.copy_up(ino, change.size != Some(0))?;
         let object = tree.object(ino)?;
-        if change.uid.is_some() || change.gid.is_some() {
+        // The kernel asks for a change of nothing where set-id bits and capabilities are to go: `chown` takes them off by itself.
+        if change.uid.is_some() || change.gid.is_some() || change.is_empty() {
             object.chown(change.uid, change.gid)?;
         }
         if let Some(mode) = change.mode {

@@ -30,8 +30,7 @@ pub(super) fn copy_attributes(from: &Object, to: &Object, keys: Keys) -> Result<
         let Some(kept) = keys.kept(&name) else { continue };
         let Some(value) = from.xattr(&name)? else { continue };
         match to.set_xattr(kept, &value, XattrFlags::empty()) {
-            // What the upper's file system has no notion of is not shown there either.
-            Err(Errno::OPNOTSUPP) => {}
+            Err(Errno::OPNOTSUPP) if !is_needed(&name, unprivileged) => {}
             Err(Errno::PERM) if unprivileged => {}
             done => done?,
         }
@@ -40,6 +39,14 @@ pub(super) fn copy_attributes(from: &Object, to: &Object, keys: Keys) -> Result<
         to.chmod(mode)?;
     }
     Ok(())
+}
+
+/// Whether a file must not be without this attribute: its users' own, and what says who may do what. Others are a file system's own
+/// business, which another one has no notion of.
+fn is_needed(name: &std::ffi::OsStr, unprivileged: bool) -> bool {
+    let name = name.as_encoded_bytes();
+    let begins = |with: &str| name.starts_with(with.as_bytes());
+    begins("user.") || begins("system.posix_acl_") || (begins("security.") && !unprivileged)
 }
 
 impl Tree {

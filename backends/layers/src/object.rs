@@ -130,11 +130,17 @@ impl Object {
 
     /// Opens the regular file or directory.
     pub(super) fn open(&self, flags: OFlags) -> Result<OwnedFd> {
-        let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        match self.place()? {
+        let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let (dir, name) = self.place()?;
+        let open = |flags| match &self.name {
             // The magic link leads to exactly this file.
-            (dir, _) if self.name.is_none() => rustix::fs::openat(CWD, magic(dir), flags, Mode::empty()),
-            (dir, name) => rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW, Mode::empty()),
+            None => rustix::fs::openat(CWD, magic(dir), flags, Mode::empty()),
+            Some(_) => rustix::fs::openat(dir, name, flags | OFlags::NOFOLLOW, Mode::empty()),
+        };
+        match open(flags | OFlags::NONBLOCK) {
+            // Somebody has a lease on it, and gives it back when he is told; the server itself has one for an instant.
+            Err(Errno::AGAIN) => open(flags),
+            opened => opened,
         }
     }
 

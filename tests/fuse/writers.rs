@@ -1,0 +1,112 @@
+//! Who writes, and in which way.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{OFlags, XattrFlags};
+use rustix::process::Uid;
+
+use crate::Case;
+use crate::site::Site;
+
+pub(crate) const CASES: &[Case] = &[
+    ("what_somebody_else_writes_loses_its_set_id_bits", what_somebody_else_writes_loses_its_set_id_bits),
+    ("names_of_trusted_attributes_are_for_the_superuser", names_of_trusted_attributes_are_for_the_superuser),
+    (
+        "a_file_that_was_opened_to_append_can_be_written_elsewhere",
+        a_file_that_was_opened_to_append_can_be_written_elsewhere,
+    ),
+];
+
+/// A way to write to a file.
+type Write<'a> = &'a (dyn Fn(&File) + Sync);
+
+/// What `work` returns, done by a user without any rights.
+fn as_somebody_else<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let stranger = Uid::from_raw(12_345);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            rustix::thread::set_thread_res_uid(stranger, stranger, stranger).unwrap();
+            work()
+        });
+        worker.join().unwrap()
+    })
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn what_somebody_else_writes_loses_its_set_id_bits() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), vec![b'b'; 200_000]).unwrap());
+    fs::write(site.at("made"), "made here").unwrap();
+    for name in ["below", "made"] {
+        let path = site.at(name);
+        let from = File::open(&path).unwrap();
+        let ways: [(&str, Write); 4] = [
+            ("write", &|to| assert_eq!(to.write_at(b"x", 1).unwrap(), 1)),
+            ("ftruncate", &|to| to.set_len(100).unwrap()),
+            ("fallocate", &|to| rustix::fs::fallocate(to, rustix::fs::FallocateFlags::empty(), 0, 9).unwrap()),
+            ("copy_file_range", &|to| {
+                assert_eq!(rustix::fs::copy_file_range(&from, Some(&mut 0), to, Some(&mut 50), 5).unwrap(), 5);
+            }),
+        ];
+        // The kernel goes other ways where there are capabilities.
+        for ((way, write), capable) in ways.iter().flat_map(|way| [(way, false), (way, true)]) {
+            // The bits are set when the file is open already, and perhaps written past the server.
+            let to = File::options().write(true).open(&path).unwrap();
+            fs::set_permissions(&path, PermissionsExt::from_mode(0o6777)).unwrap();
+            if capable {
+                rustix::fs::setxattr(&path, "security.capability", CAPABILITY, XattrFlags::empty()).unwrap();
+            }
+            as_somebody_else(|| write(&to));
+            assert_eq!(mode(&path), 0o777, "{name}: {way}");
+            let left = rustix::fs::getxattr(&path, "security.capability", &mut [0; 64]);
+            assert_eq!(left, Err(rustix::io::Errno::NODATA), "{name}: {way}");
+        }
+        // A change of owner that changes nothing takes them off whoever makes it, as on any file system.
+        fs::set_permissions(&path, PermissionsExt::from_mode(0o6777)).unwrap();
+        std::os::unix::fs::chown(&path, None, None).unwrap();
+        assert_eq!(mode(&path), 0o777, "{name}");
+    }
+    site.end();
+}
+
+/// `cap_net_raw+ep`, as the kernel stores it.
+const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+fn names_of_trusted_attributes_are_for_the_superuser() {
+    let site = Site::new(|lower| {
+        fs::write(lower.join("file"), "").unwrap();
+        for name in ["trusted.one", "user.two"] {
+            rustix::fs::setxattr(lower.join("file"), name, b"value", XattrFlags::empty()).unwrap();
+        }
+    });
+    let file = File::options().write(true).open(site.at("file")).unwrap();
+    let names = || {
+        let mut list = [0; 256];
+        let length = rustix::fs::flistxattr(&file, &mut list).unwrap();
+        String::from_utf8(list[..length].to_vec()).unwrap()
+    };
+    assert!(names().contains("trusted.one\0") && names().contains("user.two\0"));
+    assert_eq!(as_somebody_else(names), "user.two\0");
+    drop(file);
+    site.end();
+}
+
+fn a_file_that_was_opened_to_append_can_be_written_elsewhere() {
+    let site = Site::new(|lower| fs::write(lower.join("below"), "0123456789").unwrap());
+    for name in ["below", "made"] {
+        let mut file = File::options().append(true).create(true).open(site.at(name)).unwrap();
+        file.write_all(b"end").unwrap();
+        rustix::fs::fcntl_setfl(&file, OFlags::empty()).unwrap();
+        file.write_all_at(b"new", 0).unwrap();
+        rustix::fs::fcntl_setfl(&file, OFlags::APPEND).unwrap();
+        file.write_all(b"END").unwrap();
+    }
+    assert_eq!(fs::read_to_string(site.at("below")).unwrap(), "new3456789endEND");
+    assert_eq!(fs::read_to_string(site.at("made")).unwrap(), "newEND");
+    site.end();
+}
