@@ -142,7 +142,7 @@ pub enum Error {
          [criu] of the settings",
         named.as_ref().map_or_else(
             || "no directory of PATH has a program criu, nor has /usr/sbin".to_owned(),
-            |named| format!("{} is not a program's absolute path", crate::printable(named.as_os_str())),
+            |named| format!("there is no program {}", crate::printable(named.as_os_str())),
         )
     )]
     NoCriu {
