@@ -25,6 +25,7 @@ pub(crate) const CASES: &[Case] = &[
     ("killed_while_it_is_saved", killed_while_it_is_saved),
     ("failing_hooks_leave_the_run_alone", failing_hooks_leave_the_run_alone),
     ("a_terminal", a_terminal),
+    ("terminals_of_its_own", terminals_of_its_own),
     ("without_privileges", without_privileges),
 ];
 
@@ -458,6 +459,42 @@ fn a_terminal() {
         assert!(front.wait().unwrap().success());
     }
     assert!(running.all().is_empty());
+}
+
+/// Counts through a terminal that it made, as tmux and ssh do.
+const TERMINAL: &str = "
+import os, pty, time
+child, end = pty.fork()
+if child == 0:
+    os.execvp('cat', ['cat'])
+n = 0
+while True:
+    n += 1
+    os.write(end, b'%d\\n' % n)
+    shown = b''
+    # What was typed, and what cat says.
+    while shown.count(b'\\n') < 2:
+        shown += os.read(end, 99)
+    assert shown == b'%d\\r\\n' % n * 2, shown
+    print(n, flush=True)
+    time.sleep(0.02)
+";
+
+/// Each copy has one of the same number.
+fn terminals_of_its_own() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    site.ok(["run", "--name", "one", "--volume", "v0", "--", "/usr/bin/python3", "-c", TERMINAL]);
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one"]);
+    let made = site.ok(["branch", &id, "copy", "--run", "--count", "2"]);
+    for name in made.lines().chain(["one"]) {
+        running.counts_on(name);
+    }
+    // They are the run's own, and no files.
+    site.ok(["audit", "copy-1", "--outside", "refuse"]);
+    let asked = site.command(["branch", &id, "other", "--run", "--tty"]).output().unwrap();
+    assert!(asked.status.code() == Some(2) && said(&asked).contains("leave --tty out"), "{}", said(&asked));
 }
 
 /// What a terminal shows.
