@@ -83,10 +83,14 @@ pub struct Init {
 }
 
 impl Init {
-    /// Reads who waits for the processes of the run with the directory `place`, and how they ended: `None` as long as there
-    /// is no answer.
-    pub fn read(place: &Path) -> (Option<Self>, Option<Ended>) {
-        (read(&place.join(INIT)), read(&place.join(ENDED)))
+    /// Reads who waits for the processes of the run with the directory `place`; `None` as long as there is nobody.
+    pub fn read(place: &Path) -> Option<Self> {
+        read(&place.join(INIT))
+    }
+
+    /// Reads how the processes of the run ended. It is told before the init ends: whoever asks earlier may hear nothing.
+    pub fn ended(place: &Path) -> Option<Ended> {
+        read(&place.join(ENDED))
     }
 
     /// Whether it is there.
@@ -237,7 +241,14 @@ fn load_scratch(saved: File) -> io::Result<()> {
 fn tar(work: &[&str], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
     let mut command = Command::new("tar");
     command.args(work).args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
-    command.args(places).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // Nobody's settings change what is saved.
+    command
+        .env_remove("TAR_OPTIONS")
+        .arg("--")
+        .args(places)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
     let output = connect(&mut command).spawn()?.wait_with_output()?;
     if output.status.success() {
         return Ok(());

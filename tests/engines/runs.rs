@@ -24,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     ("names_and_remains", names_and_remains),
     ("killed_while_it_is_saved", killed_while_it_is_saved),
     ("failing_hooks_leave_the_run_alone", failing_hooks_leave_the_run_alone),
+    ("scratch_files_come_back_whatever_the_environment", scratch_files_come_back_whatever_the_environment),
     ("a_terminal", a_terminal),
     ("terminals_of_its_own", terminals_of_its_own),
     ("without_privileges", without_privileges),
@@ -425,6 +426,22 @@ fn failing_hooks_leave_the_run_alone() {
     running.start("none", &[], "exec sleep 1000");
     let failed = site.command(["checkpoint", "none"]).output().unwrap();
     assert!(said(&failed).contains("can write to no registered volume"), "{}", said(&failed));
+}
+
+/// `TAR_OPTIONS` of whoever takes the checkpoint left files out, and nobody was told.
+fn scratch_files_come_back_whatever_the_environment() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    let script = "mkdir /tmp/dir; echo 1 >/tmp/dir/kept; ln /tmp/dir/kept /tmp/same; ln -s same /tmp/link; mkfifo -m 640 /tmp/fifo; \
+                  i=0; while :; do i=$((i+$(cat /tmp/link))); [ /tmp/same -ef /tmp/dir/kept ] && [ -p /tmp/fifo ] && echo $i; sleep 0.02; done";
+    running.start("one", &["--volume", "v0"], script);
+    running.says("one", "3");
+    let taken = site.command(["checkpoint", "one"]).env("TAR_OPTIONS", "--exclude=kept").output().unwrap();
+    assert!(taken.status.success(), "{}", said(&taken));
+    let made =
+        site.command(["branch", "@latest", "copy", "--run"]).env("TAR_OPTIONS", "--exclude=fifo").output().unwrap();
+    assert!(made.status.success(), "{}", said(&made));
+    running.counts_on("copy");
 }
 
 fn a_terminal() {
