@@ -138,12 +138,16 @@ pub enum Error {
     },
     /// There is no such program.
     #[error(
-        "CRIU was not found: there is no {}; install it, or name it in the configuration",
-        looked_for.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+        "CRIU was not found: {}; install the package criu, or name the program by FSNAP_CRIU, or by `program` in the section \
+         [criu] of the settings",
+        named.as_ref().map_or_else(
+            || "no directory of PATH has a program criu, nor has /usr/sbin".to_owned(),
+            |named| format!("there is no program {}", crate::printable(named.as_os_str())),
+        )
     )]
     NoCriu {
-        /// The paths that were tried.
-        looked_for: Vec<PathBuf>,
+        /// What the settings say that it is; without, it was searched for.
+        named: Option<PathBuf>,
     },
     /// The engine could not be started, or gave an answer that makes no sense.
     #[error("cannot run {program:?}: {source}")]

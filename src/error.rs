@@ -474,7 +474,13 @@ fn list(of: &[String]) -> String {
 }
 
 fn candidates(near: &[String]) -> String {
-    if near.is_empty() { String::new() } else { format!(": there is {}", near.join(", ")) }
+    const SHOWN: usize = 12;
+    let (shown, more) = near.split_at(near.len().min(SHOWN));
+    match more.len() {
+        _ if near.is_empty() => String::new(),
+        0 => format!(": there is {}", shown.join(", ")),
+        more => format!(": there is {}, and {more} more", shown.join(", ")),
+    }
 }
 
 fn branches(by: &[Name]) -> String {

@@ -40,6 +40,7 @@ use std::path::PathBuf;
 
 pub use audit::{AuditRules, Medium, Outside, Policy, Via};
 use census::Census;
+pub(crate) use cgroup::says_frozen;
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use diff::{ProcessChange, process_changes};
 pub use files::How;

@@ -223,9 +223,7 @@ impl Runs {
         for dir in [&dir, &output] {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).context("make the directory", dir)?;
         }
-        // Two of one name do not take each other's remains away.
-        let all = File::open(&dir).context("open", &dir)?;
-        all.lock().context("lock", &dir)?;
+        let _alone = self.alone()?;
         let path = dir.join(record.name.as_str());
         if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
             let by = Some("`fsnap ps` lists the runs".to_owned());
@@ -246,8 +244,18 @@ impl Runs {
         Ok(place)
     }
 
+    /// Waits for others that make or remove runs: two do not take away what the other has begun under the same name.
+    fn alone(&self) -> Result<File> {
+        let dir = self.dir();
+        let all = File::open(&dir).context("open", &dir)?;
+        all.lock().context("lock", &dir)?;
+        Ok(all)
+    }
+
     /// Removes what is left of a run that has ended.
     pub fn remove(&self, name: &Name) -> Result<()> {
+        self.get(name)?;
+        let _alone = self.alone()?;
         let run = self.get(name)?;
         match run.state {
             RunState::Ended(_) => remove(&run.place),
@@ -264,12 +272,10 @@ fn remove(place: &Path) -> Result<()> {
 }
 
 fn state_of(place: &Path) -> RunState {
-    let (init, ended) = Init::read(place);
-    let ended = ended.unwrap_or(Ended::Unknown);
-    match init.filter(Init::is_alive) {
+    match Init::read(place).filter(Init::is_alive) {
         Some(init) => RunState::Running { init: init.id, root: root_of(place, init.id) },
         None if is_locked(place) => RunState::Starting,
-        None => RunState::Ended(ended),
+        None => RunState::Ended(Init::ended(place).unwrap_or(Ended::Unknown)),
     }
 }
 

@@ -7,11 +7,13 @@ mod kernel;
 #[cfg(feature = "fuse")]
 #[path = "support/unlinked.rs"]
 mod unlinked;
+#[path = "support/waiting.rs"]
+mod waiting;
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Output};
+use std::process::{Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use kernel::{Case, Done, detach, ensure, failure, is, loop_device, output, unmount_below};
@@ -136,6 +138,31 @@ fn a_branch_survives_a_restart() -> Done {
     is(&files.join("file"), "on the branch")?;
     ensure(files.join("renamed").exists() && !files.join(".nilfs").exists(), "a rename was forgotten")?;
     site.fsnap(&["checkpoint", "--branch", "try"]).map(drop)
+}
+
+/// The second of two commands that find a branch unmounted waits for the first, and does not mount over what that has mounted.
+fn two_commands_mount_a_branch_once() -> Done {
+    let site = Site::with_volume()?;
+    site.fsnap(&["checkpoint", "--tag", "one"])?;
+    let files = PathBuf::from(site.fsnap(&["branch", "one", "try"])?.trim());
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    // This is the first, and takes its time.
+    let lock = File::create(site.dir.join("state/mounts.lock"))?;
+    lock.lock()?;
+    let mut second = site.command(&["branches"]).stdout(Stdio::null()).spawn()?;
+    let waits = format!(" {} ", second.id());
+    waiting::wait_until("the wait of the second command, or its end", || {
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        locks.lines().any(|line| line.contains("-> FLOCK") && line.contains(&waits))
+            || second.try_wait().unwrap().is_some()
+    });
+    rustix::mount::mount("fsnap", &files, "tmpfs", MountFlags::empty(), None)?;
+    fs::write(files.join("in use"), "by somebody")?;
+    drop(lock);
+    ensure(second.wait()?.success(), "the second command has failed")?;
+    is(&files.join("in use"), "by somebody")?;
+    rustix::mount::unmount(&files, UnmountFlags::empty())?;
+    ensure(!files.join("file").exists(), "something was mounted below it")
 }
 
 /// Killed at every step, the making and the removal of a branch leave nothing.
@@ -296,6 +323,7 @@ fn main() -> ExitCode {
         ("a_branch_is_a_volume", a_branch_is_a_volume),
         ("a_removed_branch_leaves_nothing", a_removed_branch_leaves_nothing),
         ("a_branch_survives_a_restart", a_branch_survives_a_restart),
+        ("two_commands_mount_a_branch_once", two_commands_mount_a_branch_once),
         ("kills_leave_nothing", kills_leave_nothing),
         ("the_history_is_listed_and_branched", the_history_is_listed_and_branched),
         #[cfg(feature = "fuse")]

@@ -19,7 +19,7 @@ use rustix::process::Signal;
 use super::lock::{io_error, unless_missing};
 use super::{IntentLock, Result};
 use crate::checkpoint::EngineImages;
-use crate::processes::ProcessId;
+use crate::processes::{Cgroup, ProcessId};
 
 /// So many callers may wait: there is one at a time.
 const BACKLOG: i32 = 16;
@@ -70,7 +70,7 @@ pub fn attendants(state: &Path, images: &EngineImages) -> impl Iterator<Item = U
     called.filter(|stream| is_ours(stream).is_ok_and(|ours| ours))
 }
 
-/// Ends the process that was called if somebody has stopped it: it would answer whenever it is set going again, and nobody can wait for that.
+/// Ends the process that was called if somebody has stopped or frozen it: it would answer whenever it is set going again, and nobody can wait for that.
 ///
 /// Returns when it is gone, or if it is not stopped.
 pub fn end_if_stopped(attendant: &UnixStream) -> io::Result<()> {
@@ -83,7 +83,11 @@ pub fn end_if_stopped(attendant: &UnixStream) -> io::Result<()> {
         let program = |process: &str| rustix::fs::stat(format!("/proc/{process}/exe")).map(|it| (it.st_dev, it.st_ino));
         Ok(!is_hung_up(attendant)? && program(&pid.to_string())? == program("self")?)
     };
-    if named.thread_states()?.all_stopped() && is_it()? {
+    let stands = || -> io::Result<bool> {
+        // In a control group that is frozen, its threads look as if they slept.
+        Ok(named.thread_states()?.all_stopped() || Cgroup::of_process(pid).is_some_and(|group| group.is_frozen()))
+    };
+    if stands()? && is_it()? {
         rustix::process::pidfd_send_signal(&process, Signal::KILL)?;
         poll(&mut [PollFd::new(&process, PollFlags::IN)], None)?;
     }

@@ -155,7 +155,15 @@ fn criu(context: &Context) -> Result<Verdict, Failure> {
                 Diagnosis::TooOld { needed } => {
                     Err(format!("{name} is too old for this kernel: {needed} or later is needed"))
                 }
-                Diagnosis::Fails { said } => Err(format!("{name} says: {}", said.replace('\n', "; "))),
+                Diagnosis::Fails { said } => {
+                    let said = said.trim().replace('\n', "; ").replace(": ; ", ": ");
+                    let only_runs = if environment::is_root() {
+                        ""
+                    } else {
+                        "saves without root only what `fsnap run` started; of all else it "
+                    };
+                    Err(format!("{name} {only_runs}says: {said}"))
+                }
             }
         }
     })

@@ -10,6 +10,7 @@ use fsnap::{Error, reference};
 use serde_json::json;
 
 use super::branch::free_name;
+use super::output::processes::tell_lost_locks;
 use super::{Context, Outcome, Output, environment, internal, json};
 
 /// Restore a checkpoint's processes onto a new branch with the files of the same instant
@@ -64,6 +65,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     // Not before it was told which processes those are.
     restored.keep()?;
     told?;
+    tell_lost_locks(&coordinator, &checkpoint)?;
     if args.wait {
         restored.wait();
     }

@@ -60,8 +60,10 @@ pub(crate) fn run(args: Args) -> Outcome {
         None => free_name(&runs, &coordinator, &args.command)?,
     };
     if coordinator.catalog().volumes()?.iter().any(|volume| volume.name == name) {
-        let by = Some("it names a volume, and `fsnap checkpoint NAME` could mean either".to_owned());
-        return Err(fsnap::Error::NameTaken { what: "the run", name, by }.into());
+        let by = Some(
+            "a run of that name would make `fsnap checkpoint NAME` mean either; choose another by --name".to_owned(),
+        );
+        return Err(fsnap::Error::NameTaken { what: "the volume", name, by }.into());
     }
     let mut scratch: Vec<PathBuf> = SCRATCH.iter().map(PathBuf::from).collect();
     scratch.extend(directories(&args.scratch)?);

@@ -10,6 +10,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -82,10 +83,14 @@ pub struct Init {
 }
 
 impl Init {
-    /// Reads who waits for the processes of the run with the directory `place`, and how they ended: `None` as long as there
-    /// is no answer.
-    pub fn read(place: &Path) -> (Option<Self>, Option<Ended>) {
-        (read(&place.join(INIT)), read(&place.join(ENDED)))
+    /// Reads who waits for the processes of the run with the directory `place`; `None` as long as there is nobody.
+    pub fn read(place: &Path) -> Option<Self> {
+        read(&place.join(INIT))
+    }
+
+    /// Reads how the processes of the run ended. It is told before the init ends: whoever asks earlier may hear nothing.
+    pub fn ended(place: &Path) -> Option<Ended> {
+        read(&place.join(ENDED))
     }
 
     /// Whether it is there.
@@ -107,8 +112,8 @@ impl Cell {
         fs::rename(unfinished, path)
     }
 
-    /// Takes hold of everything that the processes shall see, before it is covered.
-    pub(super) fn open(&self) -> Result<Opened, Failure> {
+    /// Takes hold of everything that the processes shall see, before it is covered; `given` tells whether they have a terminal of this machine.
+    pub(super) fn open(&self, given: bool) -> Result<Opened, Failure> {
         let bind = |dir: &Path, at: &Path, read_only| {
             let spec = MountSpec::Bind { dir: dir.into(), read_only };
             let prepared = Restrictions::of(dir).and_then(|restrictions| Prepared::new(&spec, restrictions));
@@ -122,9 +127,11 @@ impl Cell {
                 mounts.push(bind(dir.as_path(), dir.as_path(), is_read_only)?);
             }
         }
-        // Terminals are no files, and change hands.
-        if Path::new(TERMINALS).is_dir() {
-            mounts.push(bind(Path::new(TERMINALS), Path::new(TERMINALS), false)?);
+        // Terminals are no files, and change hands: those of this machine can be given. The others that the processes make (tmux, script) are their own, with
+        // numbers that each copy can have again.
+        let terminals = Path::new(TERMINALS);
+        if terminals.is_dir() {
+            mounts.push(if given { bind(terminals, terminals, false)? } else { (terminals.into(), own_terminals()?) });
         }
         mounts.push(bind(&self.place.as_path().join(OUTPUT), output.as_path(), false)?);
         // The processes do not see it: it says who they are, and they are not asked.
@@ -164,6 +171,29 @@ impl Cell {
             None => Ok(()),
         }
     }
+}
+
+/// A file system for terminals, of which none is open.
+fn own_terminals() -> Result<Prepared, Failure> {
+    let spec = MountSpec::Mount {
+        fstype: "devpts".into(),
+        source: "fsnap".into(),
+        options: "mode=620,ptmxmode=666".into(),
+        read_only: false,
+    };
+    let restrictions = Restrictions { nosuid: true, nodev: false, noexec: true };
+    Prepared::new(&spec, restrictions).map_err(Failure::in_step("prepare terminals of the run's own"))
+}
+
+/// Puts what makes terminals in the place of the machine's, whose owner the engine cannot set: that lies on a mount that is read-only.
+pub(super) fn make_own_terminals() -> Result<(), Failure> {
+    let maker = Path::new("/dev/ptmx");
+    // Elsewhere it is a link to this one, or programs know no other.
+    if !fs::symlink_metadata(maker).is_ok_and(|found| found.file_type().is_char_device()) {
+        return Ok(());
+    }
+    let made = rustix::mount::mount_bind(Path::new(TERMINALS).join("ptmx"), maker);
+    made.map_err(Failure::in_step("make terminals of the run's own"))
 }
 
 impl Opened {
@@ -224,7 +254,14 @@ fn load_scratch(saved: File) -> io::Result<()> {
 fn tar(work: &[&str], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
     let mut command = Command::new("tar");
     command.args(work).args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
-    command.args(places).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // Nobody's settings change what is saved.
+    command
+        .env_remove("TAR_OPTIONS")
+        .arg("--")
+        .args(places)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
     let output = connect(&mut command).spawn()?.wait_with_output()?;
     if output.status.success() {
         return Ok(());

@@ -236,10 +236,11 @@ const SPLIT_VVAR: (Version, Version) =
 impl Criu {
     /// Finds the program: the configured one, or the first that exists of `search`.
     pub fn find(configured: Option<&Path>, search: &[PathBuf]) -> Result<Self> {
-        let tried: Vec<PathBuf> = configured.map_or_else(|| search.to_vec(), |program| vec![program.into()]);
-        match tried.iter().find(|program| program.is_absolute() && program.is_file()) {
-            Some(program) => Ok(Self { program: program.clone() }),
-            None => Err(Error::NoCriu { looked_for: tried }),
+        let mut tried =
+            configured.into_iter().chain(search.iter().map(PathBuf::as_path).filter(|_| configured.is_none()));
+        match tried.find(|program| program.is_absolute() && program.is_file()) {
+            Some(program) => Ok(Self { program: program.into() }),
+            None => Err(Error::NoCriu { named: configured.map(Path::to_owned) }),
         }
     }
 

@@ -1,7 +1,9 @@
 //! The lines in CRIU's configuration that make fsnap its action script, for all who call CRIU.
 //!
 //! CRIU reads `/etc/criu/default.conf`, however it is called, and container runtimes name a file of their own to it. fsnap's
-//! lines stand between two marks in such a file; what others wrote there is left as it is, and comes back exactly when they are removed.
+//! lines stand between two marks in such a file; what others wrote there is left as it is, and comes back exactly when they are removed,
+//! but for a line's end that was missing. Each line is fsnap's by itself, so that a file that somebody has edited is mended, and cleared, too: a line that
+//! calls a hook which is gone would make every dump fail.
 //!
 //! A CRIU before 3.19 that is called by a program instead of a user (`criu swrk`, `libcriu`) ends with SIGABRT when it has an action
 //! script, so that it never gets one: not in `default.conf` either, which counts for both.
@@ -75,14 +77,11 @@ pub fn install(root: &Path, caller: Caller, program: &Path) -> io::Result<Vec<Ch
     if fs::read_link(&link).ok().as_deref() != Some(program) {
         changes.push(Change::Link(link, program.into()));
     }
-    let before = read(&file)?;
-    let mut after = without_ours(&before);
-    if !after.is_empty() && !after.ends_with('\n') {
-        after.push('\n');
-    }
-    after.push_str(&format!("{BEGIN}\naction-script {HOOK}\n{END}\n"));
-    if before != after && !has_ours(&before) {
-        changes.push(Change::Write(file, after));
+    let (before, ours) = (read(&file)?, ours());
+    let others = without_ours(&before);
+    // Wherever they stand, if they are whole and nothing else is left of fsnap.
+    if before.replacen(&ours, "", 1) != others || !before.contains(&ours) {
+        changes.push(Change::Write(file, others + &ours));
     }
     Ok(changes)
 }
@@ -152,20 +151,27 @@ fn read(path: &Path) -> io::Result<String> {
     }
 }
 
-fn has_ours(text: &str) -> bool {
-    text.contains(BEGIN)
+/// What stands in a file for fsnap.
+fn ours() -> String {
+    format!("{BEGIN}\n{}\n{END}\n", call())
 }
 
-/// The text without fsnap's lines; what a damaged file has after the first mark only is others'.
+/// The line that CRIU understands.
+fn call() -> String {
+    format!("action-script {HOOK}")
+}
+
+fn has_ours(text: &str) -> bool {
+    text.lines().any(is_ours)
+}
+
+fn is_ours(line: &str) -> bool {
+    [BEGIN, END, &call()].contains(&line.trim())
+}
+
+/// The lines of others, each with its end.
 fn without_ours(text: &str) -> String {
-    let mut kept = String::new();
-    let mut rest = text;
-    while let Some(begin) = rest.find(BEGIN) {
-        let Some(end) = rest[begin..].find(END) else { break };
-        kept.push_str(&rest[..begin]);
-        rest = rest[begin + end + END.len()..].strip_prefix('\n').unwrap_or_default();
-    }
-    kept + rest
+    text.lines().filter(|line| !is_ours(line)).flat_map(|line| [line, "\n"]).collect()
 }
 
 #[cfg(test)]
@@ -197,6 +203,36 @@ mod tests {
             assert_eq!(fs::read_to_string(&file).unwrap(), text);
             assert_eq!(all(uninstall(root, Caller::Runc)), 0);
         }
+    }
+
+    #[test]
+    fn lines_that_somebody_edited_are_mended_and_cleared() {
+        let temp = tempfile::tempdir().unwrap();
+        let (root, program) = (temp.path(), Path::new("/usr/bin/fsnap"));
+        let file = below(root, Caller::Runc.file());
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        let (call, others) = (call(), "tcp-established\nlog-level 4\n");
+        for text in [
+            // Without its end, without its beginning, without both, without what it is for, twice, and with a line of others between.
+            format!("tcp-established\n{BEGIN}\n{call}\nlog-level 4\n"),
+            format!("tcp-established\n{call}\n{END}\nlog-level 4"),
+            format!("tcp-established\n  {call}\nlog-level 4\n"),
+            format!("tcp-established\n{BEGIN}\n{END}\nlog-level 4\n"),
+            format!("{0}tcp-established\n{0}log-level 4\n", ours()),
+            format!("{BEGIN}\ntcp-established\n{call}\n{END}\nlog-level 4\n"),
+        ] {
+            fs::write(&file, &text).unwrap();
+            all(install(root, Caller::Runc, program));
+            assert_eq!(fs::read_to_string(&file).unwrap(), format!("{others}{}", ours()), "{text}");
+            fs::write(&file, &text).unwrap();
+            all(uninstall(root, Caller::Runc));
+            assert_eq!(fs::read_to_string(&file).unwrap(), others, "{text}");
+        }
+        // Whole, it stays where it is.
+        fs::write(&file, format!("{}{others}", ours())).unwrap();
+        all(install(root, Caller::Runc, program));
+        assert_eq!(all(install(root, Caller::Runc, program)), 0);
+        assert_eq!(fs::read_to_string(&file).unwrap(), format!("{}{others}", ours()));
     }
 
     #[test]

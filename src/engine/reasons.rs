@@ -33,6 +33,15 @@ const KNOWN: &[(&str, &str)] = &[
         "a process has a file or directory open whose name is gone or covered: add `-- --link-remap`",
     ),
     ("file locks are hold", "a process holds file locks: add `-- --file-locks`"),
+    (
+        "Can't get 1:16 opt",
+        "a process has a network socket, which a CRIU before 4.2 cannot save on a kernel from 6.16 on: install a newer CRIU",
+    ),
+    (
+        "Can't get rlimit",
+        "a process of another user cannot be asked for its limits without the right CAP_SYS_RESOURCE, which fsnap does not have here: \
+         run all processes as one user",
+    ),
     ("io_uring", "a process uses io_uring, which CRIU cannot save: turn it off in the program's settings"),
     ("is traced by", "a process is being traced by a debugger: end that first"),
     ("Unable to seize", "CRIU may not stop a process: run as root, and end any debugger"),
@@ -103,6 +112,20 @@ mod tests {
         assert_eq!(reasons.len(), 2, "{reasons:?}");
         assert!(reasons[0].starts_with("a process has an open TCP connection"), "{reasons:?}");
         assert!(reasons[1].starts_with("CRIU says: inet: Connected TCP socket"), "{reasons:?}");
+    }
+
+    #[test]
+    fn what_new_kernels_and_missing_rights_do_is_told_in_plain_words() {
+        for (line, told) in [
+            (
+                "(criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported",
+                "a process has a network socket",
+            ),
+            ("(criu/cr-dump.c:380): Can't get rlimit 0: Operation not permitted", "a process of another user"),
+        ] {
+            let reasons = of(&format!("(00.1) Error {line}\n(00.2) Error (criu/cr-dump.c:1681): Dump files failed\n"));
+            assert!(reasons.len() == 2 && reasons[0].starts_with(told), "{reasons:?}");
+        }
     }
 
     #[test]

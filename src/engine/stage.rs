@@ -297,9 +297,11 @@ fn set_up(plan: &Plan, images: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Fail
     };
     let mut prepared = plan.mounts.iter().map(PlannedMount::prepare_at).collect::<Result<Vec<_>, Failure>>()?;
     let mut place = None;
+    // A terminal of this machine, which is looked for among the machine's.
+    let given = plan.terminal.is_some() || plan.program.as_ref().is_some_and(|(program, _)| program.terminal.is_some());
     if let Some(cell) = &plan.cell {
         let saved = images.map(saved_scratch).transpose()?.flatten();
-        let (mounts, directory) = cell.open()?.into_parts();
+        let (mounts, directory) = cell.open(given)?.into_parts();
         let volumes: Vec<&Path> = plan.mounts.iter().map(|mount| mount.at.as_path()).collect();
         cell.close(&volumes, saved)?;
         prepared.extend(mounts);
@@ -312,6 +314,9 @@ fn set_up(plan: &Plan, images: Option<&OwnedFd>) -> Result<Option<OwnedFd>, Fail
             .map_err(|error| Failure::step("adopt the restored processes")(error.into()))?,
     }
     attach_mounts(plan, prepared, criu)?;
+    if plan.cell.is_some() && !given {
+        confine::make_own_terminals()?;
+    }
     Ok(place)
 }
 

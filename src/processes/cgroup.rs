@@ -62,6 +62,11 @@ impl Cgroup {
         version_of(&dir).map(|version| Self { dir, version })
     }
 
+    /// Whether all processes of a control group of the unified hierarchy stand, for it or one above is frozen.
+    pub(crate) fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.dir.join("cgroup.events")).is_ok_and(|events| says_frozen(&events))
+    }
+
     /// Its directory.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -94,6 +99,11 @@ impl fmt::Display for Cgroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.dir)
     }
+}
+
+/// Whether `cgroup.events` says that all stand.
+pub(crate) fn says_frozen(events: &str) -> bool {
+    events.lines().any(|line| line == "frozen 1")
 }
 
 fn read_pids(dir: &Path, pids: &mut BTreeSet<i32>) -> io::Result<()> {

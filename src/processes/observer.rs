@@ -323,8 +323,8 @@ impl Observer<'_> {
             let Some(text) = unless_gone(link_in(&fds, &name))? else { continue };
             let kind = kind_of(&target, &text);
             // Of the kernel's own objects it may be long, and tells nothing that is needed here.
-            let (flags, offset) = match kind {
-                OpenKind::Other | OpenKind::Socket => (0, 0),
+            let Info { flags, offset, locked } = match kind {
+                OpenKind::Other | OpenKind::Socket => Info::default(),
                 _ => info_of(&infos, &name).unwrap_or_default(),
             };
             let is_mounted = || target.mount.is_none_or(|id| view.table.by_id(id).is_some());
@@ -337,7 +337,7 @@ impl Observer<'_> {
             if kind == OpenKind::Socket {
                 sockets.push((inode, fd));
             }
-            let file = OpenFile { fd, place, kind, flags, offset, device, inode };
+            let file = OpenFile { fd, place, kind, flags, offset, device, inode, locked };
             if kind == OpenKind::File && file.is_writable() && !is_memory {
                 let mount = self.mount_of(view, &file.place, target.mount, |mount| self.concerned(mount));
                 self.audit(Via::Descriptor { fd }, &file.place, mount, record);
@@ -519,17 +519,41 @@ fn kind_of(target: &Target, text: &Path) -> OpenKind {
     }
 }
 
-/// The flags and the offset of a descriptor, of its file in `fdinfo`.
-fn info_of(infos: &OwnedFd, name: &str) -> Option<(u32, u64)> {
+/// What `fdinfo` says of a descriptor.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Info {
+    flags: u32,
+    offset: u64,
+    locked: bool,
+}
+
+/// The flags and the offset of a descriptor, and whether its file is locked, of its file in `fdinfo`.
+fn info_of(infos: &OwnedFd, name: &str) -> Option<Info> {
     let file = rustix::fs::openat(infos, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    // The first lines tell it, whatever follows.
-    let mut start = [0; 256];
+    // The first lines tell it, whatever follows; of the locks, there is room for the first dozen.
+    let mut start = [0; 1024];
     let length = rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut start)).ok()?;
-    let field = |name: &[u8]| {
-        let line = start[..length].split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name))?;
-        std::str::from_utf8(line.trim_ascii()).ok()
-    };
-    Some((u32::from_str_radix(field(b"flags:")?, 8).ok()?, field(b"pos:")?.parse().ok()?))
+    Info::parse(&start[..length])
+}
+
+impl Info {
+    fn parse(text: &[u8]) -> Option<Self> {
+        let lines = || text.split(|&byte| byte == b'\n');
+        let field = |name: &[u8]| {
+            let line = lines().find_map(|line| line.strip_prefix(name))?;
+            std::str::from_utf8(line.trim_ascii()).ok()
+        };
+        // "lock: 1: POSIX  ADVISORY  WRITE 7 fe:00:12 0 EOF": the other kinds belong to the descriptor.
+        let is_posix = |line: &[u8]| {
+            let mut words = line.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+            words.next() == Some(b"lock:") && words.nth(1) == Some(b"POSIX")
+        };
+        Some(Self {
+            flags: u32::from_str_radix(field(b"flags:")?, 8).ok()?,
+            offset: field(b"pos:")?.parse().ok()?,
+            locked: lines().any(is_posix),
+        })
+    }
 }
 
 /// The device of files that are memory and have no name: what `memfd_create(2)` makes, and shared memory of System V.
@@ -602,6 +626,24 @@ mod tests {
         assert_eq!(summary(&reasons).unwrap(), "0; 1; 2; 3; 4; 5; 6; 7; and 2 more");
         assert_eq!(summary(&reasons[..1]).unwrap(), "0");
         assert_eq!(summary(&[]), None);
+    }
+
+    #[test]
+    fn only_locks_of_the_process_count() {
+        let start = "pos:\t12\nflags:\t0100002\nmnt_id:\t29\nino:\t5\n";
+        let of = |lock: &str| Info::parse(format!("{start}{lock}").as_bytes()).unwrap();
+        for (lock, locked) in [
+            ("", false),
+            ("lock:\t1: FLOCK  ADVISORY  WRITE 7 fe:00:5 0 EOF\n", false),
+            ("lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:5 0 EOF\n", false),
+            (
+                "lock:\t1: FLOCK  ADVISORY  WRITE 7 fe:00:5 0 EOF\nlock:\t2: POSIX  ADVISORY  READ 7 fe:00:5 128 128\n",
+                true,
+            ),
+        ] {
+            assert_eq!(of(lock), Info { flags: 0o100002, offset: 12, locked }, "{lock}");
+        }
+        assert_eq!(Info::parse(b"pos:\t12\n"), None);
     }
 
     #[test]

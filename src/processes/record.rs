@@ -84,6 +84,20 @@ pub struct ProcessRecord {
     pub unread: Option<String>,
 }
 
+impl ProcessRecord {
+    /// The files that it has locked and mapped as well: CRIU sets the lock before it maps the file, closes what it mapped it by, and thereby
+    /// [lets go of the lock](crate::design::runs).
+    pub fn locks_that_get_lost(&self) -> Vec<&FilePlace> {
+        let mut lost: Vec<&FilePlace> = Vec::new();
+        for file in self.files.iter().filter(|file| file.locked) {
+            if self.mapped.iter().any(|mapped| mapped.place == file.place) && !lost.contains(&&file.place) {
+                lost.push(&file.place);
+            }
+        }
+        lost
+    }
+}
+
 /// Where a file was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FilePlace {
@@ -132,6 +146,9 @@ pub struct OpenFile {
     pub device: u64,
     /// `st_ino`.
     pub inode: u64,
+    /// The process holds a lock of fcntl(2) on a part of the file: one that belongs to the process, and not to the descriptor.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub locked: bool,
 }
 
 impl OpenFile {
@@ -141,11 +158,12 @@ impl OpenFile {
         !flags.contains(rustix::fs::OFlags::PATH) && self.flags & 0o3 != 0
     }
 
-    /// How it is open, in one word: `r`, `w`, `rw`, or `-` for a descriptor that neither reads nor writes.
+    /// How it is open, in one word: `r`, `w`, `rw`, or `-` for a descriptor that neither reads nor writes, or of which that is not known.
     pub fn access(&self) -> &'static str {
         let flags = rustix::fs::OFlags::from_bits_retain(self.flags);
         match self.flags & 0o3 {
-            _ if flags.contains(rustix::fs::OFlags::PATH) => "-",
+            _ if self.kind == OpenKind::Socket => "rw",
+            _ if self.kind == OpenKind::Other || flags.contains(rustix::fs::OFlags::PATH) => "-",
             0 => "r",
             1 => "w",
             _ => "rw",
@@ -225,6 +243,7 @@ mod tests {
             offset: 0,
             device: 0,
             inode: 0,
+            locked: false,
         };
         let mapped = |path| MappedFile { place: place(path), shared: true, writable: true, device: 0, inode: 0 };
         assert!(of(process()).is_sound());
@@ -241,9 +260,20 @@ mod tests {
 
     #[test]
     fn how_a_descriptor_is_open_is_told() {
-        let open =
-            |flags| OpenFile { fd: 3, place: place("a"), kind: OpenKind::File, flags, offset: 0, device: 0, inode: 0 };
-        let told = [0o0, 0o1, 0o2, 0o2002, 0o10000000].map(|flags| (open(flags).access(), open(flags).is_writable()));
+        let open = |flags, kind| OpenFile {
+            fd: 3,
+            place: place("a"),
+            kind,
+            flags,
+            offset: 0,
+            device: 0,
+            inode: 0,
+            locked: false,
+        };
+        let file = |flags| open(flags, OpenKind::File);
+        let told = [0o0, 0o1, 0o2, 0o2002, 0o10000000].map(|flags| (file(flags).access(), file(flags).is_writable()));
         assert_eq!(told, [("r", false), ("w", true), ("rw", true), ("rw", true), ("-", false)]);
+        // Their flags are not read.
+        assert_eq!([OpenKind::Socket, OpenKind::Other].map(|kind| open(0, kind).access()), ["rw", "-"]);
     }
 }

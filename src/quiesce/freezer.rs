@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Deadline, Error, Result};
-use crate::processes::{Cgroup, CgroupVersion};
+use crate::processes::{Cgroup, CgroupVersion, says_frozen};
 
 /// A control group that can be frozen as a whole.
 #[derive(Debug, Clone)]
@@ -135,10 +135,6 @@ impl Freezer {
 
 fn read(path: PathBuf) -> Result<String> {
     fs::read_to_string(&path).map_err(|source| Error::Freezer { path, source })
-}
-
-fn says_frozen(events: &str) -> bool {
-    events.lines().any(|line| line == "frozen 1")
 }
 
 fn is_removed(error: &io::Error) -> bool {

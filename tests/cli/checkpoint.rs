@@ -250,11 +250,11 @@ fn volumes_are_chosen_by_name_or_path() {
     ID4
     $ fsnap checkpoint nothing
     ! fsnap: error: no volume "nothing" is registered: there is db, www
-    ! fsnap: hint: `fsnap volumes` lists the volumes; `fsnap init DIR` registers one
+    ! fsnap: hint: `fsnap volumes` lists the volumes, `fsnap ps` the runs; `fsnap init DIR` registers a volume
     [exit 1]
     $ fsnap checkpoint web/index
     ! fsnap: error: no volume "web/index" is registered: there is db, www
-    ! fsnap: hint: `fsnap volumes` lists the volumes; `fsnap init DIR` registers one
+    ! fsnap: hint: `fsnap volumes` lists the volumes, `fsnap ps` the runs; `fsnap init DIR` registers a volume
     [exit 1]
     $ fsnap checkpoint --branch main
     ! fsnap: error: no branch "main"

@@ -137,7 +137,11 @@ fn criu_is_what_is_installed() {
     let line = ask(&path("empty"));
     match installed {
         Some(program) => assert!(line.contains(&format!("{} {}", program.display(), version_of(program))), "{line}"),
-        None => assert!(line.starts_with("no  criu: CRIU was not found") && line.contains("/empty/criu,"), "{line}"),
+        None => assert!(
+            line.starts_with("no  criu: CRIU was not found")
+                && line.contains(": no directory of PATH has a program criu"),
+            "{line}"
+        ),
     }
     fs::create_dir(site.path("with")).unwrap();
     std::os::unix::fs::symlink(&real, site.path("with/criu")).unwrap();
@@ -146,10 +150,7 @@ fn criu_is_what_is_installed() {
     assert_eq!(ask(&format!("FSNAP_CRIU={}", real.display())), works(&real));
     assert_eq!(ask("FSNAP_CRIU=with/criu"), works(&site.path("with/criu")), "a relative path is the shell's");
     let line = ask("FSNAP_CRIU=/nonexistent/criu");
-    assert_eq!(
-        line,
-        "no  criu: CRIU was not found: there is no /nonexistent/criu; install it, or name it in the configuration"
-    );
+    assert!(line.starts_with("no  criu: CRIU was not found: there is no program /nonexistent/criu; install"), "{line}");
     let line = ask("FSNAP_CRIU=$T/db/a");
     assert!(line.starts_with("no  criu: cannot run ") && line.ends_with("Permission denied (os error 13)"), "{line}");
     assert_eq!(ask("FSNAP_CRIU=/bin/true"), "no  criu: cannot run \"/bin/true\": it does not say its version");

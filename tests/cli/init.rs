@@ -302,7 +302,7 @@ fn a_volume_can_be_forgotten_and_registered_anew() {
     $ fsnap rm --volume db
     $ fsnap rm --volume db
     ! fsnap: error: no volume "db" is registered
-    ! fsnap: hint: `fsnap volumes` lists the volumes; `fsnap init DIR` registers one
+    ! fsnap: hint: `fsnap volumes` lists the volumes, `fsnap ps` the runs; `fsnap init DIR` registers a volume
     [exit 1]
     $ fsnap volumes
     $ fsnap checkpoint

@@ -65,14 +65,14 @@ fn by_cgroup_files_are_of_one_instant() {
 }
 
 /// A control group of this machine; removed when it is dropped, after the processes in it.
-struct Cgroup {
-    dir: PathBuf,
-    control: &'static str,
+pub(crate) struct Cgroup {
+    pub(crate) dir: PathBuf,
+    pub(crate) control: &'static str,
 }
 
 impl Cgroup {
     /// One in each hierarchy that has a freezer; a case that needs one fails where there is none.
-    fn of_each_kind() -> Vec<Self> {
+    pub(crate) fn of_each_kind() -> Vec<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mut found: Vec<Self> = Vec::new();
         for line in mounts.lines() {
@@ -106,7 +106,7 @@ impl Cgroup {
         found
     }
 
-    fn add(&self, pid: i32) {
+    pub(crate) fn add(&self, pid: i32) {
         fs::write(self.dir.join("cgroup.procs"), pid.to_string()).unwrap();
     }
 

@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Case;
-use crate::alone::classes;
+use crate::alone::{Cgroup, classes};
+use crate::generic::call;
 use crate::hook::{is_asleep, says, untouched};
-use crate::site::{Site, Volume, id_in, wait_until};
+use crate::site::{Site, Volume, id_in, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("it_takes_what_the_hook_would_take", it_takes_what_the_hook_would_take),
@@ -19,6 +20,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_hook_that_is_killed_has_failed", a_hook_that_is_killed_has_failed),
     ("a_note_that_cannot_appear_fails_the_dump", a_note_that_cannot_appear_fails_the_dump),
     ("stopped_it_is_ended_and_nobody_waits", stopped_it_is_ended_and_nobody_waits),
+    ("frozen_it_is_ended_and_nobody_waits", frozen_it_is_ended_and_nobody_waits),
     ("it_ends_with_the_engine", it_ends_with_the_engine),
     ("it_is_sent_away_by_a_second_begin", it_is_sent_away_by_a_second_begin),
     ("it_keeps_no_place_busy", it_keeps_no_place_busy),
@@ -130,6 +132,30 @@ fn stopped_it_is_ended_and_nobody_waits() {
         oracle.goes_on();
     }
     wait_until("the end of all", || site.fsnaps().is_empty());
+}
+
+/// By a control group: its threads sleep then, and are not stopped.
+fn frozen_it_is_ended_and_nobody_waits() {
+    let cgroup = Cgroup::of_each_kind().into_iter().find(|cgroup| cgroup.control == "cgroup.freeze");
+    let cgroup = cgroup.expect("this machine has no unified hierarchy of control groups");
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let (oracle, images) = (site.small_oracle(), site.images());
+    let begun = call(&site, "starting", oracle.pid, &images);
+    assert!(begun.status.success(), "{}", said(&begun));
+    let attendant = site.fsnaps()[0];
+    cgroup.add(attendant);
+    let set = |word: &str| fs::write(cgroup.dir.join("cgroup.freeze"), word).unwrap();
+    set("1");
+    let says = |word: &str| fs::read_to_string(cgroup.dir.join("cgroup.events")).unwrap().contains(word);
+    wait_until("the attendant's freeze", || says("frozen 1"));
+    let taken = call(&site, "frozen", oracle.pid, &images);
+    let is_there = site.fsnaps().contains(&attendant);
+    set("0");
+    assert!(taken.status.success() && !is_there, "{}", said(&taken));
+    let checkpoint = site.json(["show", "--json", &id_in(&images)]);
+    assert_eq!(classes(&checkpoint), ["point-in-time", "point-in-time"], "{checkpoint}");
+    site.holds_nothing_but(1);
+    oracle.goes_on();
 }
 
 fn it_ends_with_the_engine() {

@@ -32,7 +32,7 @@ fn dump(site: &Site, pid: i32, images: &Path, more: &[&str]) -> Output {
 }
 
 /// One step, of which this process is the engine.
-fn call(site: &Site, step: &str, pid: i32, images: &Path) -> Output {
+pub(crate) fn call(site: &Site, step: &str, pid: i32, images: &Path) -> Output {
     let mut command = site.command(["hook", "generic", step, "--tree", &pid.to_string(), "--images"]);
     command.arg(images).output().unwrap()
 }

@@ -9,8 +9,9 @@ use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
 use fsnap::engine::{Images, PidSpace, Restored};
 use fsnap::name::Name;
 use fsnap::run::{RunRecord, Runs, engine_args};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::super::output::processes::tell_lost_locks;
 use super::super::run::terminal::Terminal;
 use super::super::{Context, Failure, Outcome, Output, environment, internal, json};
 
@@ -39,8 +40,29 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
     if original.terminal.is_some() && !wanted.tty {
         return Err(Failure::Usage("the run has a terminal: give its copy one by --tty".into()));
     }
-    let out = Output::new();
+    if original.terminal.is_none() && wanted.tty {
+        return Err(Failure::Usage("the run has no terminal, and its copy can have none: leave --tty out".into()));
+    }
     let mut made = Vec::new();
+    let all = make_all(context, coordinator, (checkpoint, &original), wanted, &mut made);
+    if !made.is_empty() {
+        tell_lost_locks(coordinator, checkpoint)?;
+    }
+    if wanted.json && (all.is_ok() || !made.is_empty()) {
+        Output::new().json(&made)?;
+    }
+    all
+}
+
+/// Makes them one after the other, tells names, and puts what JSON there is to print into `made`.
+fn make_all(
+    context: &Context,
+    coordinator: &Coordinator,
+    (checkpoint, original): (&Checkpoint, &RunRecord),
+    wanted: &Wanted,
+    made: &mut Vec<Value>,
+) -> Outcome {
+    let out = Output::new();
     for number in 1..=wanted.count {
         let name = match &wanted.name {
             Some(name) if wanted.count == 1 => name.clone(),
@@ -52,20 +74,20 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
             None => None,
         };
         let (branch, restored) =
-            one(context, coordinator, (checkpoint, &original), (name, &wanted.args), terminal.as_ref())?;
+            one(context, coordinator, (checkpoint, original), (name, &wanted.args), terminal.as_ref())?;
         if let Some(terminal) = terminal {
+            tell_lost_locks(coordinator, checkpoint)?;
             return terminal.relay(restored);
         }
         if !wanted.json {
             out.line(&branch.name)?;
-            continue;
         }
         let mut object = json::branch(&coordinator.shown(), &branch);
         object["init"] = json!(restored.init.pid);
         object["pid"] = json!(restored.root.map(|root| root.pid));
         made.push(object);
     }
-    if wanted.json { out.json(&made) } else { Ok(()) }
+    Ok(())
 }
 
 fn one(

@@ -77,7 +77,9 @@ fn hint(error: &Error) -> Option<String> {
         }
         Error::NoSuchCheckpoint { .. } => "`fsnap log` lists the checkpoints",
         Error::Ambiguous { .. } => "write more digits of the one you mean",
-        Error::NoSuchVolume { .. } => "`fsnap volumes` lists the volumes; `fsnap init DIR` registers one",
+        Error::NoSuchVolume { .. } => {
+            "`fsnap volumes` lists the volumes, `fsnap ps` the runs; `fsnap init DIR` registers a volume"
+        }
         Error::NoSuchState { volume, .. } => {
             return Some(format!("`fsnap log --all {volume}` lists the states that are left"));
         }

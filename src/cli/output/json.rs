@@ -144,6 +144,7 @@ fn file(file: &OpenFile) -> Value {
         "kind": file.kind,
         "access": file.access(),
         "flags": file.flags,
+        "locked": file.locked,
         "offset": file.offset,
         "inode": file.inode,
     });

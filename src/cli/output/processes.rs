@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use fsnap::Error;
+use fsnap::checkpoint::Checkpoint;
+use fsnap::coordinator::Coordinator;
 use fsnap::processes::{FilePlace, OpenFile, OpenKind, ProcessChange, ProcessRecord, TreeRecord};
 
-use super::{Outcome, Output};
+use super::{Outcome, Output, say};
 
 /// Prints every process with what it had in use, children below their parents.
 pub(crate) fn print(out: &Output, tree: &TreeRecord) -> Outcome {
@@ -50,6 +53,26 @@ fn one(out: &Output, depth: usize, process: &ProcessRecord) -> Outcome {
     Ok(())
 }
 
+/// Says which locks the processes of the checkpoint do not have any more, now that they are restored.
+pub(crate) fn tell_lost_locks(coordinator: &Coordinator, checkpoint: &Checkpoint) -> Result<(), Error> {
+    let tree = coordinator.catalog().tree(&checkpoint.id)?;
+    for process in tree.iter().flat_map(|tree| &tree.processes) {
+        for file in process.locks_that_get_lost() {
+            say(
+                "warning",
+                &format!(
+                    "CRIU does not restore the lock of {} ({}) on {}, which it has mapped as well: let no program but those that were \
+                     restored open that file in the branch",
+                    process.pid,
+                    fsnap::printable(process.command.as_ref()),
+                    file.path
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
 /// What changed, one line each: `+` and `-` for processes, `o` and `c` for files that were opened and closed, `d` for
 /// a working directory.
 pub(crate) fn change(change: &ProcessChange<'_>) -> String {
@@ -68,7 +91,8 @@ fn command_line(process: &ProcessRecord) -> String {
         return format!("({})", fsnap::printable(process.command.as_ref()));
     }
     let arguments: Vec<String> = process.arguments.iter().map(ToString::to_string).collect();
-    let line = arguments.join(" ");
+    // Servers that write their state there leave blanks behind it.
+    let line = arguments.join(" ").trim_end().to_owned();
     match line.char_indices().nth(200) {
         Some((end, _)) => format!("{}…", &line[..end]),
         None => line,
@@ -80,7 +104,8 @@ fn opened(file: &OpenFile) -> String {
         OpenKind::File if file.offset > 0 => format!(" at {}", file.offset),
         _ => String::new(),
     };
-    format!("{:<3}{}{offset}", file.access(), place(&file.place))
+    let locked = if file.locked { ", locked" } else { "" };
+    format!("{:<3}{}{offset}{locked}", file.access(), place(&file.place))
 }
 
 fn place(place: &FilePlace) -> String {
