@@ -211,7 +211,11 @@ fn run(kind: Kind, job: &Job) -> Result<i32> {
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
     // A thread that fell has passed on less; the host sees that there is no result.
     let _ = passing_on.map(JoinHandle::join);
-    tcdrain(&console).during("drain", path)?;
+    match tcdrain(&console) {
+        // The end of a session hangs its terminal up, and nothing waits there any more.
+        Err(rustix::io::Errno::IO) if job.interactive => {}
+        drained => drained.during("drain", path)?,
+    }
     Ok(code)
 }
 
