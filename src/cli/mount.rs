@@ -33,6 +33,12 @@ pub(crate) struct Args {
     /// Let other users see it; the permissions of the files hold
     #[arg(long)]
     allow_other: bool,
+    /// Let set-id bits have an effect, but for snapshots that are attached; for root
+    #[arg(long)]
+    suid: bool,
+    /// Let device nodes be opened, but for snapshots that are attached; for root
+    #[arg(long)]
+    dev: bool,
     /// Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE; for root
     #[arg(long)]
     native: bool,
@@ -52,7 +58,8 @@ pub(crate) fn run(args: Args) -> Outcome {
         return serve(&args);
     }
     let dir = server::absolute(&args.dir)?;
-    let options = [(args.allow_other, "--allow-other"), (args.native, "--native")];
+    let options =
+        [(args.allow_other, "--allow-other"), (args.suid, "--suid"), (args.dev, "--dev"), (args.native, "--native")];
     let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
     server::start("mount", &options, &[dir])
 }
@@ -64,7 +71,7 @@ fn serve(args: &Args) -> Outcome {
     let branches = context.config.branches.clone();
     let records = Records { state: context.state.clone(), patience: PATIENCE, describe, branches };
     let report = if args.foreground { |error: &fsnap::Error| say("error", &error.to_string()) } else { |_: &_| {} };
-    let options = Options { allow_other: args.allow_other, native: args.native, ..Options::default() };
+    let options = Options { allow_other: args.allow_other, suid: args.suid, dev: args.dev, native: args.native };
     let idle = Duration::from_secs(args.idle);
     let ready = || {
         if args.detach { server::ready() } else { server::notify_ready() }

@@ -665,6 +665,12 @@ fn mount() {
           --allow-other
               Let other users see it; the permissions of the files hold
 
+          --suid
+              Let set-id bits have an effect, but for snapshots that are attached; for root
+
+          --dev
+              Let device nodes be opened, but for snapshots that are attached; for root
+
           --native
               Attach snapshots of btrfs, dm-thin and NILFS2 instead of reading them through FUSE; for
               root

@@ -35,6 +35,7 @@ pub(crate) const CASES: &[Case] = &[
     ("holes_stay_holes_for_whoever_copies", holes_stay_holes_for_whoever_copies),
     ("files_of_nested_subvolumes_are_told_apart", files_of_nested_subvolumes_are_told_apart),
     ("nothing_can_be_written", nothing_can_be_written),
+    ("devices_and_set_id_bits_count_if_root_asks", devices_and_set_id_bits_count_if_root_asks),
     ("a_link_is_shown_and_not_followed", a_link_is_shown_and_not_followed),
     ("a_removed_checkpoint_is_gone_in_btrfs", || a_removed_checkpoint_is_gone("btrfs")),
     ("a_removed_checkpoint_is_gone_in_rsync", || a_removed_checkpoint_is_gone("rsync")),
@@ -357,6 +358,25 @@ fn nothing_can_be_written() {
     let line = flags.lines().find(|line| line.contains(past.path("mnt").to_str().unwrap())).unwrap();
     assert!(line.contains(" rw,nosuid,nodev,"), "{line}");
     past.unmount();
+}
+
+fn devices_and_set_id_bits_count_if_root_asks() {
+    let past = Past::new();
+    past.volume("db", "rsync");
+    past.checkpoint();
+    for (options, opens) in [(&[] as &[&str], false), (&["--suid", "--dev"], true)] {
+        past.mount_with(options);
+        let branch = past.at(&format!("branches/with-{}@latest", options.len()));
+        fs::create_dir(&branch).unwrap();
+        let null = past.at(&format!("branches/with-{}/db/null", options.len()));
+        rustix::fs::mknodat(CWD, &null, FileType::CharacterDevice, Mode::RUSR, rustix::fs::makedev(1, 3)).unwrap();
+        let opened = fs::read(&null).map_err(|error| error.kind());
+        assert_eq!(opened, if opens { Ok(Vec::new()) } else { Err(ErrorKind::PermissionDenied) }, "{options:?}");
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.contains(past.path("mnt").to_str().unwrap())).unwrap();
+        assert_eq!((line.contains(",nosuid"), line.contains(",nodev")), (!opens, !opens), "{line}");
+        past.unmount();
+    }
 }
 
 fn a_link_is_shown_and_not_followed() {
