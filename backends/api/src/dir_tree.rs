@@ -116,21 +116,26 @@ impl Content for WholeFile {
     }
 
     fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        if offset >= self.length {
-            return Ok(None);
-        }
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
-        Ok((start < self.length).then(|| start..end.min(self.length)))
+        data_in(&self.file, self.length, offset)
     }
 
     fn as_file(&self) -> Option<&File> {
         Some(&self.file)
     }
+}
+
+/// The first range at or after `offset` that is no hole, in a file that counts up to `length`: [`Content::data_after`] of it.
+pub fn data_in(file: &File, length: u64, offset: u64) -> io::Result<Option<Range<u64>>> {
+    if offset >= length {
+        return Ok(None);
+    }
+    let start = match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+        Ok(start) if start < length => start,
+        Ok(_) | Err(Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let end = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+    Ok(Some(start..end.min(length)))
 }
 
 impl From<DirTree> for Box<dyn Dir> {

@@ -87,10 +87,10 @@ mod tree;
 
 pub use backend::{Backend, Differences, Kept, Moment, StoreInfo};
 pub use capabilities::{Capabilities, Consistency};
-pub use dir_tree::{DirTree, WholeFile};
+pub use dir_tree::{DirTree, WholeFile, data_in};
 pub use error::{Error, ErrorKind, IoContext, Result};
 pub use image::{Damage, Image, ImageKind, ImageState, Omission, Snapshot, Source, Volume};
 pub use locator::{Identity, InvalidLocator, Locator};
 pub use mount_spec::MountSpec;
 pub use read_all::read_all;
-pub use tree::{Content, Dir, Entry, FileKind, FileMeta, Timestamp, Xattrs};
+pub use tree::{Content, Dir, Entry, FileKind, FileMeta, Timestamp, Xattrs, seek};

@@ -78,6 +78,30 @@ pub trait Content: fmt::Debug + Send + Sync {
     }
 }
 
+/// `lseek(2)` with `SEEK_DATA` or `SEEK_HOLE` in a content of that length, of which [`Content::data_after`] is given; `None` is `ENXIO`.
+pub fn seek<E>(
+    length: u64,
+    offset: u64,
+    hole: bool,
+    data_after: impl Fn(u64) -> std::result::Result<Option<Range<u64>>, E>,
+) -> std::result::Result<Option<u64>, E> {
+    if offset >= length {
+        return Ok(None);
+    }
+    let mut at = offset;
+    loop {
+        match data_after(at)? {
+            None if hole => return Ok(Some(at)),
+            None => return Ok(None),
+            Some(data) if !hole => return Ok(Some(data.start.max(at))),
+            Some(data) if data.start > at => return Ok(Some(at)),
+            // The end of a file counts as a hole.
+            Some(data) if data.end >= length => return Ok(Some(length)),
+            Some(data) => at = data.end,
+        }
+    }
+}
+
 /// One entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {

@@ -6,8 +6,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use fsnap_backend::{Content, ErrorKind, FileMeta};
-use rustix::fs::{SeekFrom, Stat};
+use fsnap_backend::{Content, ErrorKind, FileMeta, data_in};
+use rustix::fs::Stat;
 use rustix::io::Errno;
 
 use super::Result;
@@ -107,26 +107,11 @@ impl LowerContent {
     /// The first range at or after `at` that is no hole; another may follow it at once.
     pub(super) fn data_after(&self, at: u64) -> Result<Option<Range<u64>>> {
         match self {
-            Self::File(file, length) => data_in(file, at, *length),
+            Self::File(file, length) => data_in(file, *length, at).map_err(|error| io_errno(&error)),
             Self::Content(content) => {
                 let data = content.data_after(at).map_err(|error| io_errno(&error))?;
                 Ok(data.map(|data| data.start.max(at)..data.end))
             }
         }
     }
-}
-
-/// The first range of a file of that length, at or after `at`, that is no hole.
-pub(super) fn data_in(file: &File, at: u64, length: u64) -> Result<Option<Range<u64>>> {
-    if at >= length {
-        return Ok(None);
-    }
-    let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-        Err(Errno::NXIO) => return Ok(None),
-        start => start?,
-    };
-    if start >= length {
-        return Ok(None);
-    }
-    Ok(Some(start..rustix::fs::seek(file, SeekFrom::Hole(start))?.min(length)))
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use fsnap_backend::Content;
+use fsnap_backend::{Content, data_in};
 use rustix::fs::{FallocateFlags, SeekFrom, XattrFlags};
 use rustix::io::Errno;
 
@@ -287,7 +287,7 @@ impl Partial {
     /// As [`Source::data_after`]. The lower is asked once: it may be a file in parts as well, and so on downwards.
     fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
         let size = self.file.metadata().map_err(io_errno)?.len();
-        let above = below::data_in(&self.file, offset, size)?;
+        let above = data_in(&self.file, size, offset).map_err(io_errno)?;
         let valid = self.valid.min(size);
         let lower = if offset < valid { self.lower.data_after(offset)? } else { None };
         let lower = lower.filter(|data| data.start < valid).map(|data| data.start..data.end.min(valid));
@@ -316,28 +316,14 @@ impl Source {
     fn data_after(&self, offset: u64) -> Result<Option<Range<u64>>> {
         match self {
             Self::Lower(content) => content.data_after(offset),
-            Self::Whole(file) => below::data_in(file, offset, self.length()?),
+            Self::Whole(file) => data_in(file, self.length()?, offset).map_err(io_errno),
             Self::Partial(partial) => partial.data_after(offset),
             Self::Sealed(sealed) => sealed.data_after(offset),
         }
     }
 
     fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
-        let size = self.length()?;
-        if offset >= size {
-            return Err(Errno::NXIO);
-        }
-        let mut at = offset;
-        loop {
-            match self.data_after(at)? {
-                Some(data) if !hole => return Ok(data.start),
-                // The end of a file counts as a hole.
-                Some(data) if data.start == at && data.end < size => at = data.end,
-                Some(data) if data.start == at => return Ok(size),
-                None if !hole => return Err(Errno::NXIO),
-                _ => return Ok(at),
-            }
-        }
+        fsnap_backend::seek(self.length()?, offset, hole, |at| self.data_after(at))?.ok_or(Errno::NXIO)
     }
 
     /// The file of the upper; `None` where it was never written.

@@ -15,8 +15,6 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use fsnap_backend::{Content, Error, IoContext, Result, WholeFile};
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 
 use crate::patch::Patch;
 use crate::record::{BatchId, ContentRef, Form};
@@ -98,17 +96,8 @@ impl Content for Live<'_> {
     }
 
     fn data_after(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        if offset >= self.length {
-            return Ok(None);
-        }
         // On ext4 this call also waits for a write(2) that is under way, which read(2) does not: see `walk`.
-        let start = match rustix::fs::seek(self.file, SeekFrom::Data(offset)) {
-            Ok(start) if start < self.length => start,
-            Ok(_) | Err(Errno::NXIO) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(self.file, SeekFrom::Hole(start))?;
-        Ok(Some(start..end.min(self.length)))
+        fsnap_backend::data_in(self.file, self.length, offset)
     }
 }
 

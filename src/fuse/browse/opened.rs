@@ -83,23 +83,9 @@ impl Opened {
     /// Where the next hole or the next data begins, at or after `offset`.
     pub fn seek(&self, offset: u64, hole: bool) -> Result<u64> {
         let Bytes::Content(content) = &self.content else { return seek_text(self.length(), offset, hole) };
-        let length = content.len();
-        if offset >= length {
-            return Err(Errno::NXIO);
-        }
-        let mut at = offset;
-        loop {
-            let data = content.data_after(at).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            match data {
-                None if hole => return Ok(at),
-                None => return Err(Errno::NXIO),
-                Some(data) if !hole => return Ok(data.start.max(at)),
-                Some(data) if data.start > at => return Ok(at),
-                // The end of a file counts as a hole.
-                Some(data) if data.end >= length => return Ok(length),
-                Some(data) => at = data.end,
-            }
-        }
+        fsnap_backend::seek(content.len(), offset, hole, |at| content.data_after(at))
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?
+            .ok_or(Errno::NXIO)
     }
 
     /// Its length in bytes.
