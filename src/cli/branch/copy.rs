@@ -8,8 +8,9 @@ use fsnap::checkpoint::Checkpoint;
 use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
 use fsnap::engine::{Images, PidSpace, Restored};
 use fsnap::name::Name;
+use fsnap::processes::ProcessId;
 use fsnap::run::{RunRecord, Runs, engine_args};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::super::output::processes::tell_lost_locks;
 use super::super::run::terminal::Terminal;
@@ -48,19 +49,29 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
     if !made.is_empty() {
         tell_lost_locks(coordinator, checkpoint)?;
     }
-    if wanted.json && (all.is_ok() || !made.is_empty()) {
-        Output::new().json(&made)?;
+    if wanted.json && !made.is_empty() {
+        let shown = coordinator.shown();
+        let objects = made.iter().map(|(branch, init, root)| {
+            let mut object = json::branch(&shown, branch);
+            object["init"] = json!(init.pid);
+            object["pid"] = json!(root.map(|root| root.pid));
+            object
+        });
+        Output::new().json(&objects.collect::<Vec<_>>())?;
     }
     all
 }
 
-/// Makes them one after the other, tells names, and puts what JSON there is to print into `made`.
+/// A branch with a copy on it: its init, and the root of its tree, if that has not ended.
+type Made = (Branch, ProcessId, Option<ProcessId>);
+
+/// Makes them one after the other, and tells names, if JSON does not; those in this terminal are not among the `made`.
 fn make_all(
     context: &Context,
     coordinator: &Coordinator,
     (checkpoint, original): (&Checkpoint, &RunRecord),
     wanted: &Wanted,
-    made: &mut Vec<Value>,
+    made: &mut Vec<Made>,
 ) -> Outcome {
     let out = Output::new();
     for number in 1..=wanted.count {
@@ -82,10 +93,7 @@ fn make_all(
         if !wanted.json {
             out.line(&branch.name)?;
         }
-        let mut object = json::branch(&coordinator.shown(), &branch);
-        object["init"] = json!(restored.init.pid);
-        object["pid"] = json!(restored.root.map(|root| root.pid));
-        made.push(object);
+        made.push((branch, restored.init, restored.root));
     }
     Ok(())
 }
