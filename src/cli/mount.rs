@@ -60,7 +60,6 @@ pub(crate) fn run(args: Args) -> Outcome {
     let dir = server::absolute(&args.dir)?;
     let options =
         [(args.allow_other, "--allow-other"), (args.suid, "--suid"), (args.dev, "--dev"), (args.native, "--native")];
-    let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
     server::start("mount", &options, &[dir])
 }
 

@@ -45,7 +45,6 @@ pub(crate) fn run(args: Args) -> Outcome {
         return serve(&args);
     }
     let options = [(args.allow_other, "--allow-other"), (args.suid, "--suid"), (args.dev, "--dev")];
-    let options: Vec<_> = options.into_iter().filter(|(set, _)| *set).map(|(_, option)| option).collect();
     let paths = [&args.lower, &args.store, &args.dir].map(|path| server::absolute(path));
     server::start("overlay", &options, &paths.into_iter().collect::<Result<Vec<_>, _>>()?)
 }

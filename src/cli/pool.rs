@@ -108,12 +108,15 @@ pub(crate) fn run(args: Args) -> Outcome {
 
 /// Opens the store of a pool.
 fn open(pool: &str) -> Result<Store, fsnap::Error> {
-    let known = survey(Path::new(STORES))?;
-    let places: Vec<_> = known.into_iter().filter_map(|state| Some((state.name, state.place?))).collect();
-    match places.iter().find(|(name, _)| name == pool) {
+    open_known(&survey(Path::new(STORES))?, pool)
+}
+
+fn open_known(known: &[PoolState], pool: &str) -> Result<Store, fsnap::Error> {
+    let stores = known.iter().filter_map(|state| Some((&state.name, state.place.as_ref()?)));
+    match stores.clone().find(|(name, _)| *name == pool) {
         Some((_, place)) => Ok(Store::open(place)?),
         None => {
-            let near = places.into_iter().map(|(name, _)| name).collect();
+            let near = stores.map(|(name, _)| name.clone()).collect();
             Err(fsnap::Error::NoSuchPool { name: pool.to_owned(), near })
         }
     }
@@ -131,7 +134,7 @@ fn start(out: &Output, pools: &[String]) -> Outcome {
         if pools.is_empty() { made_here.map(|state| state.name.clone()).collect() } else { pools.to_vec() };
     let mut failed = Vec::new();
     for pool in wanted {
-        match open(&pool) {
+        match open_known(&known, &pool) {
             Ok(store) => {
                 for (volume, _) in store.volumes()? {
                     let node = store.volume_node(&volume)?;

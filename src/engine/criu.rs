@@ -236,9 +236,12 @@ const SPLIT_VVAR: (Version, Version) =
 impl Criu {
     /// Finds the program: the configured one, or the first that exists of `search`.
     pub fn find(configured: Option<&Path>, search: &[PathBuf]) -> Result<Self> {
-        let mut tried =
-            configured.into_iter().chain(search.iter().map(PathBuf::as_path).filter(|_| configured.is_none()));
-        match tried.find(|program| program.is_absolute() && program.is_file()) {
+        let is_program = |program: &&Path| program.is_absolute() && program.is_file();
+        let found = match configured {
+            Some(program) => Some(program).filter(is_program),
+            None => search.iter().map(PathBuf::as_path).find(is_program),
+        };
+        match found {
             Some(program) => Ok(Self { program: program.into() }),
             None => Err(Error::NoCriu { named: configured.map(Path::to_owned) }),
         }

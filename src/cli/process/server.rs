@@ -19,9 +19,10 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(io("resolve", path))
 }
 
-/// Starts this program as a server, by the same command with `--detach`, and waits until it has mounted.
-pub(crate) fn start(command: &str, options: &[&str], paths: &[PathBuf]) -> Outcome {
+/// Starts this program as a server, by the same command with `--detach` and those options that are set, and waits until it has mounted.
+pub(crate) fn start(command: &str, options: &[(bool, &str)], paths: &[PathBuf]) -> Outcome {
     let program = Path::new(OWN_PROGRAM);
+    let options = options.iter().filter(|(set, _)| *set).map(|(_, option)| option);
     let mut server = Command::new(program);
     server.args([command, "--detach"]).args(options).arg("--").args(paths.iter().map(OsString::from));
     server.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0);
