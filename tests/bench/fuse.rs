@@ -107,11 +107,11 @@ fn measure(peers: &Peers, work: &Work, costs: &mut Costs) -> Result<(), Failure>
 }
 
 fn table(title: &str, costs: &Costs, cell: fn(&Cost, &Cost) -> f64) {
-    let names: Vec<_> = std::iter::once("").chain(Kind::PEERS.map(Kind::name)).collect();
+    let names: Vec<_> = std::iter::once("").chain(Kind::PEERS.iter().map(|kind| kind.name())).collect();
     head(title, &names);
     for work in Work::ALL {
         let Some([native, again]) = costs.get(&(work.name, Kind::Native)) else { continue };
-        let cells = Kind::PEERS.map(|kind| match costs.get(&(work.name, kind)) {
+        let cells = Kind::PEERS.iter().map(|&kind| match costs.get(&(work.name, kind)) {
             Some([one, two]) => format!("{:.2} / {:.2}", cell(one, native), cell(two, again)),
             None => "-".into(),
         });

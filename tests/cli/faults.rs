@@ -4,7 +4,7 @@
 //! Each session shows the message, and then that nothing was lost and nothing was left: what is listed and verified
 //! afterwards, and the images in the store.
 
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 
 use insta::{allow_duplicates, assert_snapshot};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
@@ -393,17 +393,22 @@ fn too_few_descriptors_fail_one_checkpoint_and_no_other() {
     }
 }
 
+/// Runs the command until it stops itself at that place.
+fn stopped_at(place: &str, mut command: Command) -> (Child, Pid) {
+    command.env("FSNAP_FAILPOINT", format!("{place}=stop")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let pid = Pid::from_child(&child);
+    waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    (child, pid)
+}
+
 /// Everything is taken and noted, and then nothing can be opened any more: it has failed, and stays so.
 #[test]
 fn what_fails_in_the_end_is_not_there_later() {
     for site in Site::each() {
         let shell = site.top();
         shell.run("fsnap init db && fsnap checkpoint -m before && echo changed >db/a");
-        let mut failing = shell.command("exec fsnap checkpoint -m failed");
-        failing.env("FSNAP_FAILPOINT", "take:recorded=stop").stderr(Stdio::piped());
-        let failing = failing.spawn().unwrap();
-        let pid = Pid::from_child(&failing);
-        waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+        let (failing, pid) = stopped_at("take:recorded", shell.command("exec fsnap checkpoint -m failed"));
         prlimit(Some(pid), Resource::Nofile, Rlimit { current: Some(3), maximum: Some(3) }).unwrap();
         kill_process(pid, Signal::CONT).unwrap();
         let output = failing.wait_with_output().unwrap();
@@ -488,11 +493,7 @@ fn what_is_removed_while_it_is_verified_is_not_damaged() {
     for site in Site::each() {
         let shell = site.top();
         shell.run("fsnap init db && fsnap checkpoint -t going && fsnap checkpoint -t kept");
-        let mut verifying = shell.command("exec fsnap verify");
-        verifying.env("FSNAP_FAILPOINT", "verify:listed=stop").stdout(Stdio::piped());
-        let verifying = verifying.spawn().unwrap();
-        let pid = Pid::from_child(&verifying);
-        waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+        let (verifying, pid) = stopped_at("verify:listed", shell.command("exec fsnap verify"));
         shell.run("fsnap rm going");
         kill_process(pid, Signal::CONT).unwrap();
         let output = verifying.wait_with_output().unwrap();

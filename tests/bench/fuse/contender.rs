@@ -48,16 +48,7 @@ impl Kind {
         Self::Overlay,
     ];
     /// Those that are compared with the file system itself.
-    pub const PEERS: [Self; 8] = [
-        Self::Snapshot,
-        Self::Overlayfs,
-        Self::FuseOverlayfs,
-        Self::Unionfs,
-        Self::Restic,
-        Self::Mount,
-        Self::Attached,
-        Self::Overlay,
-    ];
+    pub const PEERS: &[Self] = Self::ALL.split_at(1).1;
 
     pub fn name(self) -> &'static str {
         match self {
