@@ -71,6 +71,8 @@ impl Site {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
+        // What the compiler and this site have left to be written would disturb what is measured.
+        rustix::fs::sync();
         Ok(site)
     }
 
