@@ -110,6 +110,9 @@ pub enum Error {
     },
 }
 
+/// How many bytes of changes a branch may leave in the log: whoever opens the catalog next reads them all.
+const LEFT_IN_LOG: u64 = 256 << 10;
+
 /// The result of a call of the catalog.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -208,11 +211,25 @@ impl Catalog {
     ///
     /// Nothing but the catalog may be touched in it.
     fn transact<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        self.leave_log(false)?;
         let begun = Transaction::new_unchecked(&self.db, TransactionBehavior::Immediate);
         let transaction = begun.map_err(|source| self.failed(source))?;
         let value = change(&transaction)?;
         transaction.commit().map_err(|source| self.failed(source))?;
         Ok(value)
+    }
+
+    /// Whether closing the catalog leaves what is in the log where it is, or puts it into the catalog.
+    ///
+    /// Whoever closes it next without saying so puts it there.
+    fn leave_log(&self, leave: bool) -> Result<()> {
+        let set = self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, leave);
+        set.map(drop).map_err(|source| self.failed(source))
+    }
+
+    /// Leaves a short log where it is, if this was the last change: somebody waits for it, and it was synced with the change.
+    fn leave_short_log(&self) -> Result<()> {
+        self.leave_log(format::log(&self.path()).metadata().is_ok_and(|log| log.len() <= LEFT_IN_LOG))
     }
 
     /// Reads every page and record; returns what is damaged.

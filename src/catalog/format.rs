@@ -23,7 +23,7 @@
 //! the checkpoint lists it.
 //!
 //! Beside it lie SQLite's files `catalog.db-wal`, the log, and `catalog.db-shm`. The last command to close the catalog empties the log; after a
-//! kill it may hold changes. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
+//! kill, or after a branch was made, it may hold changes. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
 //! held while the catalog is made.
 //!
 //! A catalog of a release that did not record processes has no table `tree` until it is needed.
@@ -194,7 +194,7 @@ pub(super) fn cannot_change(path: &Path) -> bool {
 }
 
 /// The catalog's log of changes.
-fn log(path: &Path) -> PathBuf {
+pub(super) fn log(path: &Path) -> PathBuf {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
     log.into()

@@ -435,7 +435,10 @@ impl Catalog {
 
     /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile.
     pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
-        self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))
+        let added =
+            self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))?;
+        self.leave_short_log()?;
+        Ok(added)
     }
 
     /// Records a branch for which nothing was made yet; `false` if the name was taken or the checkpoint removed meanwhile.

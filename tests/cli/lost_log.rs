@@ -154,6 +154,25 @@ fn a_checkpoint_is_still_there_if_the_log_was_put_into_the_catalog() {
 }
 
 #[test]
+fn branches_stay_in_a_short_log_until_the_next_command() {
+    let site = Site::plain();
+    let log = || fs::metadata(site.path("state/catalog.db-wal")).unwrap().len();
+    site.run("fsnap init db && fsnap checkpoint -t one");
+    let lengths: Vec<u64> = (0..30)
+        .map(|number| {
+            site.run(&format!("fsnap branch one b{number}"));
+            log()
+        })
+        .collect();
+    assert!(lengths[0] > 0 && lengths.iter().all(|&length| length <= 256 << 10), "{lengths:?}");
+    site.run("fsnap tag one again && fsnap branch one last");
+    assert!(log() > 0);
+    assert_eq!(site.run("fsnap branches --json | grep -c '\"name\"'"), "31");
+    assert_eq!(log(), 0);
+    assert_eq!(site.run("fsnap branches --json | grep -c '\"name\"'"), "31");
+}
+
+#[test]
 fn what_is_no_log_is_refused() {
     let site = Site::plain();
     site.run("fsnap init db && fsnap checkpoint -t one");
