@@ -12,12 +12,17 @@ use crate::run;
 /// How long a server may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The volume that a branch of a checkpoint continues.
+const VOLUME: &str = "data";
+
 /// What lies below.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ground {
     /// The file system that tests are on.
     Plain,
     Btrfs,
+    /// The same as the first, and the branch is one that `fsnap mount` shows beside others, over a checkpoint.
+    Checkpoint,
 }
 
 impl Ground {
@@ -25,6 +30,7 @@ impl Ground {
         match self {
             Self::Plain => "plain",
             Self::Btrfs => "btrfs",
+            Self::Checkpoint => "checkpoint",
         }
     }
 }
@@ -59,8 +65,22 @@ impl Branch {
         for dir in [&lower, &mnt] {
             fs::create_dir(dir).map_err(io)?;
         }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fsnap"));
-        command.args(["overlay", "--foreground", "--suid", "--dev"]).args([lower, store, mnt]);
+        let fsnap = || {
+            let mut fsnap = Command::new(env!("CARGO_BIN_EXE_fsnap"));
+            fsnap.env("FSNAP_STATE", base.path().join("state"));
+            fsnap
+        };
+        let mut command = fsnap();
+        if ground == Ground::Checkpoint {
+            for command in [fsnap().args(["init", "--name", VOLUME]).arg(&lower), fsnap().arg("checkpoint")] {
+                let (done, said) = run(command)?;
+                done.then_some(()).ok_or(said)?;
+            }
+            command.args(["mount", "--allow-other"]).arg(mnt);
+        } else {
+            command.arg("overlay").args([lower, store, mnt]);
+        }
+        command.args(["--foreground", "--suid", "--dev"]);
         let server = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().map_err(io)?;
         let mut branch = Self { base, ground, server };
         let until = Instant::now() + PATIENCE;
@@ -70,6 +90,12 @@ impl Branch {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+        if ground == Ground::Checkpoint {
+            let branches = branch.mount_point().join("branches");
+            fs::create_dir(branches.join("new@latest")).and_then(|()| fs::create_dir(branch.dir())).map_err(io)?;
+            // Under a short path: sockets are made, whose paths have 107 bytes.
+            rustix::mount::mount_bind(branches.join("new").join(VOLUME), branch.dir()).map_err(|e| io(e.into()))?;
+        }
         Ok(branch)
     }
 
@@ -77,8 +103,22 @@ impl Branch {
         self.ground
     }
 
-    /// Where it is mounted.
+    /// Where its files are.
     pub(crate) fn dir(&self) -> PathBuf {
+        match self.ground {
+            Ground::Plain | Ground::Btrfs => self.mount_point(),
+            Ground::Checkpoint => self.base.path().join("fs/at"),
+        }
+    }
+
+    /// What is mounted for it, the last first.
+    fn mounted(&self) -> Vec<PathBuf> {
+        let mut mounted = vec![self.dir(), self.mount_point()];
+        mounted.dedup();
+        mounted
+    }
+
+    fn mount_point(&self) -> PathBuf {
         self.base.path().join("fs/mnt")
     }
 
@@ -93,7 +133,7 @@ impl Branch {
     }
 
     fn is_mounted(&self) -> bool {
-        let point = format!(" {} ", self.dir().display());
+        let point = format!(" {} ", self.mount_point().display());
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         table.lines().any(|line| line.contains(&point) && line.contains(" - fuse.fsnap "))
     }
@@ -105,11 +145,13 @@ impl Branch {
         }
         // The kernel lets go of watches and leases a little after the process that had them.
         let until = Instant::now() + PATIENCE;
-        while let Err(error) = rustix::mount::unmount(self.dir(), UnmountFlags::empty()) {
-            if Instant::now() > until {
-                return Err(format!("unmounting: {error}"));
+        for point in self.mounted() {
+            while let Err(error) = rustix::mount::unmount(&point, UnmountFlags::empty()) {
+                if Instant::now() > until {
+                    return Err(format!("unmounting {}: {error}", point.display()));
+                }
+                std::thread::sleep(Duration::from_millis(50));
             }
-            std::thread::sleep(Duration::from_millis(50));
         }
         let status = self.server.wait().map_err(|error| error.to_string())?;
         status.success().then_some(()).ok_or_else(|| format!("the server failed: {status}"))
@@ -120,8 +162,8 @@ impl Drop for Branch {
     fn drop(&mut self) {
         let _ = self.server.kill();
         let _ = self.server.wait();
-        for dir in [self.dir(), self.base.path().join("fs")] {
-            let _ = rustix::mount::unmount(&dir, UnmountFlags::DETACH);
+        for point in self.mounted().into_iter().chain([self.base.path().join("fs")]) {
+            let _ = rustix::mount::unmount(&point, UnmountFlags::DETACH);
         }
     }
 }

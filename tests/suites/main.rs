@@ -5,7 +5,7 @@
 //!
 //! `make suites` installs and runs them. Elsewhere their cases are reported as ignored: pjdfstest and fsx take minutes to build.
 //! Each runs on `fsnap overlay` as root mounts it, over ext4 (or whatever holds `target`), whose files cannot share blocks, and over btrfs, whose
-//! files can. `FSNAP_SUITES` is the directory with the programs; `FSNAP_SUITES_SEED` the number that decides what fsx
+//! files can; and on a branch below `branches/` of `fsnap mount`. `FSNAP_SUITES` is the directory with the programs; `FSNAP_SUITES_SEED` the number that decides what fsx
 //! does, `FSNAP_SUITES_STEPS` how much of it, and `FSNAP_SUITES_SECONDS` how long each of stress-ng's stressors runs.
 
 #![allow(clippy::print_stdout, reason = "what a suite counts is to be seen")]
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     rustix::mount::mount_change("/", flags).expect("the namespace's mounts can be made private");
     let programs = std::env::var_os("FSNAP_SUITES").map(PathBuf::from);
     let mut trials = Vec::new();
-    for ground in [Ground::Plain, Ground::Btrfs] {
+    for ground in [Ground::Plain, Ground::Btrfs, Ground::Checkpoint] {
         let cases = [pjdfstest::cases(), fsx::cases(), stress_ng::cases()];
         for Case { name, left_out, run } in cases.into_iter().flatten() {
             let name = format!("{}::{name}", ground.name());
