@@ -42,7 +42,7 @@ pub use search::{SearchAnswer, SearchFile, WriterLists};
 #[non_exhaustive]
 pub enum Error {
     /// The database refused.
-    #[error("the catalog {} cannot be used: {source}", path.display())]
+    #[error("the catalog {} cannot be used: {source}{}", path.display(), which(source))]
     Database {
         /// The catalog's file.
         path: PathBuf,
@@ -248,6 +248,14 @@ impl Catalog {
     }
 }
 
+/// Which of the failures that SQLite has one sentence for it is: an I/O error has dozens of causes.
+fn which(source: &rusqlite::Error) -> String {
+    match source.sqlite_error() {
+        Some(error) if error.extended_code > 0xff => format!(" ({error})"),
+        _ => String::new(),
+    }
+}
+
 fn translate(path: &Path, source: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode;
     let path = path.to_owned();
@@ -261,5 +269,23 @@ fn translate(path: &Path, source: rusqlite::Error) -> Error {
             Error::Damaged { path, reason: source.to_string() }
         }
         _ => Error::Database { path, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_io_error_says_which() {
+        use rusqlite::ffi;
+        let said = |code| {
+            let source = rusqlite::Error::SqliteFailure(ffi::Error::new(code), Some("disk I/O error".to_owned()));
+            translate(Path::new("/catalog"), source).to_string()
+        };
+        let start = "the catalog /catalog cannot be used: disk I/O error";
+        let short = said(ffi::SQLITE_IOERR_SHORT_READ);
+        assert!(short.starts_with(start) && short.contains("522"), "{short}");
+        assert_eq!(said(ffi::SQLITE_IOERR), start, "it is none of them");
     }
 }

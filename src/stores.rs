@@ -114,7 +114,11 @@ fn open_origin(origin: &layers::Origin) -> fsnap_backend::Result<layers::Below> 
         layers::Origin::Dir(dir) => lower::of_dir(dir).map_err(|error| failed(&dir.display(), error.to_string())),
         layers::Origin::Image { backend, place, store, at } => store_of(backend, place, store)
             .and_then(|store| lower::of_image(store.as_ref(), at))
-            .map_err(|error| failed(at, error.to_string())),
+            .map_err(|error| match error {
+                // The system's answer stays one: that no descriptor is left, say.
+                Error::Backend(error @ BackendError::Io { .. }) => error,
+                error => failed(at, error.to_string()),
+            }),
     }
 }
 

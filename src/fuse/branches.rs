@@ -201,15 +201,13 @@ impl Branches {
         removed.map(|()| true)
     }
 
-    /// Lets go of trees of which the kernel has known nothing for so long.
+    /// Lets go of trees of which the kernel has known nothing for so long, and that no call is under way in.
     pub(super) fn let_go(&self, idle: Duration) {
         self.close_those(|slot, adapter| {
-            if adapter.is_idle() && slot.used.elapsed() >= idle {
-                return true;
+            if Arc::strong_count(adapter) == 1 && adapter.is_idle() {
+                return slot.used.elapsed() >= idle;
             }
-            if !adapter.is_idle() {
-                slot.used = Instant::now();
-            }
+            slot.used = Instant::now();
             false
         });
     }
@@ -237,7 +235,7 @@ impl Branches {
         self.close_those(|_, _| true);
     }
 
-    fn close_those(&self, mut goes: impl FnMut(&mut Slot, &Adapter) -> bool) {
+    fn close_those(&self, mut goes: impl FnMut(&mut Slot, &Arc<Adapter>) -> bool) {
         let mut slots = self.slots();
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
         let mut below = Vec::new();

@@ -126,6 +126,18 @@ impl Browse {
         self.trees.let_go(idle);
     }
 
+    /// Lets go of all that nobody has in use, snapshots and branches, and does it once more, if there was no descriptor left for it.
+    pub(super) fn with_room<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
+        match act() {
+            Err(Errno::MFILE | Errno::NFILE) => {
+                self.trees.let_go(Duration::ZERO);
+                self.branches.let_go(Duration::ZERO);
+                act()
+            }
+            done => done,
+        }
+    }
+
     /// Lets go of all snapshots, when nobody can ask any more.
     pub fn let_go_of_all(&self) {
         self.trees.let_go_of_all();
@@ -209,7 +221,7 @@ impl Browse {
         let node = self.node(number)?;
         match &node.what {
             What::Volume(tree) => {
-                let meta = tree.root_meta().map_err(|error| self.failed_in(tree, error))?;
+                let meta = self.with_room(|| tree.root_meta().map_err(|error| self.failed_in(tree, error)))?;
                 let meta = FileMeta { ino: number, ..meta };
                 Ok(Attr { meta, name: Keep::Forever, attributes: Keep::Forever })
             }
@@ -302,7 +314,7 @@ impl Browse {
             What::Entry(tree, meta) if meta.kind == FileKind::Dir => tree,
             _ => return Err(Errno::NOTDIR),
         };
-        let opened = tree.dir(node).map_err(|error| self.failed_in(tree, error))?;
+        let opened = self.with_room(|| tree.dir(node).map_err(|error| self.failed_in(tree, error)))?;
         self.trees.bound(tree);
         Ok(opened)
     }

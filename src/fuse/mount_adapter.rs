@@ -16,9 +16,9 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 
-use super::adapter::prepare;
+use super::adapter::{Adapter, prepare};
 use super::branches::{Branches, slot_of};
-use super::browse::{Browse, Natives};
+use super::browse::{self, Browse, Natives};
 use super::browse_adapter::{BrowseAdapter, to_fuse};
 use super::wire::{GENERATION, errno};
 
@@ -40,12 +40,17 @@ impl MountAdapter {
     ) -> Self {
         Self { past: BrowseAdapter::new(browse.clone(), natives, notifier), browse, branches }
     }
+
+    /// The tree that a number belongs to; `None` for past states.
+    fn tree(&self, number: INodeNo) -> browse::Result<Option<Arc<Adapter>>> {
+        self.browse.with_room(|| self.branches.tree(number.0))
+    }
 }
 
 /// Answers from the tree that the number belongs to, or from past states.
 macro_rules! either {
     ($self:ident, $number:expr, $reply:ident, $call:ident($($argument:expr),*)) => {
-        match $self.branches.tree($number.0) {
+        match $self.tree($number) {
             Ok(Some(tree)) => tree.$call($($argument,)* $reply),
             Ok(None) => $self.past.$call($($argument,)* $reply),
             Err(error) => $reply.error(errno(error)),
@@ -56,7 +61,7 @@ macro_rules! either {
 /// Answers from the tree that the number belongs to; past states refuse it.
 macro_rules! written {
     ($self:ident, $number:expr, $reply:ident, $call:ident($($argument:expr),*)) => {
-        match $self.branches.tree($number.0) {
+        match $self.tree($number) {
             Ok(Some(tree)) => tree.$call($($argument,)* $reply),
             Ok(None) => $reply.error(Errno::EROFS),
             Err(error) => $reply.error(errno(error)),

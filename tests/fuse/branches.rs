@@ -36,6 +36,7 @@ pub(crate) const CASES: &[Case] = &[
     ("set_user_id_and_devices_mean_nothing_to_others", set_user_id_and_devices_mean_nothing_to_others),
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
     ("old_checkpoints_of_a_branch_give_their_room_back", old_checkpoints_of_a_branch_give_their_room_back),
+    ("a_chain_of_branches_takes_a_few_descriptors_for_each", a_chain_of_branches_takes_a_few_descriptors_for_each),
 ];
 
 fn read(path: impl AsRef<std::path::Path>) -> String {
@@ -568,5 +569,43 @@ fn set_user_id_and_devices_mean_nothing_to_others() {
     let branch = branches.as_array().unwrap().iter().find(|branch| branch["name"] == "native").unwrap();
     let store = Path::new(branch["members"][0]["path"].as_str().unwrap()).parent().unwrap().parent().unwrap();
     assert_eq!(fs::metadata(store).unwrap().permissions().mode() & 0o077, 0, "{store:?}");
+    past.unmount();
+}
+
+/// Each branch is of the checkpoint of the one before: if each opened all that lies below it for itself, ten would use up what is allowed.
+fn a_chain_of_branches_takes_a_few_descriptors_for_each() {
+    const LEVELS: usize = 16;
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("file"), "z0").unwrap();
+    for dir in 0..LEVELS {
+        fs::create_dir(db.join(format!("d{dir}"))).unwrap();
+    }
+    past.checkpoint();
+    past.mount();
+    past.allow_descriptors(400);
+    let mut roots = Vec::new();
+    for level in 1..=LEVELS {
+        fs::create_dir(past.at(&format!("branches/z{level}@latest"))).unwrap();
+        let root = past.at(&format!("branches/z{level}/db"));
+        assert_eq!(read(root.join("file")), format!("z{}", level - 1));
+        fs::write(root.join("file"), format!("z{level}")).unwrap();
+        for dir in 0..LEVELS {
+            fs::write(root.join(format!("d{dir}/of-z{level}")), format!("{dir} in z{level}")).unwrap();
+        }
+        let id = past.fsnap(["checkpoint", "--branch", &format!("z{level}")]);
+        roots.push((level, root));
+        roots.push((level, past.at(&format!("ids/{id}/db"))));
+    }
+    for (level, root) in &roots {
+        assert_eq!(read(root.join("file")), format!("z{level}"), "{root:?}");
+        for dir in 0..LEVELS {
+            let mut found = names(root.join(format!("d{dir}")));
+            found.sort_by_key(|name| name.len());
+            assert_eq!(found, (1..=*level).map(|level| format!("of-z{level}")).collect::<Vec<_>>(), "{root:?}");
+            assert_eq!(read(root.join(format!("d{dir}/of-z{level}"))), format!("{dir} in z{level}"));
+            assert_eq!(read(root.join(format!("d{dir}/of-z1"))), format!("{dir} in z1"));
+        }
+    }
     past.unmount();
 }

@@ -116,6 +116,16 @@ impl Past {
         });
     }
 
+    /// From here on the server may have no more than so many descriptors besides those that it has.
+    pub(crate) fn allow_descriptors(&self, more: u64) {
+        use rustix::process::{Pid, Resource, Rlimit, prlimit};
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = server.as_ref().unwrap().id().cast_signed();
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+        let limit = Rlimit { current: Some(open + more), maximum: Some(open + more) };
+        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).unwrap();
+    }
+
     /// Returns what the server has said.
     pub(crate) fn unmount(&self) -> String {
         // A program that another case starts has our descriptors for a moment, between its fork and its exec.

@@ -31,6 +31,7 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::origin::{self, Origins};
+use super::shared::{self, State};
 use super::store::Purpose;
 use super::{Overlay, object, seal, store, verify};
 
@@ -177,13 +178,25 @@ impl Store {
             let (expected, found) = (Identity::new(record.identity), Identity::new(found));
             return Err(Error::WrongIdentity { what: format!("the store {}", record.tree.display()), expected, found });
         }
-        let below = (self.origins.open)(&origin::read(&record.tree)?)?;
-        let opened = Overlay::sealed(below, &record.tree, layer);
-        opened.map_err(|error| Error::Io {
-            action: "open the layers of",
-            object: record.tree.display().to_string(),
-            source: std::io::Error::other(error.to_string()),
+        let Record { tree, identity, .. } = record;
+        shared::state(State { tree: tree.clone(), identity, layer }, || {
+            let below = (self.origins.open)(&origin::read(&tree)?)?;
+            Overlay::sealed(below, &tree, layer).map_err(|error| of_the_layers(&tree, error))
         })
+    }
+}
+
+/// Why the layers of a tree could not be opened; the system's answer stays one.
+fn of_the_layers(tree: &Path, error: store::Error) -> Error {
+    match error {
+        store::Error::Io { action, object, source } => {
+            Error::Io { action, object: object.display().to_string(), source }
+        }
+        error => Error::Io {
+            action: "open the layers of",
+            object: tree.display().to_string(),
+            source: std::io::Error::other(error.to_string()),
+        },
     }
 }
 

@@ -73,7 +73,7 @@ impl Tree {
             let (parent, name) = self.node(ino)?.names[0].clone();
             let from = self.object(ino)?;
             let stat = from.stat()?;
-            let (work, temporary) = (self.store.work(), self.store.fresh());
+            let (work, temporary) = (self.store.work()?, self.store.fresh());
             rustix::fs::mkdirat(&work, &temporary, Mode::RWXU)?;
             let to = Object::at(work.clone(), temporary.clone());
             let done = copy_attributes(&from, &to, self.store.keys())
@@ -98,7 +98,7 @@ impl Tree {
         if let (Some((parent, _)), false) = (&place, indexed) {
             self.copy_up(*parent, true)?;
         }
-        let (work, temporary) = (self.store.work(), self.store.fresh());
+        let (work, temporary) = (self.store.work()?, self.store.fresh());
         let to = Object::at(work.clone(), temporary.clone());
         let path = (!orphan).then(|| at.path());
         let made = self.make_like(&from, &stat, &to, path.as_deref(), content).and_then(|()| {

@@ -176,7 +176,7 @@ impl Tree {
         mode: Mode,
         by: Caller,
     ) -> Result<Option<OwnedFd>> {
-        let (work, nest, child) = (self.store.work(), self.store.fresh(), OsString::from("n"));
+        let (work, nest, child) = (self.store.work()?, self.store.fresh(), OsString::from("n"));
         rustix::fs::mkdirat(&work, &nest, Mode::RWXU)?;
         let nested = Arc::new(super::object::open_dir(&work, &nest)?);
         let (from, to) = (Object::of(dir.clone()), Object::of(nested.clone()));

@@ -34,11 +34,11 @@ pub(super) struct Gate {
     /// A layer was sealed and has not been synced since.
     pub(super) unsettled: AtomicBool,
     /// Any file of the store's file system.
-    pub(super) store: OwnedFd,
+    pub(super) store: Arc<OwnedFd>,
 }
 
 impl Gate {
-    pub(super) fn new(store: OwnedFd) -> Self {
+    pub(super) fn new(store: Arc<OwnedFd>) -> Self {
         Self { changes: RwLock::default(), unsettled: AtomicBool::new(false), store }
     }
 

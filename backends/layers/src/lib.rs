@@ -18,8 +18,8 @@
 //!   stay open; `open_dirs`, directories one after the other, however deep.
 //! * One kind of call each: `attr`, `xattr`, `open`, `create`, `link`, `rename`, `remove`; `copy_up`, what a change begins with; `data`, the
 //!   contents of open files.
-//! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was; `backend` offers these as images;
-//!   `verify` reads a whole one. `still` keeps a tree from changing for a moment.
+//! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was, which `shared` opens once for all;
+//!   `backend` offers it as images; `verify` reads a whole one. `still` keeps a tree from changing for a moment.
 //! * Layers that nobody needs by themselves: `plan` finds out what makes one of two, `steps` writes that down and does it, `merge` decides when.
 
 mod attr;
@@ -46,6 +46,7 @@ mod remove;
 mod rename;
 mod seal;
 mod sealed;
+mod shared;
 mod steps;
 mod still;
 mod store;

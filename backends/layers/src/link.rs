@@ -33,7 +33,7 @@ impl Overlay {
         tree.copy_up(parent, true)?;
         let (dir, object) = (tree.upper_dir(parent)?, tree.object(ino)?);
         if tree.upper_at(parent, name)?.is_some_and(|stat| is_whiteout(&stat)) {
-            let (work, temporary) = (tree.store.work(), tree.store.fresh());
+            let (work, temporary) = (tree.store.work()?, tree.store.fresh());
             object.link(&work, &temporary)?;
             rustix::fs::renameat(&work, &temporary, &dir, name)?;
         } else {

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::Result;
 use super::below::{self, errno};
-use super::fd_cache::FdCache;
+use super::fd_cache::{FdCache, Open};
 use super::object::{self, Object};
 use super::sealed::{SealedDir, Unreadable};
 
@@ -73,6 +73,12 @@ enum Opened {
     Tree(Arc<dyn Dir>),
     /// A layer that was sealed, of the same store.
     Sealed(Arc<SealedDir>),
+}
+
+impl Open for Opened {
+    fn is_descriptor(&self) -> bool {
+        matches!(self, Self::Dir(_))
+    }
 }
 
 impl Opened {

@@ -103,7 +103,7 @@ impl Tree {
                 done => return done,
             }
         }
-        let (work, temporary) = (self.store.work(), self.store.fresh());
+        let (work, temporary) = (self.store.work()?, self.store.fresh());
         if covers {
             rustix::fs::mknodat(&work, &temporary, FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)?;
             rustix::fs::renameat_with(&work, &temporary, dir, name, RenameFlags::EXCHANGE)?;

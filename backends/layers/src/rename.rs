@@ -72,7 +72,7 @@ impl Tree {
         let covers = self.lower_at(from, old)?.is_some();
         if indexed_below {
             // The name is the lower's alone; the file gets its new one before the old one goes.
-            let (work, temporary) = (self.store.work(), self.store.fresh());
+            let (work, temporary) = (self.store.work()?, self.store.fresh());
             self.object(ino)?.link(&work, &temporary)?;
             rustix::fs::renameat(&work, &temporary, &new_dir, new)?;
             self.white_out(&old_dir, old, false)?;

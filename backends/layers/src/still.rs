@@ -45,7 +45,7 @@ impl Still<'_> {
 impl Tree {
     /// Whether the upper's root has the attributes that a new one would get, times aside: these move with every name.
     fn is_root_as_made(&mut self) -> Result<bool> {
-        let (work, temporary, keys) = (self.store.work(), self.store.fresh(), self.store.keys());
+        let (work, temporary, keys) = (self.store.work()?, self.store.fresh(), self.store.keys());
         let (below, upper) = (self.lower.dir(&self.lower.root())?, Object::of(self.store.upper_root()));
         rustix::fs::mkdirat(&work, &temporary, Mode::RWXU)?;
         let new = Object::at(work.clone(), temporary.clone());

@@ -77,9 +77,9 @@ const MERGES: &str = " merges";
 pub(super) struct TreeStore {
     pub(super) dir: Arc<OwnedFd>,
     upper: Arc<OwnedFd>,
-    work: Arc<OwnedFd>,
+    /// `None` where nothing is written.
+    work: Option<Arc<OwnedFd>>,
     index: Arc<OwnedFd>,
-    refs: Arc<OwnedFd>,
     /// Held for as long as the store is open by the one who writes it, or a sealed state is read.
     _lock: Option<OwnedFd>,
     made: u64,
@@ -163,6 +163,8 @@ impl Keys {
     }
 }
 
+/// The directory of paths that are too long for an attribute.
+const REFS: &str = "refs";
 /// Longer paths are kept in a file of their own: the smallest limit for an attribute's value is about 4,000 bytes.
 const LONGEST_INLINE: usize = 1000;
 
@@ -179,9 +181,8 @@ impl TreeStore {
         Self {
             dir: self.dir.clone(),
             upper,
-            work: self.work.clone(),
+            work: None,
             index,
-            refs: self.refs.clone(),
             _lock: None,
             made: 0,
             keys: self.keys,
@@ -200,8 +201,9 @@ impl TreeStore {
     pub(super) fn upper_root(&self) -> Arc<OwnedFd> {
         self.upper.clone()
     }
-    pub(super) fn work(&self) -> Arc<OwnedFd> {
-        self.work.clone()
+    /// Where things are made before they are put in place.
+    pub(super) fn work(&self) -> Result<Arc<OwnedFd>> {
+        self.work.clone().ok_or(Errno::ROFS)
     }
     pub(super) fn index(&self) -> Arc<OwnedFd> {
         self.index.clone()
@@ -219,14 +221,15 @@ impl TreeStore {
             return Ok(path);
         }
         let name = blake3::hash(&path).to_hex();
-        if object::find_at(&self.refs, OsStr::new(name.as_str()))?.is_none() {
-            let temporary = self.fresh();
+        let refs = object::open_dir(&self.dir, OsStr::new(REFS))?;
+        if object::find_at(&refs, OsStr::new(name.as_str()))?.is_none() {
+            let (work, temporary) = (self.work()?, self.fresh());
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | SAFE;
-            let mut file = File::from(rustix::fs::openat(&self.work, &temporary, flags, Mode::RUSR | Mode::WUSR)?);
+            let mut file = File::from(rustix::fs::openat(&work, &temporary, flags, Mode::RUSR | Mode::WUSR)?);
             let written = file.write_all(&path).and_then(|()| file.sync_all());
             written.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-            rustix::fs::renameat(&self.work, &temporary, &self.refs, name.as_str())?;
-            rustix::fs::fsync(rustix::fs::openat(&self.refs, ".", OFlags::RDONLY | SAFE, Mode::empty())?)?;
+            rustix::fs::renameat(&work, &temporary, &refs, name.as_str())?;
+            rustix::fs::fsync(rustix::fs::openat(&refs, ".", OFlags::RDONLY | SAFE, Mode::empty())?)?;
         }
         Ok(format!("#{name}").into_bytes())
     }
@@ -236,7 +239,8 @@ impl TreeStore {
         use std::io::Read;
         use std::os::unix::ffi::OsStrExt;
         let Some(name) = path.strip_prefix(b"#") else { return Ok(path) };
-        let file = rustix::fs::openat(&self.refs, OsStr::from_bytes(name), OFlags::RDONLY | SAFE, Mode::empty())?;
+        let refs = object::open_dir(&self.dir, OsStr::new(REFS))?;
+        let file = rustix::fs::openat(&refs, OsStr::from_bytes(name), OFlags::RDONLY | SAFE, Mode::empty())?;
         let mut long = Vec::new();
         File::from(file).read_to_end(&mut long).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
         Ok(long)
@@ -250,7 +254,7 @@ const PARTS: [&str; 15] = [
     "upper",
     "work",
     "index",
-    "refs",
+    REFS,
     "layers",
     "live",
     "lower",
@@ -283,8 +287,11 @@ pub(super) fn open(below: Below, store: &Path, purpose: Purpose, patience: Durat
         rustix::fs::mkdirat(&dir, name, Mode::RWXU).or_else(exists_already)?;
         object::open_dir(&dir, OsStr::new(name)).map(Arc::new)
     };
-    let parts = || Ok((part("work")?, part("index")?, part("refs")?));
-    let (work, index, refs) = parts().map_err(failed("make a directory in", store))?;
+    let parts = || {
+        part(REFS)?;
+        Ok((part("work")?, part("index")?))
+    };
+    let (work, index) = parts().map_err(failed("make a directory in", store))?;
     // What an earlier server had prepared and not put in place.
     let emptied = object::names(work.as_fd())
         .map_err(std::io::Error::from)
@@ -317,17 +324,15 @@ pub(super) fn open(below: Below, store: &Path, purpose: Purpose, patience: Durat
     }
     let upper = object::open_dir(&dir, OsStr::new("upper")).map_err(failed("open the upper of", store))?;
     let (sparse, block, shares) = probe(&work).map_err(failed("examine", store))?;
-    let gate = dir.try_clone().map(|dir| Arc::new(Gate::new(dir)));
-    let gate = gate.map_err(|source| Error::Io { action: "open", object: store.into(), source })?;
     let salt = salt(&dir, &lower).map_err(failed("read the identity of", store))?;
     let dir = Arc::new(dir);
+    let gate = Arc::new(Gate::new(dir.clone()));
     let upper = Arc::new(upper);
     let store = TreeStore {
         dir,
         upper,
-        work,
+        work: Some(work),
         index,
-        refs,
         _lock: Some(lock.into()),
         made: 0,
         keys,
@@ -353,17 +358,16 @@ pub(super) fn open_to_read(below: Below, store: &Path, number: u64) -> Result<Op
     let part = |name: &str| object::open_dir(&dir, OsStr::new(name)).map(Arc::new);
     let open = || {
         let lower = Lower::new(below, &dir)?;
-        let gate = Arc::new(Gate::new(rustix::io::fcntl_dupfd_cloexec(&dir, 0)?));
+        let gate = Arc::new(Gate::new(dir.clone()));
         let (sparse, block, salt) =
             (true, rustix::fs::fstatvfs(&dir)?.f_bsize.clamp(4096, 1 << 20), salt(&dir, &lower)?);
-        let (upper, index, work, refs) = (part("upper")?, part("index")?, part("work")?, part("refs")?);
+        let (upper, index) = (part("upper")?, part("index")?);
         let keys = keys_of_ours();
         let store = TreeStore {
             dir: dir.clone(),
             upper,
-            work,
+            work: None,
             index,
-            refs,
             _lock: Some(reading),
             made: 0,
             keys,
@@ -519,7 +523,7 @@ impl super::Tree {
         if !replace {
             return rustix::fs::mknodat(dir, name, FileType::CharacterDevice, Mode::empty(), 0);
         }
-        let (work, temporary) = (self.store.work(), self.store.fresh());
+        let (work, temporary) = (self.store.work()?, self.store.fresh());
         rustix::fs::mknodat(&work, &temporary, FileType::CharacterDevice, Mode::empty(), 0)?;
         rustix::fs::renameat(&work, &temporary, dir, name)
     }
