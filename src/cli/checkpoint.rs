@@ -197,6 +197,8 @@ fn freeze_and_take(
 ) -> fsnap::Result<()> {
     let observed = tree.is_some();
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
+    // Before it is seen which of them others have stopped.
+    let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
     if writers_too {
         let outside = find_writers(window.pending(), quiesce.tree(), &[])?;

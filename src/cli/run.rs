@@ -21,6 +21,9 @@ use super::{Context, Failure, Outcome, Output, internal, process};
 /// holds all that it can change. Each copy has its own /tmp, /var/tmp and /dev/shm in memory. It goes on in the background, and
 /// what it says goes to a log (`fsnap logs`), unless it has a terminal. Prints the run's name.
 ///
+/// With --tty, the exit code is the command's once that runs, or 128 and the number of the signal that killed it; what fsnap itself
+/// could not do is told by a line `fsnap: error:`.
+///
 /// Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT --run` starts a copy.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -39,7 +42,7 @@ pub(crate) struct Args {
     /// A directory that it sees empty, in memory, each copy its own
     #[arg(long = "tmp", value_name = "DIR")]
     scratch: Vec<PathBuf>,
-    /// Give it this terminal, and stay until it ends
+    /// Give it this terminal, and stay until it ends, with its exit code
     #[arg(long)]
     tty: bool,
     /// The command and its arguments

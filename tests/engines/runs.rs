@@ -402,10 +402,29 @@ fn names_and_remains() {
     assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
     site.ok(["stop", "job"]);
     site.ok(["stop", "job"]);
+    one_is_unknown_and_one_unreadable(&site, &running);
     site.ok(["rm", "--run", "job"]);
     assert_eq!(fs::read_dir(site.path("state/runs")).unwrap().count(), 0);
     let nobody = site.command(["stop", "job"]).output().unwrap();
     assert!(said(&nobody).contains("no run \"job\""), "{}", said(&nobody));
+}
+
+/// What can be done is done for the others.
+fn one_is_unknown_and_one_unreadable(site: &Site, running: &Running<'_>) {
+    running.start("last", &[], "exec sleep 1000");
+    running.start("torn", &[], "exit 0");
+    wait_until("the end of the torn one", || running.all().len() == 1);
+    fs::write(site.path("state/runs/torn/run.json"), "{").unwrap();
+    let listed = site.command(["ps"]).output().unwrap();
+    assert_eq!(listed.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&listed.stdout).contains("sleep 1000"), "{listed:?}");
+    assert!(said(&listed).contains("runs/torn/run.json") && said(&listed).contains("rm --run"), "{}", said(&listed));
+    let stopped = site.command(["stop", "-t", "0", "nobody", "torn", "last"]).output().unwrap();
+    assert_eq!(stopped.status.code(), Some(1));
+    assert!(said(&stopped).contains("no run \"nobody\"") && said(&stopped).contains("torn"), "{}", said(&stopped));
+    site.ok(["rm", "--run", "torn"]);
+    assert!(running.all().is_empty());
+    site.ok(["rm", "--run", "last"]);
 }
 
 fn killed_while_it_is_saved() {
@@ -504,7 +523,7 @@ fn scratch_files_come_back_whatever_the_environment() {
 fn a_terminal() {
     let site = Site::new(&[Volume::Rsync]);
     let running = Running(&site);
-    let script = "tty; stty -echo; while read line; do echo \"got $line\"; done";
+    let script = "tty; stty -echo; while read line; do echo \"got $line\"; last=$line; done; [ $last = four ] && exit 5; kill -9 $$";
     let mut command = site.command(["run", "--tty", "--name", "shell", "--volume", "v0", "--", "sh", "-c", script]);
     let mut front = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let output = front.stdout.take().unwrap();
@@ -528,9 +547,9 @@ fn a_terminal() {
     keys.write_all(b"four\n").unwrap();
     shown.until("got four");
     // The end of the input is a key, too.
-    for (keys, front) in [(&mut keys, &mut front), (&mut typed, &mut other)] {
+    for (keys, front, code) in [(&mut keys, &mut front, 5), (&mut typed, &mut other, 128 + 9)] {
         keys.write_all(b"\x04").unwrap();
-        assert!(front.wait().unwrap().success());
+        assert_eq!(front.wait().unwrap().code(), Some(code));
     }
     assert!(running.all().is_empty());
 }
