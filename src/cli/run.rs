@@ -132,10 +132,12 @@ fn start(
 /// The directories as the processes will name them.
 fn directories(dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
     let canonical = |dir: &PathBuf| {
-        dir.canonicalize().map_err(|source| {
-            let object = fsnap::printable(dir.as_os_str());
-            Failure::from(fsnap::Error::Io { action: "find the directory", object, source })
-        })
+        let object = fsnap::printable(dir.as_os_str());
+        match dir.canonicalize() {
+            Ok(found) if found.is_dir() => Ok(found),
+            Ok(_) => Err(Failure::Usage(format!("{object} is not a directory: name the directory that holds it"))),
+            Err(source) => Err(fsnap::Error::Io { action: "find the directory", object, source }.into()),
+        }
     };
     dirs.iter().map(canonical).collect()
 }

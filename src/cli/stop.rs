@@ -45,6 +45,8 @@ fn stop(run: &Run, patience: Duration) -> Outcome {
     };
     if let Some(root) = root.filter(|_| !patience.is_zero()) {
         signal(root, Signal::TERM).map_err(failed)?;
+        // One that was stopped hears nothing before it goes on.
+        signal(root, Signal::CONT).map_err(failed)?;
         if ends_within(init, Some(patience)).map_err(failed)? {
             return Ok(());
         }

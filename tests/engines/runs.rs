@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::Case;
@@ -398,9 +399,19 @@ fn names_and_remains() {
         let refused = site.command(args).output().unwrap();
         assert_eq!(refused.status.code(), Some(1), "{args:?}: {}", said(&refused));
     }
+    let two = site.command(["checkpoint", "v0", "job"]).output().unwrap();
+    assert!(two.status.code() == Some(2) && said(&two).contains("job is a run"), "{}", said(&two));
+    let program = env!("CARGO_BIN_EXE_fsnap");
+    for option in ["--ro", "--rw", "--tmp"] {
+        let refused = site.command(["run", option, program, "--", "true"]).output().unwrap();
+        assert!(refused.status.code() == Some(2) && said(&refused).contains("not a directory"), "{}", said(&refused));
+    }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
     assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
-    site.ok(["stop", "job"]);
+    let pid = running.all()[0]["pid"].as_i64().unwrap();
+    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::STOP).unwrap();
+    site.ok(["stop", "--time", "60", "job"]);
+    assert_eq!(site.json(["ps", "--all", "--json"])[0]["ended"]["killed"], 15);
     site.ok(["stop", "job"]);
     one_is_unknown_and_one_unreadable(&site, &running);
     site.ok(["rm", "--run", "job"]);
