@@ -23,6 +23,7 @@ mod query;
 mod search;
 mod sys;
 mod tree;
+mod turn;
 mod wal;
 
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, Pl
 pub use lock::{HiddenNote, IntentLock, Note, find_plan, is_any_taken};
 pub use query::Removal;
 pub use search::{SearchAnswer, SearchFile, WriterLists};
+pub use turn::FreezeTurn;
 
 /// Why the catalog could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +98,12 @@ pub enum Error {
     #[error("another fsnap works on what was begun, with {} locked", path.display())]
     InHand {
         /// The intent's lock.
+        path: PathBuf,
+    },
+    /// Somebody else froze some of the processes for longer than was waited for.
+    #[error("another fsnap freezes these processes, with {} locked", path.display())]
+    Freezing {
+        /// The file in which they are locked.
         path: PathBuf,
     },
     /// A system call on one of the catalog's files failed.

@@ -1,6 +1,7 @@
 //! The command line: from arguments to one call of the library, and from its answer to text or JSON.
 //!
-//! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage.
+//! Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 usage; with `--tty`, once the command runs,
+//! the command's.
 //!
 //! A file is a command, named as it is typed (`criu_args.rs` is `fsnap criu-args`), and what stands in the directory of that name is a part
 //! of that command: what its own subcommands do, or what only it needs. Each has an `Args`, whose documentation is the command's help, and a
@@ -63,7 +64,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub(crate) use environment::Context;
-pub(crate) use output::{Failure, Outcome, Output, json, say};
+pub(crate) use output::{Failure, Outcome, Output, all_of, json, say};
 
 /// Snapshot the files of processes at their checkpoints, and branch from any of them
 ///
@@ -215,7 +216,11 @@ fn finish(outcome: Outcome) -> ExitCode {
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report();
-            if matches!(failure, Failure::Usage(_)) { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
+            match failure {
+                Failure::Usage(_) => ExitCode::from(WRONG_USAGE),
+                Failure::Ended(code) => ExitCode::from(code),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

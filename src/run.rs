@@ -183,8 +183,8 @@ impl Runs {
         self.state.join(OUTPUT)
     }
 
-    /// All of them, by name.
-    pub fn list(&self) -> Result<Vec<Run>> {
+    /// All of them, by name; each may be unreadable by itself.
+    pub fn list(&self) -> Result<Vec<Result<Run>>> {
         let dir = self.dir();
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,
@@ -194,7 +194,7 @@ impl Runs {
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse::<Name>().ok());
         let mut names: Vec<Name> = names.collect();
         names.sort();
-        names.into_iter().filter_map(|name| self.find(&name).transpose()).collect()
+        Ok(names.into_iter().filter_map(|name| self.find(&name).transpose()).collect())
     }
 
     /// The run of that name.
@@ -213,7 +213,8 @@ impl Runs {
     /// The run of that name, which must be there.
     pub fn get(&self, name: &Name) -> Result<Run> {
         let found = self.find(name)?;
-        let near = || self.list().unwrap_or_default().into_iter().map(|run| run.record.name.to_string()).collect();
+        let near =
+            || self.list().unwrap_or_default().into_iter().flatten().map(|run| run.record.name.to_string()).collect();
         found.ok_or_else(|| Error::NoSuchRun { name: name.to_string(), near: near() })
     }
 
@@ -254,11 +255,17 @@ impl Runs {
 
     /// Removes what is left of a run that has ended.
     pub fn remove(&self, name: &Name) -> Result<()> {
-        self.get(name)?;
+        // One whose record cannot be read is removed like any other.
+        let is_there = || match self.get(name) {
+            Err(Error::BadRun { .. }) => Ok(()),
+            found => found.map(drop),
+        };
+        is_there()?;
         let _alone = self.alone()?;
-        let run = self.get(name)?;
-        match run.state {
-            RunState::Ended(_) => remove(&run.place),
+        is_there()?;
+        let place = self.dir().join(name.as_str());
+        match state_of(&place) {
+            RunState::Ended(_) => remove(&place),
             _ => Err(Error::RunLives { name: name.clone() }),
         }
     }

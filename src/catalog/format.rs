@@ -24,7 +24,7 @@
 //!
 //! Beside it lie SQLite's files `catalog.db-wal`, the log, and `catalog.db-shm`. The last command to close the catalog empties the log; after a
 //! kill, or after a branch was made, it may hold changes. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
-//! held while the catalog is made.
+//! held while the catalog is made, and `freezing` is described in `turn.rs`.
 //!
 //! A catalog of a release that did not record processes has no table `tree` until it is needed.
 //!

@@ -361,7 +361,11 @@ pub(super) fn in_a_moment<T>(get: impl Fn() -> Result<Option<T>>, hopeful: impl 
     within(MOMENT, get, hopeful)
 }
 
-fn within<T>(limit: Duration, get: impl Fn() -> Result<Option<T>>, hopeful: impl Fn() -> bool) -> Result<Option<T>> {
+pub(super) fn within<T>(
+    limit: Duration,
+    get: impl Fn() -> Result<Option<T>>,
+    hopeful: impl Fn() -> bool,
+) -> Result<Option<T>> {
     let start = Instant::now();
     loop {
         let got = get()?;

@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// So many branches and runs, named NAME-1 and so on
     #[arg(long, value_name = "N", default_value_t = 1, requires = "run", value_parser = clap::value_parser!(u32).range(1..=1000))]
     count: u32,
-    /// Give the copy this terminal, and stay until it ends
+    /// Give the copy this terminal, and stay until it ends, with its exit code
     #[arg(long, requires = "run", conflicts_with = "count")]
     tty: bool,
     /// Print a JSON object; with --run, an array of them

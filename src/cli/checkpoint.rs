@@ -128,10 +128,18 @@ pub(super) fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json:
 
 /// The run that the arguments name, if they name one and no volume.
 fn named_run(context: &Context, coordinator: &Coordinator, args: &Args) -> Result<Option<Run>, Failure> {
-    let [name] = &args.volumes[..] else { return Ok(None) };
+    let (runs, volumes) = (Runs::of(&context.state), coordinator.catalog().volumes()?);
+    let is_volume = |name: &Name| volumes.iter().any(|volume| volume.name == *name);
+    let [name] = &args.volumes[..] else {
+        let mut names = args.volumes.iter().filter_map(|name| name.parse::<Name>().ok());
+        return match names.find(|name| !is_volume(name) && matches!(runs.find(name), Ok(Some(_)))) {
+            Some(name) => Err(Failure::Usage(format!("{name} is a run: it is saved with its volumes, and by itself"))),
+            None => Ok(None),
+        };
+    };
     let Ok(name) = name.parse::<Name>() else { return Ok(None) };
-    let Some(run) = Runs::of(&context.state).find(&name)? else { return Ok(None) };
-    if coordinator.catalog().volumes()?.iter().any(|volume| volume.name == name) {
+    let Some(run) = runs.find(&name)? else { return Ok(None) };
+    if is_volume(&name) {
         return Err(Error::Ambiguous {
             reference: name.to_string(),
             candidates: vec![format!("the volume {name}"), format!("the run {name}")],
@@ -197,6 +205,8 @@ fn freeze_and_take(
 ) -> fsnap::Result<()> {
     let observed = tree.is_some();
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
+    // Before it is seen which of them others have stopped.
+    let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
     if writers_too {
         let outside = find_writers(window.pending(), quiesce.tree(), &[])?;

@@ -11,7 +11,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
 
-pub(crate) use failure::{Failure, Outcome, plain, say};
+pub(crate) use failure::{Failure, Outcome, all_of, plain, say};
 
 /// Standard output.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use fsnap::run::{Run, RunState, Runs};
 use serde_json::{Value, json};
 
 use super::output::rfc3339;
-use super::{Context, Outcome, Output};
+use super::{Context, Outcome, Output, all_of};
 
 /// List the runs: the process, checkpoint and branch of each, and since when it runs
 #[derive(Debug, clap::Args)]
@@ -20,10 +20,21 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
-    let mut runs = Runs::of(&context.state).list()?;
-    runs.retain(|run| args.all || !matches!(run.state, RunState::Ended(_)));
+    let (mut runs, mut unreadable) = (Vec::new(), Vec::new());
+    for run in Runs::of(&context.state).list()? {
+        match run {
+            Ok(run) if args.all || !matches!(run.state, RunState::Ended(_)) => runs.push(run),
+            Ok(_) => {}
+            Err(error) => unreadable.push(Err(error.into())),
+        }
+    }
+    print(runs, args.json)?;
+    all_of(unreadable)
+}
+
+fn print(runs: Vec<Run>, as_json: bool) -> Outcome {
     let out = Output::new();
-    if args.json {
+    if as_json {
         return out.json(&runs.iter().map(object).collect::<Vec<_>>());
     }
     let row = |run: Run| {

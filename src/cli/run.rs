@@ -21,6 +21,9 @@ use super::{Context, Failure, Outcome, Output, internal, process};
 /// holds all that it can change. Each copy has its own /tmp, /var/tmp and /dev/shm in memory. It goes on in the background, and
 /// what it says goes to a log (`fsnap logs`), unless it has a terminal. Prints the run's name.
 ///
+/// With --tty, the exit code is the command's once that runs, or 128 and the number of the signal that killed it; what fsnap itself
+/// could not do is told by a line `fsnap: error:`.
+///
 /// Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT --run` starts a copy.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -39,7 +42,7 @@ pub(crate) struct Args {
     /// A directory that it sees empty, in memory, each copy its own
     #[arg(long = "tmp", value_name = "DIR")]
     scratch: Vec<PathBuf>,
-    /// Give it this terminal, and stay until it ends
+    /// Give it this terminal, and stay until it ends, with its exit code
     #[arg(long)]
     tty: bool,
     /// The command and its arguments
@@ -129,10 +132,12 @@ fn start(
 /// The directories as the processes will name them.
 fn directories(dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
     let canonical = |dir: &PathBuf| {
-        dir.canonicalize().map_err(|source| {
-            let object = fsnap::printable(dir.as_os_str());
-            Failure::from(fsnap::Error::Io { action: "find the directory", object, source })
-        })
+        let object = fsnap::printable(dir.as_os_str());
+        match dir.canonicalize() {
+            Ok(found) if found.is_dir() => Ok(found),
+            Ok(_) => Err(Failure::Usage(format!("{object} is not a directory: name the directory that holds it"))),
+            Err(source) => Err(fsnap::Error::Io { action: "find the directory", object, source }.into()),
+        }
     };
     dirs.iter().map(canonical).collect()
 }

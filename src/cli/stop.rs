@@ -11,7 +11,7 @@ use fsnap::run::{Run, RunState, Runs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 
-use super::{Context, Outcome};
+use super::{Context, Outcome, all_of};
 
 /// End runs: ask each command to (SIGTERM), and kill what is left after a while
 ///
@@ -28,8 +28,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let runs = Runs::of(&Context::load()?.state);
-    let found = args.names.iter().map(|name| runs.get(name)).collect::<Result<Vec<_>, _>>()?;
-    found.iter().try_for_each(|run| stop(run, Duration::from_secs(args.time.into())))
+    let patience = Duration::from_secs(args.time.into());
+    all_of(args.names.iter().map(|name| stop(&runs.get(name)?, patience)))
 }
 
 fn stop(run: &Run, patience: Duration) -> Outcome {
@@ -45,6 +45,8 @@ fn stop(run: &Run, patience: Duration) -> Outcome {
     };
     if let Some(root) = root.filter(|_| !patience.is_zero()) {
         signal(root, Signal::TERM).map_err(failed)?;
+        // One that was stopped hears nothing before it goes on.
+        signal(root, Signal::CONT).map_err(failed)?;
         if ends_within(init, Some(patience)).map_err(failed)? {
             return Ok(());
         }

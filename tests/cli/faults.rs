@@ -420,6 +420,36 @@ fn what_fails_in_the_end_is_not_there_later() {
     }
 }
 
+/// Who comes second would find the processes stopped, and then running.
+#[test]
+fn freezes_of_one_tree_take_turns() {
+    let site = Site::plain();
+    let shell = site.top();
+    shell.run("fsnap init db");
+    let [mut one, mut other] = ["db/one", "db/other"].map(|file| {
+        let child = shell.command(&format!("exec >{file}; echo; exec sleep 1000")).spawn().unwrap();
+        shell.run(&format!("until [ -s {file} ]; do sleep 0.01; done"));
+        child
+    });
+    let checkpoint = |child: &Child, options| format!("exec fsnap checkpoint --pid {} {options}", child.id());
+    let (first, pid) = stopped_at("take:all", shell.command(&checkpoint(&one, "")));
+    let refused = shell.output(&checkpoint(&one, "--deadline 0.1"));
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && said.contains("another fsnap freezes these processes"), "{said}");
+    shell.run(&checkpoint(&other, ""));
+    let second = shell.command(&checkpoint(&one, "--deadline 3600")).stdout(Stdio::null()).spawn().unwrap();
+    kill_process(pid, Signal::CONT).unwrap();
+    for taken in [first, second] {
+        let output = taken.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    for child in [&mut one, &mut other] {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    site.expect_order(&["", "", ""]);
+}
+
 #[test]
 fn the_order_is_not_the_clocks() {
     let site = Site::plain();

@@ -302,7 +302,7 @@ fn branch() {
               [default: 1]
 
           --tty
-              Give the copy this terminal, and stay until it ends
+              Give the copy this terminal, and stay until it ends, with its exit code
 
           --json
               Print a JSON object; with --run, an array of them

@@ -14,6 +14,9 @@ fn run() {
     in memory. It goes on in the background, and what it says goes to a log (`fsnap logs`), unless it
     has a terminal. Prints the run's name.
 
+    With --tty, the exit code is the command's once that runs, or 128 and the number of the signal that
+    killed it; what fsnap itself could not do is told by a line `fsnap: error:`.
+
     Then `fsnap checkpoint NAME` saves it, files and processes at one instant, and `fsnap branch CKPT
     --run` starts a copy.
 
@@ -40,7 +43,7 @@ fn run() {
               A directory that it sees empty, in memory, each copy its own
 
           --tty
-              Give it this terminal, and stay until it ends
+              Give it this terminal, and stay until it ends, with its exit code
 
       -h, --help
               Print help (see a summary with '-h')

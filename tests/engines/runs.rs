@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::Case;
@@ -398,14 +399,43 @@ fn names_and_remains() {
         let refused = site.command(args).output().unwrap();
         assert_eq!(refused.status.code(), Some(1), "{args:?}: {}", said(&refused));
     }
+    let two = site.command(["checkpoint", "v0", "job"]).output().unwrap();
+    assert!(two.status.code() == Some(2) && said(&two).contains("job is a run"), "{}", said(&two));
+    let program = env!("CARGO_BIN_EXE_fsnap");
+    for option in ["--ro", "--rw", "--tmp"] {
+        let refused = site.command(["run", option, program, "--", "true"]).output().unwrap();
+        assert!(refused.status.code() == Some(2) && said(&refused).contains("not a directory"), "{}", said(&refused));
+    }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
     assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
+    let pid = running.all()[0]["pid"].as_i64().unwrap();
+    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::STOP).unwrap();
+    site.ok(["stop", "--time", "60", "job"]);
+    assert_eq!(site.json(["ps", "--all", "--json"])[0]["ended"]["killed"], 15);
     site.ok(["stop", "job"]);
-    site.ok(["stop", "job"]);
+    one_is_unknown_and_one_unreadable(&site, &running);
     site.ok(["rm", "--run", "job"]);
     assert_eq!(fs::read_dir(site.path("state/runs")).unwrap().count(), 0);
     let nobody = site.command(["stop", "job"]).output().unwrap();
     assert!(said(&nobody).contains("no run \"job\""), "{}", said(&nobody));
+}
+
+/// What can be done is done for the others.
+fn one_is_unknown_and_one_unreadable(site: &Site, running: &Running<'_>) {
+    running.start("last", &[], "exec sleep 1000");
+    running.start("torn", &[], "exit 0");
+    wait_until("the end of the torn one", || running.all().len() == 1);
+    fs::write(site.path("state/runs/torn/run.json"), "{").unwrap();
+    let listed = site.command(["ps"]).output().unwrap();
+    assert_eq!(listed.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&listed.stdout).contains("sleep 1000"), "{listed:?}");
+    assert!(said(&listed).contains("runs/torn/run.json") && said(&listed).contains("rm --run"), "{}", said(&listed));
+    let stopped = site.command(["stop", "-t", "0", "nobody", "torn", "last"]).output().unwrap();
+    assert_eq!(stopped.status.code(), Some(1));
+    assert!(said(&stopped).contains("no run \"nobody\"") && said(&stopped).contains("torn"), "{}", said(&stopped));
+    site.ok(["rm", "--run", "torn"]);
+    assert!(running.all().is_empty());
+    site.ok(["rm", "--run", "last"]);
 }
 
 fn killed_while_it_is_saved() {
@@ -504,7 +534,7 @@ fn scratch_files_come_back_whatever_the_environment() {
 fn a_terminal() {
     let site = Site::new(&[Volume::Rsync]);
     let running = Running(&site);
-    let script = "tty; stty -echo; while read line; do echo \"got $line\"; done";
+    let script = "tty; stty -echo; while read line; do echo \"got $line\"; last=$line; done; [ $last = four ] && exit 5; kill -9 $$";
     let mut command = site.command(["run", "--tty", "--name", "shell", "--volume", "v0", "--", "sh", "-c", script]);
     let mut front = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let output = front.stdout.take().unwrap();
@@ -528,9 +558,9 @@ fn a_terminal() {
     keys.write_all(b"four\n").unwrap();
     shown.until("got four");
     // The end of the input is a key, too.
-    for (keys, front) in [(&mut keys, &mut front), (&mut typed, &mut other)] {
+    for (keys, front, code) in [(&mut keys, &mut front, 5), (&mut typed, &mut other, 128 + 9)] {
         keys.write_all(b"\x04").unwrap();
-        assert!(front.wait().unwrap().success());
+        assert_eq!(front.wait().unwrap().code(), Some(code));
     }
     assert!(running.all().is_empty());
 }

@@ -35,7 +35,7 @@ pub enum Error {
         by: String,
     },
     /// The directory cannot be a volume of this store.
-    #[error("{} cannot be a {kind} volume: {reason}", dir.display())]
+    #[error("{} cannot be a volume of {kind}: {reason}", dir.display())]
     NotAVolume {
         /// The directory.
         dir: PathBuf,

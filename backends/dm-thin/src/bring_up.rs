@@ -138,17 +138,19 @@ impl Store {
             let reason = "fsnap did not make it: remove it by what made it".to_owned();
             return Err(Error::Unsupported { kind: KIND, action: "remove a pool", reason });
         };
-        let images = self.records.list()?.len();
-        if images > 0 {
-            return Err(Error::Busy {
-                what,
-                by: format!("{images} snapshots and clones; remove their checkpoints first"),
-            });
+        let held = match self.records.list()?.len() {
+            0 => None,
+            1 => Some("a snapshot or clone; remove its checkpoint first".to_owned()),
+            images => Some(format!("{images} snapshots and clones; remove their checkpoints first")),
+        };
+        if let Some(by) = held {
+            return Err(Error::Busy { what, by });
         }
         self.stop_volumes()?;
         let foreign = self.list()?.len();
         if foreign > 0 {
-            return Err(Error::Busy { what, by: format!("{foreign} thin devices that others have in use") });
+            let devices = if foreign == 1 { "thin device" } else { "thin devices" };
+            return Err(Error::Busy { what, by: format!("{foreign} {devices} that others have in use") });
         }
         undo(&self.mapper, &self.place, &self.pool.name, &backing)
     }

@@ -102,9 +102,11 @@ impl Args {
         tree: Tree,
         images: &Images,
     ) -> fsnap::Result<()> {
+        let within = Duration::from_secs(self.deadline.into());
+        let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
         let quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
         coordinator.record_freeze(window, quiesce.record().clone())?;
-        let frozen = quiesce.freeze(Duration::from_secs(self.deadline.into()))?;
+        let frozen = quiesce.freeze(within)?;
         runtime.save(self.container.as_ref(), images.path(), &self.args)?;
         criu::complete(images)?;
         let search = take_frozen(window, everyone_in(&frozen), Some(frozen.tree()))?;

@@ -23,6 +23,8 @@ pub(crate) enum Failure {
     Reported,
     /// Another process of fsnap could not do it, and these are its words.
     Told(String),
+    /// The command that fsnap stayed in front of has ended with this code, which is to be its own.
+    Ended(u8),
 }
 
 impl<E: Into<Error>> From<E> for Failure {
@@ -46,10 +48,20 @@ impl Failure {
             }
             Self::Usage(text) => line("error", text),
             Self::Output(error) => line("error", &format!("cannot write the output: {error}")),
-            Self::Reported => String::new(),
+            Self::Reported | Self::Ended(_) => String::new(),
             Self::Told(text) => text.clone(),
         }
     }
+}
+
+/// Goes on to the end whatever fails, says of each what failed, and fails if one did.
+pub(crate) fn all_of(outcomes: impl IntoIterator<Item = Outcome>) -> Outcome {
+    let mut all = Ok(());
+    for failure in outcomes.into_iter().filter_map(Result::err) {
+        failure.report();
+        all = Err(Failure::Reported);
+    }
+    all
 }
 
 /// Writes a line on standard error; what cannot be written there cannot be said at all.
@@ -128,6 +140,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::NoSuchRun { .. } => "`fsnap ps --all` lists the runs",
         Error::NoHooks { .. } => "`fsnap engine runc checkpoint` does without hooks",
         Error::RunLives { .. } => "end it first: `fsnap stop NAME`",
+        Error::BadRun { path, .. } if path.as_path().ends_with("run.json") => {
+            "once it has ended, `fsnap rm --run NAME` removes what is left of it"
+        }
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
@@ -149,9 +164,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::Unsealed { .. } => {
             "`fsnap recover` seals it, or tells why it cannot; or let the engine write to another directory"
         }
-        Error::Catalog(catalog::Error::Locked { .. } | catalog::Error::InHand { .. }) => {
-            "try again when the other command is done"
-        }
+        Error::Catalog(
+            catalog::Error::Locked { .. } | catalog::Error::InHand { .. } | catalog::Error::Freezing { .. },
+        ) => "try again when the other command is done",
         Error::Backend(error) => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use fsnap::Error;
-use fsnap::engine::{Restored, TerminalId};
+use fsnap::engine::{Ended, Restored, TerminalId};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
@@ -47,7 +47,7 @@ impl Terminal {
         self.id
     }
 
-    /// Passes on what is typed and shown, until the run has ended.
+    /// Passes on what is typed and shown, until the run has ended; fails with the exit code of its command, if that is not 0.
     pub(crate) fn relay(self, restored: Restored) -> Outcome {
         let failed = |source| Error::Io { action: "relay", object: "the terminal".into(), source };
         let _raw = Raw::set();
@@ -69,9 +69,21 @@ impl Terminal {
                 }
             }
         }
-        restored.wait();
-        Ok(())
+        match restored.wait() {
+            Ended::Exited(0) => Ok(()),
+            Ended::Exited(status) => Err(Failure::Ended(exit_code(status))),
+            Ended::Killed(signal) => Err(Failure::Ended(exit_code(KILLED + signal))),
+            Ended::Unknown => Err(Failure::Told("fsnap: error: nobody knows how the command ended\n".into())),
+        }
     }
+}
+
+/// What shells add to the number of the signal that ended a command.
+const KILLED: i32 = 128;
+
+/// A status as the kernel passes it on to who waits: its lowest byte.
+fn exit_code(status: i32) -> u8 {
+    status.to_le_bytes()[0]
 }
 
 fn copy_size(terminal: impl AsFd) {
