@@ -160,18 +160,23 @@ impl Catalog {
             Access::Write | Access::Create => OpenFlags::SQLITE_OPEN_READ_WRITE,
         };
         let how = how | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let opened = match access == Access::Read && format::cannot_change(&path) {
-            true => Connection::open_with_flags(format::immutable(&path), how | OpenFlags::SQLITE_OPEN_URI),
-            false => Connection::open_with_flags(&path, how),
+        let read_only = if access == Access::Read { format::read_only(&path) } else { None };
+        let alone = read_only.is_some();
+        let opened = match read_only {
+            Some(uri) => Connection::open_with_flags(uri, how | OpenFlags::SQLITE_OPEN_URI),
+            None => Connection::open_with_flags(&path, how),
         };
         let db = opened.map_err(|source| translate(&path, source))?;
         let catalog = Self { db, state: state.to_owned(), access, patience };
-        catalog.configure().map_err(|source| catalog.failed(source))?;
+        catalog.configure(alone).map_err(|source| catalog.failed(source))?;
         format::check_version(&catalog.db, &path)?;
         Ok(catalog)
     }
 
-    fn configure(&self) -> rusqlite::Result<()> {
+    fn configure(&self, alone: bool) -> rusqlite::Result<()> {
+        if alone {
+            self.db.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        }
         self.db.busy_timeout(self.patience)?;
         self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
         self.db.pragma_update(None, "trusted_schema", false)?;

@@ -183,25 +183,35 @@ pub(super) fn check_file(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether nobody can change the catalog, and no log of changes lies beside it: its file system is read-only.
+/// How SQLite is told to read a catalog whose file system is read-only; nothing if it can be read in the usual way.
 ///
 /// Readers make the index that they share with writers, if there is none; where that is impossible, SQLite has to be told
-/// that it is needless. Where only this mount is read-only and somebody writes through another at this very moment, a read may
-/// meet half a change: an error then, for every record has a digest.
-pub(super) fn cannot_change(path: &Path) -> bool {
-    let read_only = rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_flag.contains(StatVfsMountFlags::RDONLY));
-    read_only && log(path).metadata().map_or(true, |log| log.len() == 0)
+/// that the file cannot change, or, if a log of changes lies beside it, to keep an index of its own: it does so in exclusive
+/// mode, with a VFS that locks nothing. Where only this mount is read-only and somebody writes through another at this very
+/// moment, a read may meet half a change: an error then, for every record has a digest.
+pub(super) fn read_only(path: &Path) -> Option<OsString> {
+    if !rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_flag.contains(StatVfsMountFlags::RDONLY)) {
+        return None;
+    }
+    match log(path).metadata().map_or(0, |log| log.len()) {
+        0 => Some(uri(path, "immutable=1")),
+        _ if beside(path, "-shm").symlink_metadata().is_ok() => None,
+        _ => Some(uri(path, "vfs=unix-none")),
+    }
 }
 
 /// The catalog's log of changes.
 pub(super) fn log(path: &Path) -> PathBuf {
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
-    log.into()
+    beside(path, "-wal")
 }
 
-/// The path as SQLite is told that the file cannot change.
-pub(super) fn immutable(path: &Path) -> OsString {
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+fn uri(path: &Path, option: &str) -> OsString {
     let mut uri = b"file:".to_vec();
     for &byte in path.as_os_str().as_bytes() {
         match byte {
@@ -209,7 +219,8 @@ pub(super) fn immutable(path: &Path) -> OsString {
             _ => uri.push(byte),
         }
     }
-    uri.extend(b"?immutable=1");
+    uri.push(b'?');
+    uri.extend(option.bytes());
     OsString::from_vec(uri)
 }
 

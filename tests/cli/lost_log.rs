@@ -173,6 +173,20 @@ fn branches_stay_in_a_short_log_until_the_next_command() {
 }
 
 #[test]
+fn a_log_is_read_on_read_only_media_also_without_its_index() {
+    let site = Site::plain();
+    let line = "mount --bind copy copy && mount -o remount,bind,ro copy && fsnap branches --json";
+    site.run("fsnap init db && fsnap checkpoint -t one && fsnap branch one grown && cp -a state copy");
+    assert!(fs::metadata(site.path("copy/catalog.db-wal")).unwrap().len() > 0);
+    for remove in ["true", "rm copy/catalog.db-shm", "rm copy/catalog.db-wal"] {
+        site.run(remove);
+        let told = site.run(&format!("FSNAP_STATE=copy unshare --mount sh -c '{line}'"));
+        // Without the log there is no branch.
+        assert_eq!(told.contains("\"grown\""), !remove.ends_with("-wal"), "{remove}: {told}");
+    }
+}
+
+#[test]
 fn what_is_no_log_is_refused() {
     let site = Site::plain();
     site.run("fsnap init db && fsnap checkpoint -t one");
