@@ -118,9 +118,6 @@ pub enum Error {
     },
 }
 
-/// How many bytes of changes a branch may leave in the log: whoever opens the catalog next reads them all.
-const LEFT_IN_LOG: u64 = 256 << 10;
-
 /// The result of a call of the catalog.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -142,6 +139,8 @@ pub struct Catalog {
     state: PathBuf,
     access: Access,
     patience: Duration,
+    /// The number of others' changes that it has seen, if the log was empty when it was opened.
+    began_with: Option<i64>,
 }
 
 impl Catalog {
@@ -167,9 +166,13 @@ impl Catalog {
             None => Connection::open_with_flags(&path, how),
         };
         let db = opened.map_err(|source| translate(&path, source))?;
-        let catalog = Self { db, state: state.to_owned(), access, patience };
+        let mut catalog = Self { db, state: state.to_owned(), access, patience, began_with: None };
         catalog.configure(alone).map_err(|source| catalog.failed(source))?;
         format::check_version(&catalog.db, &path)?;
+        if access != Access::Read {
+            let seen = catalog.changes_of_others()?;
+            catalog.began_with = format::log(&path).metadata().is_ok_and(|log| log.len() == 0).then_some(seen);
+        }
         Ok(catalog)
     }
 
@@ -240,9 +243,17 @@ impl Catalog {
         set.map(drop).map_err(|source| self.failed(source))
     }
 
-    /// Leaves a short log where it is, if this was the last change: somebody waits for it, and it was synced with the change.
-    fn leave_short_log(&self) -> Result<()> {
-        self.leave_log(format::log(&self.path()).metadata().is_ok_and(|log| log.len() <= LEFT_IN_LOG))
+    /// Leaves the log where it is, if nothing else changes before closing: somebody waits for it, and it was synced with each change.
+    ///
+    /// Only the own changes may be in it, so that a log which is cut short takes nothing away that others made.
+    fn leave_own_log(&self) -> Result<()> {
+        self.leave_log(self.began_with.is_some() && self.began_with == Some(self.changes_of_others()?))
+    }
+
+    /// Changes its value whenever another connection has changed the catalog.
+    fn changes_of_others(&self) -> Result<i64> {
+        let read = self.db.pragma_query_value(None, "data_version", |row| row.get(0));
+        read.map_err(|source| self.failed(source))
     }
 
     /// Reads every page and record; returns what is damaged.

@@ -437,7 +437,7 @@ impl Catalog {
     pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
         let added =
             self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))?;
-        self.leave_short_log()?;
+        self.leave_own_log()?;
         Ok(added)
     }
 

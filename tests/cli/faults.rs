@@ -394,7 +394,7 @@ fn too_few_descriptors_fail_one_checkpoint_and_no_other() {
 }
 
 /// Runs the command until it stops itself at that place.
-fn stopped_at(place: &str, mut command: Command) -> (Child, Pid) {
+pub(crate) fn stopped_at(place: &str, mut command: Command) -> (Child, Pid) {
     command.env("FSNAP_FAILPOINT", format!("{place}=stop")).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap();
     let pid = Pid::from_child(&child);
