@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
+use rustix::fs::{Access as MayAccess, access};
 
 pub use attendant::{Attending, attendants, end_if_stopped};
 pub use intent::{Doomed, ImageRef, Intent, IntentId, PendingCheckpoint, Plan, PlannedMember, RoomRef, Taken};
@@ -60,6 +61,12 @@ pub enum Error {
     /// A file of the catalog cannot grow: its file system is full, or the process may not write files of that size.
     #[error("the catalog {} cannot grow: its file system is full, or the size of files is limited", path.display())]
     Full {
+        /// The catalog's file.
+        path: PathBuf,
+    },
+    /// It may not be written, and would have to be: also who only reads may have to make the index that all share.
+    #[error("the catalog {} may not be written by this user, or not where it is mounted", path.display())]
+    ReadOnly {
         /// The catalog's file.
         path: PathBuf,
     },
@@ -280,6 +287,11 @@ fn which(source: &rusqlite::Error) -> String {
     }
 }
 
+/// Whether this user may write the catalog, and make files beside it.
+fn may_be_written(path: &Path) -> bool {
+    [Some(path), path.parent()].into_iter().flatten().all(|path| access(path, MayAccess::WRITE_OK).is_ok())
+}
+
 fn translate(path: &Path, source: rusqlite::Error) -> Error {
     use rusqlite::ErrorCode;
     let path = path.to_owned();
@@ -289,6 +301,8 @@ fn translate(path: &Path, source: rusqlite::Error) -> Error {
         Some(ErrorCode::DiskFull) => Error::Full { path },
         // The index that readers and writers share is made by the first of them, also by one who only reads.
         _ if extended == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE) => Error::Full { path },
+        Some(ErrorCode::ReadOnly) => Error::ReadOnly { path },
+        Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied) if !may_be_written(&path) => Error::ReadOnly { path },
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
             Error::Damaged { path, reason: source.to_string() }
         }

@@ -189,6 +189,9 @@ fn a_log_is_read_on_read_only_media_also_without_its_index() {
         let told = site.run(&format!("FSNAP_STATE=copy unshare --mount sh -c '{line}'"));
         // Without the log there is no branch.
         assert_eq!(told.contains("\"grown\""), !remove.ends_with("-wal"), "{remove}: {told}");
+        let refused = line.replace("branches --json", "tag one two");
+        let told = site.fail(&format!("FSNAP_STATE=copy unshare --mount sh -c '{refused}'"));
+        assert!(told.contains("copy/catalog.db may not be written by this user, or not where it is mounted"), "{told}");
     }
 }
 

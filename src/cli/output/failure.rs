@@ -157,6 +157,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::Catalog(catalog::Error::Full { .. }) => {
             "free some space there; `fsnap recover` tells whether anything was begun"
         }
+        Error::Catalog(catalog::Error::ReadOnly { .. }) => {
+            "be the user whose it is; to read it only, copy its directory and name the copy by FSNAP_STATE"
+        }
         Error::Catalog(catalog::Error::Missing { .. }) => {
             "`fsnap init DIR` makes one; FSNAP_STATE names another state directory"
         }
