@@ -128,6 +128,9 @@ pub(super) fn print(coordinator: &Coordinator, checkpoint: &Checkpoint, as_json:
 
 /// The run that the arguments name, if they name one and no volume.
 fn named_run(context: &Context, coordinator: &Coordinator, args: &Args) -> Result<Option<Run>, Failure> {
+    if args.volumes.is_empty() {
+        return Ok(None);
+    }
     let (runs, volumes) = (Runs::of(&context.state), coordinator.catalog().volumes()?);
     let is_volume = |name: &Name| volumes.iter().any(|volume| volume.name == *name);
     let [name] = &args.volumes[..] else {
@@ -206,7 +209,7 @@ fn freeze_and_take(
     let observed = tree.is_some();
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
     // Before it is seen which of them others have stopped.
-    let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+    let _turn = observed.then(|| coordinator.catalog().turn_to_freeze(&tree, within)).transpose()?;
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
     if writers_too {
         let outside = find_writers(window.pending(), quiesce.tree(), &[])?;

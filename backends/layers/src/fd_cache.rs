@@ -78,9 +78,7 @@ impl<T: Open> FdCache<T> {
     fn of(generation: usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), generation }
     }
-}
 
-impl<T: Open> FdCache<T> {
     pub(super) fn get(&mut self, number: u64) -> Option<T> {
         if let Some(found) = self.young.get(&number) {
             return Some(found.0.clone());

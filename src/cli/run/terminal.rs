@@ -11,7 +11,7 @@ use fsnap::engine::{Ended, Restored, TerminalId};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
-use super::super::{Failure, Outcome};
+use super::super::{Failure, Outcome, say};
 
 /// The end of a new terminal that its user sits at.
 #[derive(Debug)]
@@ -73,7 +73,10 @@ impl Terminal {
             Ended::Exited(0) => Ok(()),
             Ended::Exited(status) => Err(Failure::Ended(exit_code(status))),
             Ended::Killed(signal) => Err(Failure::Ended(exit_code(KILLED + signal))),
-            Ended::Unknown => Err(Failure::Told("fsnap: error: nobody knows how the command ended\n".into())),
+            Ended::Unknown => {
+                say("error", "nobody knows how the command ended");
+                Err(Failure::Reported)
+            }
         }
     }
 }
