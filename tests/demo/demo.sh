@@ -17,16 +17,16 @@ if [ "${1-}" != --inside ]; then
         local status=$? first
         trap '' INT TERM HUP
         trap - EXIT
-        if [ -n "$story" ] && first=$(cat "/proc/$story/task/$story/children" 2>/dev/null); then
+        # Only the first process in there is killed: the kernel lets it end after all others in there, and unshare waits for it.
+        # Until unshare has started it, there is nobody to kill.
+        for _ in {1..100}; do
+            [ -n "$story" ] && first=$(cat "/proc/$story/task/$story/children" 2>/dev/null) || break
             # shellcheck disable=SC2086 # one word, or none
-            kill -KILL $first "$story" 2>/dev/null || true
-        fi
-        wait || true
-        # The last of them may still be on its way out.
-        for _ in {1..50}; do
-            [ -n "$demo" ] && ! rm -rf --one-file-system "$demo" 2>/dev/null || break
-            sleep 0.1
+            [ -n "$first" ] && kill -KILL $first 2>/dev/null && break
+            sleep 0.05
         done
+        wait || true
+        [ -z "$demo" ] || rm -rf --one-file-system "$demo"
         [ "$status" = 0 ] || echo "demo: ended with status $status; what it made is removed" >&2
         exit "$status"
     }
