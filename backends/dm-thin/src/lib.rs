@@ -273,7 +273,7 @@ impl Store {
     /// Opens a directory that is to be a volume of this store.
     fn open_volume(&self, dir: &Path) -> Result<(OwnedFd, Live)> {
         let refused = |reason: String| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason };
-        let (root, live) = Live::open(&self.mapper, dir)?;
+        let (root, live) = Live::open(&self.mapper, Some(&self.notes), dir)?;
         if live.pool.number != self.pool.number {
             return Err(refused(format!(
                 "it lies in {}, and the store {} is for {}",
@@ -296,7 +296,7 @@ impl Store {
     pub(crate) fn check(&self, volume: &Volume) -> Result<Live> {
         let what = || format!("the directory {}", volume.dir().display());
         let replaced = |found| Error::WrongIdentity { what: what(), expected: volume.identity().clone(), found };
-        if let Some(live) = self.known.still(&self.mapper, volume)? {
+        if let Some(live) = self.known.still(&self.mapper, &self.notes, volume)? {
             return Ok(live);
         }
         match self.open_volume(volume.dir()) {

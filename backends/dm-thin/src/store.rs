@@ -98,7 +98,7 @@ impl Store {
     /// Fails with [`ErrorKind::NotAVolume`](fsnap_backend::ErrorKind::NotAVolume) if `dir` is not the mount point of a
     /// file system on a thin device.
     pub fn probe(dir: &Path) -> Result<PathBuf> {
-        let (_, live) = Live::open(&Mapper::open()?, dir)?;
+        let (_, live) = Live::open(&Mapper::open()?, None, dir)?;
         Ok(Path::new(STORES).join(live.pool.name))
     }
 

@@ -125,6 +125,30 @@ impl Notes {
         Ok(resumed)
     }
 
+    /// Waits until no call of fsnap has the device suspended, and resumes it if one was killed there.
+    ///
+    /// Fails with [`ErrorKind::Busy`](fsnap_backend::ErrorKind::Busy) if it is suspended by somebody else, who may never resume it.
+    pub(crate) fn wait_until_running(&self, mapper: &Mapper, mut thin: ThinDevice) -> Result<ThinDevice> {
+        let name = OsString::from(thin.id.to_string());
+        let path = self.path.join(&name);
+        let mut noted = true;
+        while thin.device.suspended {
+            if !noted {
+                thin.check_running()?;
+            }
+            let file = self.open_note(&name).context("open", &path)?;
+            noted = file.is_some();
+            if let Some(file) = file {
+                // Also held for a moment by a guard that is starting, and has its author's files open until then.
+                let theirs = Lock::take(file).context("lock", &path)?;
+                self.settle(mapper, &name, &theirs)?;
+            }
+            // Without a note it can have been resumed since it was looked at.
+            thin.device = mapper.find(By::Name(&thin.device.name))?.unwrap_or(thin.device);
+        }
+        Ok(thin)
+    }
+
     fn open_note(&self, name: &OsStr) -> io::Result<Option<File>> {
         match beneath::open_file(&self.dir, name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

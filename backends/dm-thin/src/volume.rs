@@ -12,6 +12,7 @@ use crate::KIND;
 use crate::dm::{Mapper, Number};
 use crate::pool::{Pool, ThinDevice, owner};
 use crate::superblock::FileSystem;
+use crate::suspend::Notes;
 
 /// A file system that can be a volume, with everything that was found out about it.
 #[derive(Debug, Clone)]
@@ -25,7 +26,9 @@ pub(crate) struct Live {
 
 impl Live {
     /// Opens `dir` and finds what it lies on; reads nothing from a device that is suspended.
-    pub(crate) fn open(mapper: &Mapper, dir: &Path) -> Result<(OwnedFd, Self)> {
+    ///
+    /// Waits for one that the notes say is suspended by another call.
+    pub(crate) fn open(mapper: &Mapper, notes: Option<&Notes>, dir: &Path) -> Result<(OwnedFd, Self)> {
         let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
         let root = beneath::open_volume(dir, KIND)?;
         if !beneath::look_fd(&root).context("examine", dir)?.mount_root {
@@ -68,6 +71,10 @@ impl Live {
         if let Some(why) = pool.owner() {
             return Err(refused(why));
         }
+        let thin = match notes {
+            Some(notes) => notes.wait_until_running(mapper, thin)?,
+            None => thin,
+        };
         thin.check_running()?;
         let node = number.node();
         let uuid = file_system.uuid_on(&node).context("read the superblock of", &node)?;
@@ -98,7 +105,8 @@ impl Known {
     ///
     /// Its descriptor keeps the file system mounted, and so its device open under the same number. What can have changed is
     /// where the path leads, and the table of the device, as of one that was enlarged: both are looked at.
-    pub(crate) fn still(&self, mapper: &Mapper, volume: &Volume) -> Result<Option<Live>> {
+    /// Waits for a volume that the notes say is suspended by another call.
+    pub(crate) fn still(&self, mapper: &Mapper, notes: &Notes, volume: &Volume) -> Result<Option<Live>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(volume.identity()).cloned();
         let Some((known, root)) = known.zip(beneath::open_volume(volume.dir(), KIND).ok()) else { return Ok(None) };
         let look = |file: BorrowedFd<'_>| beneath::look_fd(file).context("examine", volume.dir());
@@ -109,7 +117,7 @@ impl Known {
         if !leads_there || Number::of(now.device) != thin.device.number || same(&thin) != same(&known.thin) {
             return Ok(None);
         }
-        thin.check_running()?;
+        let thin = notes.wait_until_running(mapper, thin)?;
         Ok(Some(Live { thin, ..known }))
     }
 }

@@ -1,4 +1,4 @@
-//! Pools that are full, pools that others manage, and numbers that others have taken.
+//! Pools that are full, pools that others manage, numbers that others have taken, and volumes that are suspended already.
 
 mod support;
 #[path = "../../../tests/support/thin.rs"]
@@ -276,6 +276,77 @@ fn a_taken_number_is_left() -> Done {
     Ok(())
 }
 
+/// Calls for one volume at the same time all succeed: each waits until the volume runs again.
+fn calls_for_one_volume_follow_each_other() -> Done {
+    let pool = TestPool::new(1 << 30);
+    let dir = pool.volume("volume", FileSystem::Ext4);
+    let take = || -> Result<(), fsnap_backend::Error> {
+        let store = pool.store();
+        for _ in 0..4 {
+            let volume = store.adopt(&dir)?;
+            let at = store.reserve(Source::Volume(&volume), &Default::default())?;
+            store.prime(&volume, &at)?;
+            store.snapshot(&volume, &at)?;
+            store.settle(&at)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..6).map(|_| scope.spawn(take)).collect();
+        calls.into_iter().try_for_each(|call| call.join().expect("no call panics"))
+    })?;
+    ensure(!is_suspended(&device_of(&dir)?), "the volume is suspended")?;
+    ensure(pool.store().list()?.len() == 24, "a snapshot is missing")
+}
+
+/// A volume that another call has suspended is waited for, also if that call is killed; one that a stranger has, is not.
+fn whose_suspension_it_is_matters() -> Done {
+    let pool = TestPool::new(1 << 30);
+    let store = pool.store();
+    let dir = pool.volume("volume", FileSystem::Ext4);
+    let device = device_of(&dir)?;
+    let volume = store.adopt(&dir)?;
+    let suspend = || dmsetup(&["suspend", &device]);
+
+    suspend();
+    for refused in [
+        store.adopt(&dir).map(drop),
+        store
+            .reserve(Source::Volume(&volume), &Default::default())
+            .and_then(|at| store.snapshot(&volume, &at).map(drop)),
+    ] {
+        let error = refused.err().ok_or("what a stranger has suspended is taken")?;
+        ensure(error.kind() == ErrorKind::Busy && error.to_string().contains("dmsetup resume"), &error.to_string())?;
+    }
+    ensure(is_suspended(&device), "a stranger's suspension was ended")?;
+    dmsetup(&["resume", &device]);
+
+    let table = dmsetup(&["table", &device]);
+    let id = table.trim().rsplit(' ').next().ok_or("the device has no table")?;
+    let field = |name| dmsetup(&["info", "-c", "--noheadings", "-o", name, &device]).trim().to_owned();
+    let (uuid, major, minor) = (field("uuid"), field("major"), field("minor"));
+    let note = format!(r#"{{"device":"{device}","uuid":"{uuid}","number":"{major}:{minor}"}}"#);
+    for _ in 0..2 {
+        let path = pool.dir().join(support::POOL).join("suspended").join(id);
+        fs::write(&path, &note)?;
+        let author = File::open(&path)?;
+        author.lock()?;
+        suspend();
+        // A guard that has only begun keeps its parent's lock for a moment, when the parent is killed.
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            drop(author);
+        });
+        let again = store.adopt(&dir);
+        late.join().expect("the lock is given back");
+        ensure(again?.identity() == volume.identity(), "it became another volume")?;
+        ensure(!is_suspended(&device), "the volume is suspended")?;
+        ensure(!path.exists(), "the note of a call that is gone is left")?;
+        support::snapshot(&store, &volume);
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
     let cases: &[Case] = &[
         ("data_full", data_full),
@@ -284,6 +355,8 @@ fn main() -> ExitCode {
         ("metadata_full", metadata_full),
         ("pools_of_lvm_are_refused", pools_of_lvm_are_refused),
         ("a_taken_number_is_left", a_taken_number_is_left),
+        ("calls_for_one_volume_follow_each_other", calls_for_one_volume_follow_each_other),
+        ("whose_suspension_it_is_matters", whose_suspension_it_is_matters),
     ];
     let trial = |&(name, case): &Case| {
         Trial::ignorable_test(name, move || match support::missing() {

@@ -13,7 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
 /// The directory of the pool's own store, in the workplace.
-const POOL: &str = "pool-store";
+pub(crate) const POOL: &str = "pool-store";
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
