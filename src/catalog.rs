@@ -146,9 +146,13 @@ pub struct Catalog {
     state: PathBuf,
     access: Access,
     patience: Duration,
-    /// The number of others' changes that it has seen, if the log was empty when it was opened.
+    /// The number of others' changes that it has seen, if the log held nothing but branches when it was opened.
     began_with: Option<i64>,
 }
+
+/// What the log may grow to before a branch puts it into the catalog, in bytes: five branches or so. All of it is read by who opens the
+/// catalog next, at a gigabyte per second or so.
+const LEFT_AT_MOST: u64 = 256 << 10;
 
 impl Catalog {
     /// Opens the catalog in the directory `state`.
@@ -178,7 +182,7 @@ impl Catalog {
         format::check_version(&catalog.db, &path)?;
         if access != Access::Read {
             let seen = catalog.changes_of_others()?;
-            catalog.began_with = format::log(&path).metadata().is_ok_and(|log| log.len() == 0).then_some(seen);
+            catalog.began_with = catalog.log_has_branches_only().then_some(seen);
         }
         Ok(catalog)
     }
@@ -250,11 +254,26 @@ impl Catalog {
         set.map(drop).map_err(|source| self.failed(source))
     }
 
+    /// Whether the log is empty, or was left by a branch and has not changed since.
+    fn log_has_branches_only(&self) -> bool {
+        let (log, left) = (format::log(&self.path()), format::left(&self.path()));
+        match wal::Mark::of(&log) {
+            Ok(Some(mark)) => mark.length < LEFT_AT_MOST && mark.is_noted(&left).unwrap_or(false),
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
+
     /// Leaves the log where it is, if nothing else changes before closing: somebody waits for it, and it was synced with each change.
     ///
-    /// Only the own changes may be in it, so that a log which is cut short takes nothing away that others made.
+    /// Only changes for branches may be in it, so that a log which is cut short takes nothing else away.
     fn leave_own_log(&self) -> Result<()> {
-        self.leave_log(self.began_with.is_some() && self.began_with == Some(self.changes_of_others()?))
+        let leave = self.began_with.is_some() && self.began_with == Some(self.changes_of_others()?);
+        if leave && let Ok(Some(mark)) = wal::Mark::of(&format::log(&self.path())) {
+            // Without the note the next command puts the log into the catalog.
+            let _ = mark.write(&format::left(&self.path()));
+        }
+        self.leave_log(leave)
     }
 
     /// Changes its value whenever another connection has changed the catalog.

@@ -23,7 +23,8 @@
 //! the checkpoint lists it.
 //!
 //! Beside it lie SQLite's files `catalog.db-wal`, the log, and `catalog.db-shm`. The last command to close the catalog empties the log; after a
-//! kill, or after a branch was made, it may hold changes. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
+//! kill, or after branches were made, it may hold changes. `catalog.db-left` is the mark of a log that holds branches only: its length in
+//! bytes, a space, and its header in hexadecimal. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
 //! held while the catalog is made, and `freezing` is described in `turn.rs`.
 //!
 //! A catalog of a release that did not record processes has no table `tree` until it is needed.
@@ -203,6 +204,11 @@ pub(super) fn read_only(path: &Path) -> Option<OsString> {
 /// The catalog's log of changes.
 pub(super) fn log(path: &Path) -> PathBuf {
     beside(path, "-wal")
+}
+
+/// What was in the log when a branch left it there: its [mark](wal::Mark).
+pub(super) fn left(path: &Path) -> PathBuf {
+    beside(path, "-left")
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {

@@ -36,6 +36,44 @@ pub(super) fn pages_in(log: &Path, page: u64) -> io::Result<BTreeSet<u32>> {
     Ok(pages)
 }
 
+/// Tells one state of a log from any other: a log only grows, and one that is begun anew has another header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark {
+    /// In bytes.
+    pub(super) length: u64,
+    header: [u8; HEADER],
+}
+
+impl Mark {
+    /// The mark of the log as it is; `None` if nothing is in it.
+    pub(super) fn of(log: &Path) -> io::Result<Option<Self>> {
+        let mut log = match File::open(log) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            log => log?,
+        };
+        let (length, mut header) = (log.metadata()?.len(), [0; HEADER]);
+        Ok(filled(&mut log, &mut header)?.then_some(Self { length, header }))
+    }
+
+    /// Whether this mark was the last that was [written](Self::write) to the note.
+    pub(super) fn is_noted(&self, note: &Path) -> io::Result<bool> {
+        match std::fs::read(note) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            noted => Ok(noted? == self.text().as_bytes()),
+        }
+    }
+
+    /// Writes it to the note, without a sync: a note that is lost or torn is that of no log.
+    pub(super) fn write(&self, note: &Path) -> io::Result<()> {
+        std::fs::write(note, self.text())
+    }
+
+    fn text(&self) -> String {
+        let header = self.header.iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+        format!("{} {header}\n", self.length)
+    }
+}
+
 /// Fills the buffer; `false` if the file ends before.
 fn filled(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
     match file.read_exact(buffer) {
@@ -66,6 +104,34 @@ mod tests {
         let path = dir.path().join("log");
         std::fs::write(&path, log(&[(3, 7), (9, 7), (4, 6), (5, 7)])).unwrap();
         assert_eq!(pages_in(&path, 512).unwrap(), BTreeSet::from([3, 9]));
+    }
+
+    #[test]
+    fn a_log_that_has_changed_has_another_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, note) = (dir.path().join("log"), dir.path().join("note"));
+        let mark = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            Mark::of(&path).unwrap()
+        };
+        let bytes = log(&[(3, 7)]);
+        let first = mark(&bytes).unwrap();
+        assert!(!first.is_noted(&note).unwrap());
+        first.write(&note).unwrap();
+        assert!(mark(&bytes).unwrap().is_noted(&note).unwrap());
+        assert!(!mark(&log(&[(3, 7), (3, 7)])).unwrap().is_noted(&note).unwrap());
+        let mut anew = bytes.clone();
+        anew[16] ^= 1;
+        assert!(!mark(&anew).unwrap().is_noted(&note).unwrap());
+        let noted = std::fs::read(&note).unwrap();
+        for cut in 0..noted.len() {
+            std::fs::write(&note, &noted[..cut]).unwrap();
+            assert!(!first.is_noted(&note).unwrap(), "{cut}");
+        }
+        assert_eq!(mark(&bytes[..HEADER - 1]), None);
+        assert_eq!(mark(&[]), None);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(Mark::of(&path).unwrap(), None);
     }
 
     #[test]
