@@ -61,7 +61,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue};
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub(crate) use environment::Context;
 pub(crate) use output::{Failure, Outcome, Output, all_of, json, say};
@@ -75,49 +75,75 @@ pub(crate) use output::{Failure, Outcome, Output, all_of, json, say};
 /// Begin with `fsnap init DIR`, then `fsnap checkpoint`, `fsnap log`, `fsnap branch @latest`.
 #[derive(Debug, Parser)]
 #[command(name = "fsnap", version, max_term_width = 100, after_help = CKPT_HELP)]
-struct Cli {
+struct Cli<const LATE: bool> {
     #[command(subcommand)]
-    command: Command,
+    command: Command<LATE>,
+}
+
+/// The arguments of a command; put together, if `LATE`, only when that command is the one that was typed.
+///
+/// To put those of all commands together takes longer than most commands do, and only the help has a use for them.
+#[derive(Debug)]
+struct Typed<T, const LATE: bool>(T);
+
+impl<T: Args, const LATE: bool> Args for Typed<T, LATE> {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        if LATE { command.defer(T::augment_args) } else { T::augment_args(command) }
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        if LATE { command.defer(T::augment_args_for_update) } else { T::augment_args_for_update(command) }
+    }
+}
+
+impl<T: FromArgMatches, const LATE: bool> FromArgMatches for Typed<T, LATE> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        T::from_arg_matches(matches).map(Self)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.0.update_from_arg_matches(matches)
+    }
 }
 
 const CKPT_HELP: &str = "CKPT is an id, a unique prefix of one (4 digits or more), a tag, @latest, or X~N, the N-th \
                          checkpoint before X.\n\nExit codes: 0 done, 1 failed, 2 wrong usage.";
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    Init(init::Args),
-    Volumes(volumes::Args),
-    Checkpoint(checkpoint::Args),
-    Audit(audit::Args),
-    Log(log::Args),
-    Show(show::Args),
-    Diff(diff::Args),
-    Branch(branch::Args),
-    Branches(branches::Args),
-    Restore(restore::Args),
-    Run(run::Args),
-    Ps(ps::Args),
-    Logs(logs::Args),
-    Stop(stop::Args),
-    Rm(rm::Args),
-    Tag(tag::Args),
+enum Command<const LATE: bool> {
+    Init(Typed<init::Args, LATE>),
+    Volumes(Typed<volumes::Args, LATE>),
+    Checkpoint(Typed<checkpoint::Args, LATE>),
+    Audit(Typed<audit::Args, LATE>),
+    Log(Typed<log::Args, LATE>),
+    Show(Typed<show::Args, LATE>),
+    Diff(Typed<diff::Args, LATE>),
+    Branch(Typed<branch::Args, LATE>),
+    Branches(Typed<branches::Args, LATE>),
+    Restore(Typed<restore::Args, LATE>),
+    Run(Typed<run::Args, LATE>),
+    Ps(Typed<ps::Args, LATE>),
+    Logs(Typed<logs::Args, LATE>),
+    Stop(Typed<stop::Args, LATE>),
+    Rm(Typed<rm::Args, LATE>),
+    Tag(Typed<tag::Args, LATE>),
     #[cfg(feature = "fuse")]
-    Mount(mount::Args),
+    Mount(Typed<mount::Args, LATE>),
     #[cfg(feature = "fuse")]
-    Overlay(overlay::Args),
+    Overlay(Typed<overlay::Args, LATE>),
     #[cfg(feature = "fuse")]
-    Umount(umount::Args),
-    Verify(verify::Args),
+    Umount(Typed<umount::Args, LATE>),
+    Verify(Typed<verify::Args, LATE>),
     #[cfg(feature = "dm-thin")]
-    Pool(pool::Args),
-    Recover(recover::Args),
-    Doctor(doctor::Args),
-    InstallHooks(install_hooks::Args),
-    Engine(engine::Args),
-    Hook(hook::Args),
-    CriuArgs(criu_args::Args),
-    Completions(completions::Args),
-    Man(man::Args),
+    Pool(Typed<pool::Args, LATE>),
+    Recover(Typed<recover::Args, LATE>),
+    Doctor(Typed<doctor::Args, LATE>),
+    InstallHooks(Typed<install_hooks::Args, LATE>),
+    Engine(Typed<engine::Args, LATE>),
+    Hook(Typed<hook::Args, LATE>),
+    CriuArgs(Typed<criu_args::Args, LATE>),
+    Completions(Typed<completions::Args, LATE>),
+    Man(Typed<man::Args, LATE>),
 }
 
 /// The exit code of a command that was called in a way in which it cannot be.
@@ -143,7 +169,9 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
     let parsed = if arguments.get(1).is_some_and(|command| command == internal::NAME) {
         internal::Args::try_parse_from(&arguments[1..]).map(internal::run)
     } else {
-        Cli::try_parse_from(&arguments).map(|cli| run(cli.command))
+        // What it says of wrong usage, or as help, it says of all commands.
+        let parsed = Cli::<true>::try_parse_from(&arguments).map(|cli| run(cli.command));
+        parsed.or_else(|_| Cli::<false>::try_parse_from(&arguments).map(|cli| run(cli.command)))
     };
     match parsed {
         Ok(outcome) => finish(outcome),
@@ -171,41 +199,41 @@ fn quote(error: &mut clap::Error) {
     }
 }
 
-fn run(command: Command) -> Outcome {
+fn run<const LATE: bool>(command: Command<LATE>) -> Outcome {
     match command {
-        Command::Init(args) => init::run(args),
-        Command::Volumes(args) => volumes::run(args),
-        Command::Checkpoint(args) => checkpoint::run(args),
-        Command::Audit(args) => audit::run(args),
-        Command::Log(args) => log::run(args),
-        Command::Show(args) => show::run(args),
-        Command::Diff(args) => diff::run(args),
-        Command::Branch(args) => branch::run(args),
-        Command::Branches(args) => branches::run(args),
-        Command::Restore(args) => restore::run(args),
-        Command::Run(args) => self::run::run(args),
-        Command::Ps(args) => ps::run(args),
-        Command::Logs(args) => logs::run(args),
-        Command::Stop(args) => stop::run(args),
-        Command::Rm(args) => rm::run(args),
-        Command::Tag(args) => tag::run(args),
+        Command::Init(Typed(args)) => init::run(args),
+        Command::Volumes(Typed(args)) => volumes::run(args),
+        Command::Checkpoint(Typed(args)) => checkpoint::run(args),
+        Command::Audit(Typed(args)) => audit::run(args),
+        Command::Log(Typed(args)) => log::run(args),
+        Command::Show(Typed(args)) => show::run(args),
+        Command::Diff(Typed(args)) => diff::run(args),
+        Command::Branch(Typed(args)) => branch::run(args),
+        Command::Branches(Typed(args)) => branches::run(args),
+        Command::Restore(Typed(args)) => restore::run(args),
+        Command::Run(Typed(args)) => self::run::run(args),
+        Command::Ps(Typed(args)) => ps::run(args),
+        Command::Logs(Typed(args)) => logs::run(args),
+        Command::Stop(Typed(args)) => stop::run(args),
+        Command::Rm(Typed(args)) => rm::run(args),
+        Command::Tag(Typed(args)) => tag::run(args),
         #[cfg(feature = "fuse")]
-        Command::Mount(args) => mount::run(args),
+        Command::Mount(Typed(args)) => mount::run(args),
         #[cfg(feature = "fuse")]
-        Command::Overlay(args) => overlay::run(args),
+        Command::Overlay(Typed(args)) => overlay::run(args),
         #[cfg(feature = "fuse")]
-        Command::Umount(args) => umount::run(args),
-        Command::Verify(args) => verify::run(args),
+        Command::Umount(Typed(args)) => umount::run(args),
+        Command::Verify(Typed(args)) => verify::run(args),
         #[cfg(feature = "dm-thin")]
-        Command::Pool(args) => pool::run(args),
-        Command::Recover(args) => recover::run(args),
-        Command::Doctor(args) => doctor::run(args),
-        Command::InstallHooks(args) => install_hooks::run(args),
-        Command::Engine(args) => engine::run(args),
-        Command::Hook(args) => hook::run(args),
-        Command::CriuArgs(args) => criu_args::run(&args),
-        Command::Completions(args) => completions::run(args, &mut Cli::command()),
-        Command::Man(args) => man::run(args, Cli::command()),
+        Command::Pool(Typed(args)) => pool::run(args),
+        Command::Recover(Typed(args)) => recover::run(args),
+        Command::Doctor(Typed(args)) => doctor::run(args),
+        Command::InstallHooks(Typed(args)) => install_hooks::run(args),
+        Command::Engine(Typed(args)) => engine::run(args),
+        Command::Hook(Typed(args)) => hook::run(args),
+        Command::CriuArgs(Typed(args)) => criu_args::run(&args),
+        Command::Completions(Typed(args)) => completions::run(args, &mut Cli::<false>::command()),
+        Command::Man(Typed(args)) => man::run(args, Cli::<false>::command()),
     }
 }
 
