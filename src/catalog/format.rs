@@ -27,7 +27,8 @@
 //! bytes, a space, and its header in hexadecimal. The directory `intents` has the files of each pending intent, as `lock.rs` describes them. The file `lock` is
 //! held while the catalog is made, and `freezing` is described in `turn.rs`.
 //!
-//! A catalog of a release that did not record processes has no table `tree` until it is needed.
+//! A catalog of a release that did not record processes has no table `tree` until it is needed, and one of a release that did not index them no index
+//! of the branches of which something has to be mounted.
 //!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
@@ -81,6 +82,14 @@ CREATE TABLE IF NOT EXISTS tree (
 ) STRICT;
 ";
 
+/// Every command asks for these branches, and most catalogs have none among thousands.
+///
+/// A catalog of an earlier release has it from its next branch on; until then they are searched for among all.
+pub(super) const TO_MOUNT_INDEX: &str = "
+CREATE INDEX IF NOT EXISTS branch_to_mount ON branch (seq)
+WHERE instr(body, '\"overlay\"') OR instr(body, '\"home\"');
+";
+
 /// Makes the state directory and an empty catalog in it, unless there is one.
 ///
 /// The catalog appears under its name only when it is whole, so that a short file under that name is damage and is
@@ -118,6 +127,7 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     db.pragma_update(None, "user_version", VERSION).map_err(database)?;
     db.execute_batch(SCHEMA).map_err(database)?;
     db.execute_batch(TREE_TABLE).map_err(database)?;
+    db.execute_batch(TO_MOUNT_INDEX).map_err(database)?;
     db.pragma_update(None, "journal_mode", "WAL").map_err(database)?;
     db.close().map_err(|(_, source)| database(source))?;
     let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all()).map_err(io("sync", path));

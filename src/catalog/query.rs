@@ -7,7 +7,7 @@ use rusqlite::{OptionalExtension, Params, Row, Transaction, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result, RoomRef};
+use super::{Catalog, Doomed, Error, ImageRef, Intent, IntentId, IntentLock, Result, RoomRef, format};
 use crate::branch::Branch;
 use crate::checkpoint::{Checkpoint, CheckpointId, PathText};
 use crate::name::Name;
@@ -50,6 +50,12 @@ impl std::fmt::Display for Holder<'_> {
         }
     }
 }
+
+/// The branches of which something has to be mounted, by their index where there is one.
+///
+/// Only a hint, so that the others need not be read: names in a body may look like it.
+const TO_MOUNT: &str = "SELECT body, digest FROM branch \
+                        WHERE instr(body, '\"overlay\"') OR instr(body, '\"home\"') ORDER BY seq";
 
 /// What came of a request to remove a record.
 #[derive(Debug)]
@@ -265,10 +271,7 @@ impl Catalog {
 
     /// The branches of which something has to be mounted, oldest first.
     pub fn branches_to_mount(&self) -> Result<Vec<Branch>> {
-        // Only a hint, so that the others need not be read: names in a body may look like it.
-        let query = "SELECT body, digest FROM branch \
-                     WHERE body LIKE '%\"overlay\"%' OR body LIKE '%\"home\"%' ORDER BY seq";
-        self.all("a branch", query, [])
+        self.all("a branch", TO_MOUNT, [])
     }
 
     /// Replaces the record of a branch; `false` if it is gone.
@@ -447,6 +450,7 @@ impl Catalog {
     }
 
     fn add_branch_in(&self, tx: &Transaction<'_>, branch: &Branch) -> Result<bool> {
+        tx.execute_batch(format::TO_MOUNT_INDEX).map_err(|e| self.failed(e))?;
         let (body, digest) = encode(branch);
         let added = tx
             .execute(
@@ -571,5 +575,43 @@ impl Error {
     /// Whether trying again later may help.
     pub fn is_locked(&self) -> bool {
         matches!(self, Self::Locked { .. })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::catalog::Access;
+
+    #[test]
+    fn what_has_to_be_mounted_is_found_by_its_index() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("state"), Access::Create, Duration::ZERO).unwrap();
+        let indexed = || {
+            let plan: Vec<String> = catalog
+                .db
+                .prepare(&format!("EXPLAIN QUERY PLAN {TO_MOUNT}"))
+                .unwrap()
+                .query_map([], |row| row.get("detail"))
+                .unwrap()
+                .map(Result::unwrap)
+                .collect();
+            plan.concat().contains("branch_to_mount")
+        };
+        assert!(indexed());
+        // A catalog of an earlier release.
+        catalog.db.execute_batch("DROP INDEX branch_to_mount").unwrap();
+        assert!(!indexed());
+        assert!(catalog.branches_to_mount().unwrap().is_empty());
+        let branch = Branch {
+            name: "work".parse().unwrap(),
+            checkpoint: "0123456789abcdef0123456789abcdef".parse().unwrap(),
+            time: jiff::Timestamp::UNIX_EPOCH,
+            members: Vec::new(),
+        };
+        assert!(!catalog.add_unmade_branch(&branch).unwrap(), "there is no such checkpoint");
+        assert!(indexed());
     }
 }
