@@ -58,7 +58,6 @@ mod volumes;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -146,11 +145,17 @@ enum Command<const LATE: bool> {
     Man(Typed<man::Args, LATE>),
 }
 
-/// The exit code of a command that was called in a way in which it cannot be.
+/// The exit code of a command that did what it was called for.
+const DONE: u8 = 0;
+
+/// The exit code of one that did not.
+const FAILED: u8 = 1;
+
+/// The exit code of one that was called in a way in which it cannot be.
 const WRONG_USAGE: u8 = 2;
 
-/// Runs the command that the arguments name.
-pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
+/// Runs the command that the arguments name, and returns its exit code.
+pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
     process::prepare();
     // CRIU starts its action script without arguments: the name tells that it is us who is called.
     let called = arguments.first().map(Path::new);
@@ -177,14 +182,14 @@ pub(crate) fn main(arguments: Vec<OsString>) -> ExitCode {
         Ok(outcome) => finish(outcome),
         Err(mut error) => {
             quote(&mut error);
-            let code = if error.use_stderr() { WRONG_USAGE } else { 0 };
+            let code = if error.use_stderr() { WRONG_USAGE } else { DONE };
             // What cannot be written there cannot be said at all.
             let _ = match arguments.iter().any(|argument| argument.as_bytes().iter().any(u8::is_ascii_control)) {
                 false => error.print(),
                 // The message repeats the argument: it may come from a script, and must not speak to the terminal.
                 true => output::plain(&error.render().to_string()),
             };
-            ExitCode::from(code)
+            code
         }
     }
 }
@@ -237,17 +242,17 @@ fn run<const LATE: bool>(command: Command<LATE>) -> Outcome {
     }
 }
 
-fn finish(outcome: Outcome) -> ExitCode {
+fn finish(outcome: Outcome) -> u8 {
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => DONE,
         // Whoever read our output has seen enough.
-        Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => DONE,
         Err(failure) => {
             failure.report();
             match failure {
-                Failure::Usage(_) => ExitCode::from(WRONG_USAGE),
-                Failure::Ended(code) => ExitCode::from(code),
-                _ => ExitCode::FAILURE,
+                Failure::Usage(_) => WRONG_USAGE,
+                Failure::Ended(code) => code,
+                _ => FAILED,
             }
         }
     }

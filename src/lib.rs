@@ -115,7 +115,12 @@ fn random_bytes<const N: usize>() -> std::io::Result<[u8; N]> {
 
 /// Names the running kernel's boot ([random(4)](https://man7.org/linux/man-pages/man4/random.4.html), `boot_id`).
 fn boot_id() -> std::io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+    static ID: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    if let Some(id) = ID.get() {
+        return Ok(id.clone());
+    }
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+    Ok(ID.get_or_init(|| id).clone())
 }
 
 /// A name or path of any bytes, fit for a terminal: what controls a terminal or turns the direction of text is escaped,

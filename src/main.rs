@@ -1,9 +1,9 @@
 //! Parses the command line, runs it, exits.
+//!
+//! Begins where the C library does, without the start of Rust's runtime: half of the time from a start of the hook to its first
+//! instruction, while processes stand. Most of that finds the end of the stack, for words about an overflow; the rest is in
+//! `cli::process::prepare`.
+
+#![cfg_attr(not(test), no_main)]
 
 mod cli;
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    cli::main(std::env::args_os().collect())
-}

@@ -22,6 +22,9 @@ pub(crate) fn open_files() -> Option<u64> {
 
 /// Prepares the process: every command needs it, and none may do it twice.
 pub(crate) fn prepare() {
+    sys::open_standard();
+    // Whoever reads our output may stop: that is an error of the call that writes it.
+    let _ = sys::handle(Signal::SIGPIPE, SigHandler::SigIgn, SaFlags::empty());
     if let Some(spec) = environment::armed() {
         failpoint::arm(&spec);
     }

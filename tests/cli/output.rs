@@ -1,7 +1,12 @@
 //! Where output goes: closed, broken and full destinations, terminals, shells' completions, manual pages, help.
 
-use insta::assert_snapshot;
+use std::fs;
+use std::path::Path;
 
+use insta::assert_snapshot;
+use rustix::process::{Signal, kill_process};
+
+use crate::faults::stopped_at;
 use crate::site::Site;
 
 #[test]
@@ -34,6 +39,21 @@ fn whoever_stops_reading_has_seen_enough() {
     }
     let said = site.shell().output("fsnap log 2>&- >&- <&-");
     assert!(said.status.success(), "{said:?}");
+}
+
+#[test]
+fn no_file_becomes_the_standard_output_of_a_command_without_one() {
+    let site = Site::plain();
+    site.run("fsnap init db && fsnap checkpoint -t one");
+    let (branching, pid) = stopped_at("branch:grown", site.top().command("exec fsnap branch one work <&- >&- 2>&-"));
+    for fd in 0..3 {
+        let of = |kind: &str| format!("/proc/{}/{kind}/{fd}", pid.as_raw_nonzero());
+        assert_eq!(fs::read_link(of("fd")).unwrap(), Path::new("/dev/null"), "{fd}");
+        let info = fs::read_to_string(of("fdinfo")).unwrap();
+        assert!(info.lines().any(|line| line.starts_with("flags:") && line.ends_with('2')), "{fd}: {info}");
+    }
+    kill_process(pid, Signal::CONT).unwrap();
+    assert!(branching.wait_with_output().unwrap().status.success());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The signals that end the process, and a child that goes on without it: the only `unsafe` of the command line.
+//! The beginning of the process, the signals that end it, and a child that goes on without it: the only `unsafe` of the command line.
 
 #![allow(unsafe_code)]
 
@@ -13,6 +13,32 @@ use std::time::Duration;
 use nix::libc;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::ForkResult;
+
+/// Where the C library begins the program.
+// SAFETY: the C library calls nothing else by that name, and no other function has it.
+#[cfg(not(test))]
+#[unsafe(no_mangle)]
+extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
+    let run = || crate::cli::main(std::env::args_os().collect());
+    // 101 is what a program in Rust exits with after a panic; the hook has said on standard error where it was.
+    let code = std::panic::catch_unwind(run).unwrap_or(101);
+    // This writes out what is buffered for standard output.
+    std::process::exit(code.into())
+}
+
+/// Opens those of the standard input and output that are closed on nothing: the next file would become one of them, and what is
+/// printed would go into it.
+pub(crate) fn open_standard() {
+    for fd in libc::STDIN_FILENO..=libc::STDERR_FILENO {
+        // SAFETY: these calls take numbers and a text that lives for ever; a number that is open stays as it is.
+        unsafe {
+            if libc::fcntl(fd, libc::F_GETFD) < 0 {
+                // The lowest number that is free is this one.
+                libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+            }
+        }
+    }
+}
 
 /// What the process says on standard error when its time is over.
 pub(crate) static LAST_WORDS: OnceLock<String> = OnceLock::new();
