@@ -7,3 +7,9 @@
 #![cfg_attr(not(test), no_main)]
 
 mod cli;
+
+/// Of the test program: that one begins in its own `main`.
+#[cfg(test)]
+fn main() -> std::process::ExitCode {
+    cli::main(std::env::args_os().collect()).into()
+}

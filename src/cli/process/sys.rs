@@ -15,8 +15,8 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use nix::unistd::ForkResult;
 
 /// Where the C library begins the program.
-// SAFETY: the C library calls nothing else by that name, and no other function has it.
 #[cfg(not(test))]
+// SAFETY: the C library calls nothing else by that name, and no other function has it.
 #[unsafe(no_mangle)]
 extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
     let run = || crate::cli::main(std::env::args_os().collect());
