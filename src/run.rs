@@ -11,7 +11,7 @@
 //! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
-//! | `ended` | the init | when all have ended |
+//! | `ended` | the init | when the root has ended |
 //!
 //! A run lives while its init does, which is told by pid, start time and boot: a reused pid is no run. A directory without a
 //! living init and without a lock is what is left of a run, kept for its log until the name is used again or it is removed.
@@ -46,6 +46,8 @@ use crate::{Error, Result};
 const VERSION: u32 = 1;
 /// The record in the directory of a run.
 const RUN_RECORD: &str = "run.json";
+/// The root of the tree, in the same place.
+const ROOT: &str = "root";
 /// A record beside an engine's images: how to make copies of the run.
 pub(crate) const COPY_RECORD: &str = "fsnap-run.json";
 /// More than a record of a thousand directories needs.
@@ -279,10 +281,12 @@ fn remove(place: &Path) -> Result<()> {
 }
 
 fn state_of(place: &Path) -> RunState {
-    match Init::read(place).filter(Init::is_alive) {
-        Some(init) => RunState::Running { init: init.id, root: root_of(place, init.id) },
-        None if is_locked(place) => RunState::Starting,
-        None => RunState::Ended(Init::ended(place).unwrap_or(Ended::Unknown)),
+    match Init::read(place) {
+        Some(init) if init.is_alive() => RunState::Running { init: init.id, root: root_of(place, init.id) },
+        _ if is_locked(place) => RunState::Starting,
+        // Nothing ran before its root was recorded, or nobody knows.
+        Some(init) if place.join(ROOT).exists() => RunState::Ended(init.told_end(place)),
+        _ => RunState::Ended(Ended::Unknown),
     }
 }
 
@@ -292,7 +296,7 @@ fn is_locked(place: &Path) -> bool {
 
 /// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
 fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
-    let recorded = fs::read(place.join("root")).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
+    let recorded = fs::read(place.join(ROOT)).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
     if let Some(root) = recorded {
         return root.filter(|root| root.is_alive());
     }
@@ -314,7 +318,7 @@ impl Place {
 
     /// It runs: records the root of its tree, which may have ended already.
     pub fn started(self, root: Option<ProcessId>) -> Result<()> {
-        self.write("root", &root)
+        self.write(ROOT, &root)
     }
 
     /// It does not run: removes everything.

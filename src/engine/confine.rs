@@ -88,14 +88,25 @@ impl Init {
         read(&place.join(INIT))
     }
 
-    /// Reads how the processes of the run ended. It is told before the init ends: whoever asks earlier may hear nothing.
-    pub fn ended(place: &Path) -> Option<Ended> {
-        read(&place.join(ENDED))
+    /// Tells how the root of the run's tree ended, when the init is not there any more.
+    ///
+    /// The init notes it at once. Where it noted nothing it was killed before, and the kernel kills all that are in a pid namespace with its
+    /// init. Of one that ended with the machine nobody knows.
+    pub fn told_end(&self, place: &Path) -> Ended {
+        match fs::read(place.join(ENDED)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or(Ended::Unknown),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.is_of_this_boot() => Ended::BY_ITS_INIT,
+            Err(_) => Ended::Unknown,
+        }
     }
 
     /// Whether it is there.
     pub fn is_alive(&self) -> bool {
-        crate::boot_id().is_ok_and(|boot| boot == self.boot) && self.id.is_alive()
+        self.is_of_this_boot() && self.id.is_alive()
+    }
+
+    fn is_of_this_boot(&self) -> bool {
+        crate::boot_id().is_ok_and(|boot| boot == self.boot)
     }
 }
 

@@ -125,6 +125,11 @@ pub enum Ended {
     Unknown,
 }
 
+impl Ended {
+    /// How every process ends that lives when the init of its pid namespace is killed.
+    pub(super) const BY_ITS_INIT: Self = Self::Killed(Signal::KILL.as_raw());
+}
+
 /// Processes that were restored and run. Dropped before they are [kept](Self::keep), all of them end, and so they do when fsnap is killed.
 #[derive(Debug)]
 #[must_use = "the processes end when this is dropped and was not kept"]
@@ -301,7 +306,7 @@ impl Restored {
         Ok(())
     }
 
-    /// Keeps the processes, and waits until all of them have ended.
+    /// Keeps the processes, and waits until all of them have ended; tells how the root did.
     pub fn wait(mut self) -> Ended {
         // Who cannot be told has ended.
         let _ = self.keep();
@@ -309,6 +314,8 @@ impl Restored {
             match Report::read(&mut self.reports) {
                 Some(Report::Ended(ended)) => break ended,
                 Some(_) => {}
+                // The init was killed, which tells as soon as the root has ended.
+                None if self.root.is_some() && self.pids == PidSpace::New => break Ended::BY_ITS_INIT,
                 None => break Ended::Unknown,
             }
         };

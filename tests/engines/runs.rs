@@ -30,6 +30,7 @@ pub(crate) const CASES: &[Case] = &[
     ("failing_hooks_leave_the_run_alone", failing_hooks_leave_the_run_alone),
     ("scratch_files_come_back_whatever_the_environment", scratch_files_come_back_whatever_the_environment),
     ("a_terminal", a_terminal),
+    ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("terminals_of_its_own", terminals_of_its_own),
     ("without_privileges", without_privileges),
 ];
@@ -563,6 +564,36 @@ fn a_terminal() {
         assert_eq!(front.wait().unwrap().code(), Some(code));
     }
     assert!(running.all().is_empty());
+}
+
+/// What is killed with its init has ended as one that was killed, with a terminal or without; what ended before that, as it did.
+fn how_a_killed_one_ended_is_known() {
+    let site = Site::new(&[]);
+    let running = Running(&site);
+    running.start("plain", &[], "exec sleep 1000");
+    running.start("daemon", &[], "sleep 1000 & exit 3");
+    let mut fronts = Vec::new();
+    for (name, script, shows) in [
+        ("shell", "tty; exec sleep 1000", "/dev/pts/"),
+        ("left", "setsid sleep 1000 & sleep 0.2; tty; exit 4", "/dev/pts/"),
+    ] {
+        let mut command = site.command(["run", "--tty", "--name", name, "--", "sh", "-c", script]);
+        let mut front = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        Shown::of(front.stdout.take().unwrap()).until(shows);
+        fronts.push(front);
+    }
+    let noted =
+        |name: &str| fs::read(site.path("state/runs").join(name).join("ended")).is_ok_and(|bytes| !bytes.is_empty());
+    wait_until("the end of two commands", || noted("daemon") && noted("left"));
+    site.ok(["stop", "--time", "0", "plain", "daemon", "shell", "left"]);
+    let codes = fronts.into_iter().map(|front| front.wait_with_output().unwrap());
+    let codes: Vec<_> = codes.map(|output| (output.status.code(), output.stderr)).collect();
+    assert_eq!(codes, [(Some(128 + 9), vec![]), (Some(4), vec![])]);
+    let all = site.json(["ps", "--all", "--json"]);
+    let ended: Vec<_> = all.as_array().unwrap().iter().map(|run| (&run["name"], run["ended"].to_string())).collect();
+    let expected = [("daemon", r#"{"exited":3}"#), ("left", r#"{"exited":4}"#)].into_iter();
+    let expected = expected.chain([("plain", r#"{"killed":9}"#), ("shell", r#"{"killed":9}"#)]);
+    assert!(ended.iter().map(|(name, how)| (name.as_str().unwrap(), how.as_str())).eq(expected), "{ended:?}");
 }
 
 /// Counts through a terminal that it made, as tmux and ssh do.
