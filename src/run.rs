@@ -317,7 +317,7 @@ impl Place {
     }
 
     /// It runs: records the root of its tree, which may have ended already.
-    pub fn started(self, root: Option<ProcessId>) -> Result<()> {
+    pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
         self.write(ROOT, &root)
     }
 

@@ -120,11 +120,15 @@ fn start(
         last_stage: &internal::program_command(),
     };
     match start.run() {
-        Ok(mut started) => {
-            place.started(started.root)?;
-            started.keep()?;
-            Ok(started)
-        }
+        Ok(mut started) => match place.started(started.root).and_then(|()| Ok(started.keep()?)) {
+            Ok(()) => Ok(started),
+            Err(error) => {
+                let ended = started.kill();
+                let object = || format!("the run {}", record.name);
+                let ended = ended.map_err(|source| fsnap::Error::Io { action: "end", object: object(), source });
+                Err(error.and_undo(ended.and_then(|()| place.discard())).into())
+            }
+        },
         Err(error) => Err(fsnap::Error::from(error).and_undo(place.discard()).into()),
     }
 }

@@ -255,12 +255,12 @@ impl Launch<'_> {
                 }
                 (Some(Report::Failed(failure)), init) => {
                     // Until it has ended, it sees what is going to be removed.
-                    if let Some(init) = init {
-                        wait_for_end(init);
-                    }
+                    init.into_iter().for_each(wait_for_end);
                     return Err(self.error(failure));
                 }
-                _ => {
+                (_, init) => {
+                    // On the pids of this machine it may go on, to end what it has restored.
+                    init.into_iter().filter(|_| self.pids == PidSpace::New).for_each(wait_for_end);
                     let reason = format!("a stage of it ended unexpectedly; see {:?}", self.log);
                     return Err(Error::Restore { step: "restore the processes".into(), reason });
                 }

@@ -30,7 +30,6 @@ pub(crate) const CASES: &[Case] = &[
     ("failing_hooks_leave_the_run_alone", failing_hooks_leave_the_run_alone),
     ("scratch_files_come_back_whatever_the_environment", scratch_files_come_back_whatever_the_environment),
     ("a_terminal", a_terminal),
-    ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("terminals_of_its_own", terminals_of_its_own),
     ("without_privileges", without_privileges),
 ];
@@ -48,12 +47,12 @@ impl Drop for Running<'_> {
 }
 
 impl Running<'_> {
-    fn all(&self) -> Vec<Value> {
+    pub(crate) fn all(&self) -> Vec<Value> {
         self.0.json(["ps", "--json"]).as_array().unwrap().clone()
     }
 
     /// Starts a shell with these lines.
-    fn start(&self, name: &str, options: &[&str], script: &str) {
+    pub(crate) fn start(&self, name: &str, options: &[&str], script: &str) {
         let begin = ["run", "--name", name];
         let shell = ["--", "sh", "-c", script];
         assert_eq!(self.0.ok([&begin, options, &shell].concat()), name);
@@ -80,13 +79,13 @@ impl Running<'_> {
         wait_until(&format!("the next number of {name}"), || self.number(name) > before);
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.all().iter().map(|run| run["name"].as_str().unwrap().to_owned()).collect()
     }
 }
 
 /// A counter in memory, in each of the volumes, in a scratch place and in what it says.
-fn counter(site: &Site) -> String {
+pub(crate) fn counter(site: &Site) -> String {
     let writes: Vec<_> = site.volumes.iter().map(|dir| format!("echo $i >{}/number", dir.display())).collect();
     format!(
         "i=0; while :; do i=$((i+1)); {}; echo $i >/tmp/number; [ $(cat /tmp/number) = $i ] && echo $i; sleep 0.02; done",
@@ -566,36 +565,6 @@ fn a_terminal() {
     assert!(running.all().is_empty());
 }
 
-/// What is killed with its init has ended as one that was killed, with a terminal or without; what ended before that, as it did.
-fn how_a_killed_one_ended_is_known() {
-    let site = Site::new(&[]);
-    let running = Running(&site);
-    running.start("plain", &[], "exec sleep 1000");
-    running.start("daemon", &[], "sleep 1000 & exit 3");
-    let mut fronts = Vec::new();
-    for (name, script, shows) in [
-        ("shell", "tty; exec sleep 1000", "/dev/pts/"),
-        ("left", "setsid sleep 1000 & sleep 0.2; tty; exit 4", "/dev/pts/"),
-    ] {
-        let mut command = site.command(["run", "--tty", "--name", name, "--", "sh", "-c", script]);
-        let mut front = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        Shown::of(front.stdout.take().unwrap()).until(shows);
-        fronts.push(front);
-    }
-    let noted =
-        |name: &str| fs::read(site.path("state/runs").join(name).join("ended")).is_ok_and(|bytes| !bytes.is_empty());
-    wait_until("the end of two commands", || noted("daemon") && noted("left"));
-    site.ok(["stop", "--time", "0", "plain", "daemon", "shell", "left"]);
-    let codes = fronts.into_iter().map(|front| front.wait_with_output().unwrap());
-    let codes: Vec<_> = codes.map(|output| (output.status.code(), output.stderr)).collect();
-    assert_eq!(codes, [(Some(128 + 9), vec![]), (Some(4), vec![])]);
-    let all = site.json(["ps", "--all", "--json"]);
-    let ended: Vec<_> = all.as_array().unwrap().iter().map(|run| (&run["name"], run["ended"].to_string())).collect();
-    let expected = [("daemon", r#"{"exited":3}"#), ("left", r#"{"exited":4}"#)].into_iter();
-    let expected = expected.chain([("plain", r#"{"killed":9}"#), ("shell", r#"{"killed":9}"#)]);
-    assert!(ended.iter().map(|(name, how)| (name.as_str().unwrap(), how.as_str())).eq(expected), "{ended:?}");
-}
-
 /// Counts through a terminal that it made, as tmux and ssh do.
 const TERMINAL: &str = "
 import os, pty, sys, time
@@ -642,18 +611,18 @@ fn terminals_of_its_own() {
 }
 
 /// What a terminal shows.
-struct Shown {
+pub(crate) struct Shown {
     from: std::process::ChildStdout,
     text: String,
 }
 
 impl Shown {
-    fn of(from: std::process::ChildStdout) -> Self {
+    pub(crate) fn of(from: std::process::ChildStdout) -> Self {
         Self { from, text: String::new() }
     }
 
     /// Reads on until it shows that.
-    fn until(&mut self, wanted: &str) {
+    pub(crate) fn until(&mut self, wanted: &str) {
         use std::io::Read as _;
         let mut buffer = [0; 256];
         while !self.text.contains(wanted) {
