@@ -22,7 +22,7 @@ mod checkpoint;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,9 @@ pub use checkpoint::{
 };
 
 use crate::checkpoint::{CheckpointId, PathText};
-use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, os_text};
+use crate::engine::{
+    Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
+};
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{self, ProcessId, Tree};
@@ -149,6 +151,8 @@ pub enum RunState {
         /// The root of its tree, if that has not ended.
         root: Option<ProcessId>,
     },
+    /// It runs in a pid namespace that does not show from here.
+    Elsewhere,
     /// All its processes have ended.
     Ended(Ended),
 }
@@ -281,28 +285,34 @@ fn remove(place: &Path) -> Result<()> {
 }
 
 fn state_of(place: &Path) -> RunState {
-    match Init::read(place) {
-        Some(init) if init.is_alive() => RunState::Running { init: init.id, root: root_of(place, init.id) },
-        _ if is_locked(place) => RunState::Starting,
-        // Nothing ran before its root was recorded, or nobody knows.
-        Some(init) if place.join(ROOT).exists() => RunState::Ended(init.told_end(place)),
-        _ => RunState::Ended(Ended::Unknown),
+    let noted = Init::read(place);
+    match noted.as_ref().map(|init| init.find(place)) {
+        Some(Whereabouts::Here(init)) => return RunState::Running { init, root: root_of(place, init) },
+        Some(Whereabouts::Elsewhere) => return RunState::Elsewhere,
+        Some(Whereabouts::Nowhere) | None if is_locked(place) => return RunState::Starting,
+        Some(Whereabouts::Nowhere) | None => {}
     }
-}
-
-fn is_locked(place: &Path) -> bool {
-    File::open(place).is_ok_and(|dir| matches!(dir.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    // Nothing ran before its root was recorded, or nobody knows.
+    let ran = noted.filter(|_| place.join(ROOT).exists());
+    RunState::Ended(ran.map_or(Ended::Unknown, |init| init.told_end(place)))
 }
 
 /// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
 fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
     let recorded = fs::read(place.join(ROOT)).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
-    if let Some(root) = recorded {
-        return root.filter(|root| root.is_alive());
+    if let Some(None) = recorded {
+        return None;
+    }
+    if let Some(root) = recorded.flatten().filter(|root| root.is_alive()) {
+        return Some(root);
     }
     let tree = Tree::of_pid(init.pid).ok()?;
     let mut children = tree.members().filter(|member| member.parent == init.pid).map(|member| member.id);
-    children.next().filter(|_| children.next().is_none())
+    match recorded.flatten() {
+        // It was recorded in another pid namespace, and has another pid here.
+        Some(root) => children.find(|child| child.start_time == root.start_time),
+        None => children.next().filter(|_| children.next().is_none()),
+    }
 }
 
 impl Place {
@@ -359,6 +369,7 @@ impl Run {
             RunState::Running { init, root: Some(root) } => Ok((init, root)),
             RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
             RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
+            RunState::Elsewhere => Err(Error::RunElsewhere { name: self.record.name.clone() }),
             RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
     }

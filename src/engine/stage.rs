@@ -243,6 +243,8 @@ fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure>
     // What is mounted may cover it.
     let contents = given_back::open_all(&plan.returned)?;
     let place = set_up(plan, images.as_ref())?;
+    let _life =
+        place.as_ref().map(confine::show_life).transpose().map_err(Failure::step("lock the record of the run"))?;
     let root = match (&plan.program, images) {
         (Some((program, stage)), _) => {
             keep_low_pids()?;

@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("an_interrupted_copy_is_undone", an_interrupted_copy_is_undone),
     ("an_interrupted_restore_is_undone", an_interrupted_restore_is_undone),
+    ("one_within_another_has_not_ended", one_within_another_has_not_ended),
 ];
 
 /// What is killed with its init has ended as one that was killed, with a terminal or without; what ended before that, as it did.
@@ -128,4 +129,33 @@ fn an_interrupted_restore_is_undone() {
     fs::write(go_on, "").unwrap();
     has_undone(&site, restoring, "the branch b");
     oracle.goes_on();
+}
+
+/// A run's pids mean nothing outside of the run that started it, and less in one beside that: it was taken for one that has ended.
+fn one_within_another_has_not_ended() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    let (state, program) = (site.path("state").display().to_string(), env!("CARGO_BIN_EXE_fsnap"));
+    let (programs, others) = (Path::new(program).parent().unwrap().display().to_string(), ["inner", "outer"]);
+    let options = ["--volume", "v0", "--rw", &state, "--ro", &programs];
+    let start = format!("'{program}' run --name inner --volume v0 -- sleep 1000 && exec sleep 1000");
+    running.start("outer", &options, &start);
+    running.says("outer", "inner");
+    let all = running.all();
+    assert_eq!(all.iter().map(|run| run["name"].as_str().unwrap()).collect::<Vec<_>>(), others);
+    let command = fs::read_to_string(format!("/proc/{}/cmdline", all[0]["pid"])).unwrap();
+    assert_eq!(command, "sleep\x001000\x00", "{}", all[0]);
+    // From beside it, it cannot be seen; nor can what waits for a run from within that.
+    let look = format!("'{program}' ps; '{program}' stop inner 2>&1; '{program}' rm --run inner 2>&1; echo end");
+    running.start("beside", &options, &look);
+    running.says("beside", "end");
+    let told = running.said("beside");
+    assert_eq!(told.matches(" running elsewhere ").count(), 3, "{told}");
+    assert!(told.contains("lives in a pid namespace that cannot be seen from here"), "{told}");
+    assert!(told.contains("the run inner still runs"), "{told}");
+    let taken = site.command(["run", "--name", "inner", "--", "true"]).output().unwrap();
+    assert!(said(&taken).contains("the run inner exists already"), "{}", said(&taken));
+    site.ok(["stop", "--time", "0", "inner"]);
+    assert_eq!(running.names(), ["outer"]);
+    site.ok(["rm", "--run", "inner"]);
 }

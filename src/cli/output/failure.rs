@@ -143,6 +143,7 @@ fn hint(error: &Error) -> Option<String> {
         Error::BadRun { path, .. } if path.as_path().ends_with("run.json") => {
             "once it has ended, `fsnap rm --run NAME` removes what is left of it"
         }
+        Error::RunElsewhere { .. } => "call fsnap where it was started, or outside of that",
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
