@@ -173,6 +173,14 @@ pub enum Error {
         /// The mount point.
         by: PathBuf,
     },
+    /// A run was to begin in a directory that it cannot enter.
+    #[error("cannot enter the directory {directory:?} in the run: {reason}")]
+    Directory {
+        /// The directory.
+        directory: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// A step of the restore failed; nothing of it is left running.
     #[error("cannot {step}: {reason}")]
     Restore {

@@ -139,7 +139,11 @@ fn directories(dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
         let object = fsnap::printable(dir.as_os_str());
         match dir.canonicalize() {
             Ok(found) if found.is_dir() => Ok(found),
-            Ok(_) => Err(Failure::Usage(format!("{object} is not a directory: name the directory that holds it"))),
+            // A mount holds on to the file that it was made of.
+            Ok(_) => Err(Failure::Usage(format!(
+                "{object} is not a directory: name the directory that holds it, for when another file takes the place of \
+                 this one, the run would keep the old one, and its copies would get the new one"
+            ))),
             Err(source) => Err(fsnap::Error::Io { action: "find the directory", object, source }.into()),
         }
     };

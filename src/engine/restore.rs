@@ -272,6 +272,7 @@ impl Launch<'_> {
         match failure {
             Failure::Step { step, reason } => Error::Restore { step, reason },
             Failure::Hidden { hidden, by } => Error::Hidden { hidden, by },
+            Failure::Directory { directory, reason } => Error::Directory { directory, reason },
             Failure::Engine { status } => {
                 let log = fs::read(self.log).unwrap_or_default();
                 let tail = criu::tail(&String::from_utf8_lossy(&log), 10);

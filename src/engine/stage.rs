@@ -134,6 +134,11 @@ pub(super) enum Failure {
         #[serde(with = "os_text")]
         by: PathBuf,
     },
+    Directory {
+        #[serde(with = "os_text")]
+        directory: PathBuf,
+        reason: String,
+    },
     Engine {
         status: String,
     },

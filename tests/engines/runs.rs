@@ -377,6 +377,12 @@ fn a_program_that_is_not_there() {
     let failed = command.current_dir("/tmp/.").output().unwrap();
     assert!(failed.status.success(), "{}", said(&failed));
     wait_until("its end", || running.all().is_empty());
+    // One below it is not there.
+    let mut command = site.command(["run", "--name", "none", "--", "true"]);
+    let failed = command.current_dir(site.path("state")).output().unwrap();
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(failed.status.code() == Some(1) && text.contains("cannot enter the directory"), "{text}");
+    assert!(text.contains("hint: show it to the run, by --volume, --rw or --ro"), "{text}");
 }
 
 fn names_and_remains() {
@@ -404,7 +410,11 @@ fn names_and_remains() {
     let program = env!("CARGO_BIN_EXE_fsnap");
     for option in ["--ro", "--rw", "--tmp"] {
         let refused = site.command(["run", option, program, "--", "true"]).output().unwrap();
-        assert!(refused.status.code() == Some(2) && said(&refused).contains("not a directory"), "{}", said(&refused));
+        assert!(
+            refused.status.code() == Some(2) && said(&refused).contains("not a directory: name the"),
+            "{}",
+            said(&refused)
+        );
     }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
     assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));

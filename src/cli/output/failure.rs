@@ -151,6 +151,9 @@ fn hint(error: &Error) -> Option<String> {
         Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
             "not everything can be restored without root; `fsnap branch CKPT` gives you the files all the same"
         }
+        Error::Engine(engine::Error::Directory { .. }) => {
+            "show it to the run, by --volume, --rw or --ro, or start the run from a directory that it sees"
+        }
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::Catalog(catalog::Error::Damaged { .. }) => {
             "restore it from a backup; the snapshots themselves are not touched"
