@@ -378,8 +378,10 @@ fn a_program_that_is_not_there() {
     assert!(failed.status.success(), "{}", said(&failed));
     wait_until("its end", || running.all().is_empty());
     // One below it is not there.
+    let elsewhere = site.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
     let mut command = site.command(["run", "--name", "none", "--", "true"]);
-    let failed = command.current_dir(site.path("state")).output().unwrap();
+    let failed = command.current_dir(elsewhere).output().unwrap();
     let text = String::from_utf8(failed.stderr).unwrap();
     assert!(failed.status.code() == Some(1) && text.contains("cannot enter the directory"), "{text}");
     assert!(text.contains("hint: show it to the run, by --volume, --rw or --ro"), "{text}");
