@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog::{ImageRef, RoomRef};
 use crate::name::Name;
+use crate::processes::Via;
 use crate::unlinked::KeptFile;
 
 /// Names one checkpoint for ever: 128 random bits, written as 32 hexadecimal digits.
@@ -138,9 +139,42 @@ pub struct Member {
     /// Images below the snapshot, without which it cannot be read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub needs: Vec<ImageRef>,
-    /// Who had files of the volume open for writing and was not frozen.
+    /// Who had files of the volume open for writing and was not frozen, in words.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub writers: Vec<String>,
+    /// The first of them by their parts; none in records of an earlier fsnap, which reads the words only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seen_writers: Vec<SeenWriter>,
+}
+
+/// A process that had a file open for writing and was not frozen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeenWriter {
+    /// The process.
+    pub pid: i32,
+    /// Its name.
+    pub command: String,
+    /// In what way.
+    #[serde(flatten)]
+    pub via: Via,
+    /// The file, in the words of its own mount namespace.
+    pub path: PathText,
+}
+
+/// The writers found for one volume, in words, and the first of them by their parts.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct OtherWriters {
+    /// All of them.
+    pub texts: Vec<String>,
+    /// Those that were seen.
+    pub seen: Vec<SeenWriter>,
+}
+
+impl OtherWriters {
+    /// What can be said without having seen one.
+    pub fn in_words(text: String) -> Self {
+        Self { texts: vec![text], seen: Vec::new() }
+    }
 }
 
 /// A path of any bytes, kept exactly in JSON: as text where it is UTF-8, as `{"hex": …}` where it is not.

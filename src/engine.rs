@@ -28,8 +28,8 @@ pub(crate) mod sys;
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
-pub(crate) use confine::SCRATCH_TYPE;
-pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH};
+pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH, Whereabouts};
+pub(crate) use confine::{SCRATCH_TYPE, is_locked};
 pub use dump::{Action, Dump, Rest, run_dump_stage};
 pub use external::key as external_key;
 pub use given_back::GivenBack;
@@ -172,6 +172,14 @@ pub enum Error {
         hidden: PathBuf,
         /// The mount point.
         by: PathBuf,
+    },
+    /// A run was to begin in a directory that it cannot enter.
+    #[error("cannot enter the directory {directory:?} in the run: {reason}")]
+    Directory {
+        /// The directory.
+        directory: PathBuf,
+        /// Why not.
+        reason: String,
     },
     /// A step of the restore failed; nothing of it is left running.
     #[error("cannot {step}: {reason}")]

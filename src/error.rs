@@ -351,6 +351,12 @@ pub enum Error {
         /// The run.
         name: Name,
     },
+    /// The run was started in a pid namespace that does not show from here, such as another run's.
+    #[error("the run {name} lives in a pid namespace that cannot be seen from here")]
+    RunElsewhere {
+        /// The run.
+        name: Name,
+    },
     /// The run has no processes any more.
     #[error("the run {name} has ended")]
     RunEnded {

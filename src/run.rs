@@ -11,7 +11,7 @@
 //! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
-//! | `ended` | the init | when all have ended |
+//! | `ended` | the init | when the root has ended |
 //!
 //! A run lives while its init does, which is told by pid, start time and boot: a reused pid is no run. A directory without a
 //! living init and without a lock is what is left of a run, kept for its log until the name is used again or it is removed.
@@ -22,7 +22,7 @@ mod checkpoint;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -36,7 +36,9 @@ pub use checkpoint::{
 };
 
 use crate::checkpoint::{CheckpointId, PathText};
-use crate::engine::{Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, os_text};
+use crate::engine::{
+    Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
+};
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{self, ProcessId, Tree};
@@ -46,6 +48,8 @@ use crate::{Error, Result};
 const VERSION: u32 = 1;
 /// The record in the directory of a run.
 const RUN_RECORD: &str = "run.json";
+/// The root of the tree, in the same place.
+const ROOT: &str = "root";
 /// A record beside an engine's images: how to make copies of the run.
 pub(crate) const COPY_RECORD: &str = "fsnap-run.json";
 /// More than a record of a thousand directories needs.
@@ -147,6 +151,8 @@ pub enum RunState {
         /// The root of its tree, if that has not ended.
         root: Option<ProcessId>,
     },
+    /// It runs in a pid namespace that does not show from here.
+    Elsewhere,
     /// All its processes have ended.
     Ended(Ended),
 }
@@ -279,26 +285,34 @@ fn remove(place: &Path) -> Result<()> {
 }
 
 fn state_of(place: &Path) -> RunState {
-    match Init::read(place).filter(Init::is_alive) {
-        Some(init) => RunState::Running { init: init.id, root: root_of(place, init.id) },
-        None if is_locked(place) => RunState::Starting,
-        None => RunState::Ended(Init::ended(place).unwrap_or(Ended::Unknown)),
+    let noted = Init::read(place);
+    match noted.as_ref().map(|init| init.find(place)) {
+        Some(Whereabouts::Here(init)) => return RunState::Running { init, root: root_of(place, init) },
+        Some(Whereabouts::Elsewhere) => return RunState::Elsewhere,
+        Some(Whereabouts::Nowhere) | None if is_locked(place) => return RunState::Starting,
+        Some(Whereabouts::Nowhere) | None => {}
     }
-}
-
-fn is_locked(place: &Path) -> bool {
-    File::open(place).is_ok_and(|dir| matches!(dir.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    // Nothing ran before its root was recorded, or nobody knows.
+    let ran = noted.filter(|_| place.join(ROOT).exists());
+    RunState::Ended(ran.map_or(Ended::Unknown, |init| init.told_end(place)))
 }
 
 /// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
 fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
-    let recorded = fs::read(place.join("root")).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
-    if let Some(root) = recorded {
-        return root.filter(|root| root.is_alive());
+    let recorded = fs::read(place.join(ROOT)).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
+    if let Some(None) = recorded {
+        return None;
+    }
+    if let Some(root) = recorded.flatten().filter(|root| root.is_alive()) {
+        return Some(root);
     }
     let tree = Tree::of_pid(init.pid).ok()?;
     let mut children = tree.members().filter(|member| member.parent == init.pid).map(|member| member.id);
-    children.next().filter(|_| children.next().is_none())
+    match recorded.flatten() {
+        // It was recorded in another pid namespace, and has another pid here.
+        Some(root) => children.find(|child| child.start_time == root.start_time),
+        None => children.next().filter(|_| children.next().is_none()),
+    }
 }
 
 impl Place {
@@ -313,8 +327,8 @@ impl Place {
     }
 
     /// It runs: records the root of its tree, which may have ended already.
-    pub fn started(self, root: Option<ProcessId>) -> Result<()> {
-        self.write("root", &root)
+    pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
+        self.write(ROOT, &root)
     }
 
     /// It does not run: removes everything.
@@ -355,6 +369,7 @@ impl Run {
             RunState::Running { init, root: Some(root) } => Ok((init, root)),
             RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
             RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
+            RunState::Elsewhere => Err(Error::RunElsewhere { name: self.record.name.clone() }),
             RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
     }

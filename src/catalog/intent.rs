@@ -4,7 +4,7 @@ use fsnap_backend::{Consistency, Identity, Locator, Snapshot};
 use serde::{Deserialize, Serialize};
 
 use super::SearchAnswer;
-use crate::checkpoint::{CheckpointId, EngineImages, Member, PathText};
+use crate::checkpoint::{CheckpointId, EngineImages, Member, OtherWriters, PathText};
 use crate::name::Name;
 use crate::processes::{AuditRules, ProcessId, TreeRecord};
 use crate::quiesce::FreezeRecord;
@@ -200,7 +200,7 @@ impl PlannedMember {
     }
 
     /// What became of it: its snapshot, of that consistency, and who else was writing.
-    pub fn taken(&self, snapshot: Snapshot, consistency: Consistency, writers: Vec<String>) -> Member {
+    pub fn taken(&self, snapshot: Snapshot, consistency: Consistency, writers: OtherWriters) -> Member {
         Member {
             volume: self.volume.clone(),
             path: self.path.clone(),
@@ -210,7 +210,8 @@ impl PlannedMember {
             consistency,
             snapshot,
             needs: self.needs.clone(),
-            writers,
+            writers: writers.texts,
+            seen_writers: writers.seen,
         }
     }
 }
@@ -250,10 +251,10 @@ impl Taken {
         self.searching = false;
         self.tree = tree;
         for (member, writers) in self.members.iter_mut().zip(writers) {
-            if writers.is_empty() {
+            if writers.texts.is_empty() {
                 member.consistency = Consistency::PointInTime;
             }
-            member.writers = writers;
+            (member.writers, member.seen_writers) = (writers.texts, writers.seen);
         }
     }
 }

@@ -242,9 +242,14 @@ impl Catalog {
         Ok(self.column("SELECT checkpoint FROM tag WHERE name = ?1", [tag.as_str()])?.pop())
     }
 
-    /// Sets a tag; returns the checkpoint that carries it if that is another one, and then changes nothing.
-    pub(crate) fn set_tag(&self, tag: &Name, id: &CheckpointId) -> Result<Option<CheckpointId>> {
-        self.transact(|tx| self.set_tag_in(tx, tag, id))
+    /// Sets a tag; returns the checkpoint that carries it if that is another one, and then changes nothing, unless it is to be moved.
+    pub(crate) fn set_tag(&self, tag: &Name, id: &CheckpointId, moved: bool) -> Result<Option<CheckpointId>> {
+        self.transact(|tx| {
+            if moved {
+                tx.execute("DELETE FROM tag WHERE name = ?1", [tag.as_str()]).map_err(|e| self.failed(e))?;
+            }
+            self.set_tag_in(tx, tag, id)
+        })
     }
 
     fn set_tag_in(&self, tx: &Transaction<'_>, tag: &Name, id: &CheckpointId) -> Result<Option<CheckpointId>> {

@@ -15,10 +15,11 @@ use serde::{Deserialize, Serialize};
 
 use super::lock::{from_bytes, io_error, options, read, to_bytes};
 use super::{Error, IntentLock, Result};
+use crate::checkpoint::OtherWriters;
 use crate::processes::TreeRecord;
 
-/// The writers found, in words: one list for each member of the checkpoint.
-pub type WriterLists = Vec<Vec<String>>;
+/// The writers found, for each member of the checkpoint.
+pub type WriterLists = Vec<OtherWriters>;
 
 /// What a search found.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -113,7 +113,7 @@ fn targets(coordinator: &Coordinator, tree: &Tree, named: &[String]) -> Result<V
 fn print(out: &Output, audit: &Audit) -> Outcome {
     for (target, writers) in &audit.volumes {
         out.line(format_args!("volume {} at {}", target.volume, target.path))?;
-        for writer in writers {
+        for writer in &writers.texts {
             out.line(format_args!("  also written by {}", fsnap::printable(writer.as_ref())))?;
         }
     }

@@ -3,14 +3,18 @@
 mod copy;
 
 use std::ffi::OsString;
+use std::sync::Arc;
 
-use fsnap::checkpoint::CheckpointId;
+use fsnap::Error;
+use fsnap::checkpoint::{Checkpoint, CheckpointId};
 use fsnap::coordinator::Coordinator;
 use fsnap::name::Name;
 use fsnap::reference;
+use fsnap_backend::{Backend, ErrorKind};
 use jiff::tz::TimeZone;
 
-use super::{Context, Outcome, Output, json};
+use super::output::say;
+use super::{Context, Failure, Outcome, Output, json};
 
 /// Make a writable branch from a checkpoint, and print where its files are
 ///
@@ -66,6 +70,14 @@ pub(crate) fn run(args: Args) -> Outcome {
     let branch = match coordinator.branch(&checkpoint, &name) {
         // What was pinned for it alone goes with it.
         Err(error) if fresh => return Err(error.and_undo(coordinator.remove_checkpoint(&checkpoint.id)).into()),
+        Err(error) if is_no_space(&error) && are_copied(&coordinator, &checkpoint) => {
+            Failure::from(error).report();
+            say(
+                "hint",
+                "a branch made in a mount copies nothing: `fsnap mount DIR`, then `mkdir DIR/branches/NAME@CKPT`",
+            );
+            return Err(Failure::Reported);
+        }
         branch => branch?,
     };
     let (out, shown) = (Output::new(), coordinator.shown());
@@ -76,6 +88,16 @@ pub(crate) fn run(args: Args) -> Outcome {
         Some(files) => out.line(fsnap::printable(files.as_os_str())),
         None => out.line("(not mounted: `fsnap mount DIR` shows it)"),
     })
+}
+
+fn is_no_space(error: &Error) -> bool {
+    matches!(error, Error::Backend(error) if error.kind() == ErrorKind::NoSpace)
+}
+
+/// Whether the store copies files to make a branch.
+fn are_copied(coordinator: &Coordinator, checkpoint: &Checkpoint) -> bool {
+    let copied = |store: Arc<dyn Backend>| !store.store().capabilities.constant_time_clones;
+    checkpoint.members.iter().any(|member| coordinator.store_of(member).is_ok_and(copied))
 }
 
 /// A name that tells where the branch came from and that no branch has.

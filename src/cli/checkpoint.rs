@@ -191,7 +191,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
     let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
     for tag in &args.tags {
-        coordinator.tag(tag, &id)?;
+        coordinator.tag(tag, &id, false)?;
     }
     print(&coordinator, &checkpoint, args.json)
 }

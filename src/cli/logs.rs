@@ -27,7 +27,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let mut log = runs.get(&args.name)?.log()?;
     loop {
         // Asked first: what it said last is then read, too.
-        let ended = !matches!(runs.get(&args.name)?.state, RunState::Running { .. } | RunState::Starting);
+        let ended = matches!(runs.get(&args.name)?.state, RunState::Ended(_));
         let said = read_on(&mut log)?;
         let mut out = io::stdout().lock();
         out.write_all(&said).and_then(|()| out.flush()).map_err(Failure::Output)?;

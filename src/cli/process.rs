@@ -1,6 +1,7 @@
 //! What a command does with its own process: its limits and signals, its end at a deadline, and children that go on without it.
 
 pub(crate) mod deadline;
+pub(crate) mod interrupt;
 #[cfg(feature = "fuse")]
 pub(crate) mod server;
 pub(crate) mod sys;

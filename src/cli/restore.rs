@@ -11,7 +11,8 @@ use serde_json::json;
 
 use super::branch::free_name;
 use super::output::processes::tell_lost_locks;
-use super::{Context, Outcome, Output, environment, internal, json};
+use super::process::interrupt::{Interrupts, undone};
+use super::{Context, Failure, Outcome, Output, environment, internal, json};
 
 /// Restore a checkpoint's processes onto a new branch with the files of the same instant
 ///
@@ -52,7 +53,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         None => free_name(&coordinator, &checkpoint.id)?,
     };
     let criu = environment::find_criu(&context.config)?;
-    let (branch, mut restored) = coordinator.restore(&RestoreRequest {
+    let request = RestoreRequest {
         checkpoint: &checkpoint,
         branch: &name,
         criu: &criu,
@@ -60,16 +61,37 @@ pub(crate) fn run(args: Args) -> Outcome {
         stage: &internal::stage_command(),
         pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
         run: None,
-    })?;
-    let told = tell(&coordinator, &branch, &restored, args.json);
-    // Not before it was told which processes those are.
-    restored.keep()?;
-    told?;
+    };
+    let interrupts = Interrupts::new()?;
+    let restored = restore(&coordinator, &request, &interrupts, args.json);
+    interrupts.release();
+    let restored = restored?;
     tell_lost_locks(&coordinator, &checkpoint)?;
     if args.wait {
         restored.wait();
     }
     Ok(())
+}
+
+fn restore(
+    coordinator: &Coordinator,
+    request: &RestoreRequest<'_>,
+    interrupts: &Interrupts,
+    as_json: bool,
+) -> Result<Restored, Failure> {
+    let what = format!("the branch {}", request.branch);
+    let (branch, mut restored) = coordinator.restore(request, &|| interrupts.hold(&what, None))?;
+    if interrupts.waits() {
+        let ended = restored.kill();
+        ended.map_err(|source| Error::Io { action: "end", object: "the restored processes".into(), source })?;
+        coordinator.remove_branch(&branch.name)?;
+        return Err(undone(&what));
+    }
+    let told = tell(coordinator, &branch, &restored, as_json);
+    // Not before it was told which processes those are.
+    restored.keep()?;
+    told?;
+    Ok(restored)
 }
 
 fn tell(coordinator: &Coordinator, branch: &Branch, restored: &Restored, as_json: bool) -> Outcome {

@@ -120,11 +120,15 @@ fn start(
         last_stage: &internal::program_command(),
     };
     match start.run() {
-        Ok(mut started) => {
-            place.started(started.root)?;
-            started.keep()?;
-            Ok(started)
-        }
+        Ok(mut started) => match place.started(started.root).and_then(|()| Ok(started.keep()?)) {
+            Ok(()) => Ok(started),
+            Err(error) => {
+                let ended = started.kill();
+                let object = || format!("the run {}", record.name);
+                let ended = ended.map_err(|source| fsnap::Error::Io { action: "end", object: object(), source });
+                Err(error.and_undo(ended.and_then(|()| place.discard())).into())
+            }
+        },
         Err(error) => Err(fsnap::Error::from(error).and_undo(place.discard()).into()),
     }
 }
@@ -135,7 +139,11 @@ fn directories(dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
         let object = fsnap::printable(dir.as_os_str());
         match dir.canonicalize() {
             Ok(found) if found.is_dir() => Ok(found),
-            Ok(_) => Err(Failure::Usage(format!("{object} is not a directory: name the directory that holds it"))),
+            // A mount holds on to the file that it was made of.
+            Ok(_) => Err(Failure::Usage(format!(
+                "{object} is not a directory: name the directory that holds it, for when another file takes the place of \
+                 this one, the run would keep the old one, and its copies would get the new one"
+            ))),
             Err(source) => Err(fsnap::Error::Io { action: "find the directory", object, source }.into()),
         }
     };

@@ -33,7 +33,11 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn stop(run: &Run, patience: Duration) -> Outcome {
-    let RunState::Running { init, root } = run.state else { return Ok(()) };
+    let (init, root) = match run.state {
+        RunState::Running { init, root } => (init, root),
+        RunState::Elsewhere => return Err(Error::RunElsewhere { name: run.record.name.clone() }.into()),
+        RunState::Starting | RunState::Ended(_) => return Ok(()),
+    };
     let failed = |source| Error::Io { action: "end", object: format!("the run {}", run.record.name), source };
     let signal = |process: ProcessId, signal| -> io::Result<bool> {
         // One that has ended meanwhile needs no signal.

@@ -33,10 +33,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         return Err(Error::NoSuchTag { name: tag.into(), near: reference::tag_names(catalog)? }.into());
     };
     let checkpoint = reference::resolve(catalog, &args.checkpoint)?;
-    if args.force {
-        coordinator.untag(&tag)?;
-    }
-    match coordinator.tag(&tag, &checkpoint.id)? {
+    match coordinator.tag(&tag, &checkpoint.id, args.force)? {
         None => Ok(()),
         Some(other) => {
             let by = Some(format!("it names checkpoint {}; move it with --force", other.short()));

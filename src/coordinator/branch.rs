@@ -28,6 +28,11 @@ impl Coordinator {
     ///
     /// All of it or nothing: when one clone fails, the others are deleted.
     pub fn branch(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
+        self.branch_and_tell(checkpoint, name, &|| {})
+    }
+
+    /// The same, and calls `on_record` when nothing is left to do but to record it.
+    pub(super) fn branch_and_tell(&self, checkpoint: &Checkpoint, name: &Name, on_record: &dyn Fn()) -> Result<Branch> {
         if self.catalog.branch(name)?.is_some() {
             return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
         }
@@ -37,6 +42,7 @@ impl Coordinator {
             let can = store.store().capabilities;
             if !can.clones && !can.mountable {
                 // The kernel can lay nothing over it.
+                on_record();
                 return self.branch_to_write(checkpoint, name);
             }
             let (at, overlay) = match can.clones {
@@ -53,6 +59,7 @@ impl Coordinator {
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned, (id, &mut intent)).and_then(|branch| {
             failpoint::hit("branch:grown");
+            on_record();
             // Between the look above and this transaction, the name or the checkpoint may have gone.
             if self.catalog.add_branch(id, &branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
         });

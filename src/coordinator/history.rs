@@ -5,7 +5,7 @@ use fsnap_backend::{Kept, Moment, Source, Volume};
 use super::checkpoint::{boot_id, new_id};
 use super::{Begun, Coordinator, Target, adopt};
 use crate::catalog::{Intent, PendingCheckpoint, PlannedMember, Taken};
-use crate::checkpoint::{Checkpoint, Member};
+use crate::checkpoint::{Checkpoint, Member, OtherWriters};
 use crate::processes::AuditRules;
 use crate::reference::Past;
 use crate::{Error, Result, failpoint};
@@ -82,7 +82,7 @@ impl Coordinator {
         let snapshot = store.pin(volume, moment.number, &planned.at)?;
         failpoint::hit("pin:pinned");
         // Whoever wrote at that moment was not stopped for it.
-        Ok(planned.taken(snapshot, store.store().capabilities.live, Vec::new()))
+        Ok(planned.taken(snapshot, store.store().capabilities.live, OtherWriters::default()))
     }
 
     fn target_named(&self, volume: &str) -> Result<Target> {

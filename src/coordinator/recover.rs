@@ -8,7 +8,7 @@ use fsnap_backend::Locator;
 use super::checkpoint::{boot_id, is_lost};
 use super::{Begun, Coordinator};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
-use crate::checkpoint::CheckpointId;
+use crate::checkpoint::{CheckpointId, OtherWriters};
 use crate::name::Name;
 use crate::volume::StoreRecord;
 use crate::{Result, engine};
@@ -233,7 +233,7 @@ impl Coordinator {
                 Err(error) => return Err(error),
             };
             // Who was frozen and who else wrote was seen when it was taken, and is forgotten: claim no more than is sure.
-            members.push(plan.taken(snapshot, store.store().capabilities.live, Vec::new()));
+            members.push(plan.taken(snapshot, store.store().capabilities.live, OtherWriters::default()));
         }
         Ok(Some(Taken { time: jiff::Timestamp::now(), members, searching: false, tree: None, kept: Vec::new() }))
     }

@@ -54,11 +54,11 @@ impl Coordinator {
     /// Makes a fresh branch and restores the checkpoint's processes onto it.
     ///
     /// Always a fresh one: the engine changes files in it while it restores. If the restore fails, the branch is
-    /// removed.
-    pub fn restore(&self, request: &RestoreRequest<'_>) -> Result<(Branch, Restored)> {
+    /// removed. Calls `on_record` when the branch is about to be recorded: whoever ends this process before leaves nothing that stays.
+    pub fn restore(&self, request: &RestoreRequest<'_>, on_record: &dyn Fn()) -> Result<(Branch, Restored)> {
         let checkpoint = request.checkpoint;
         let images = self.images_of(checkpoint)?;
-        let branch = self.branch(checkpoint, request.branch)?;
+        let branch = self.branch_and_tell(checkpoint, request.branch, on_record)?;
         match self.restore_onto(request, &branch, &images) {
             Ok(restored) => Ok((branch, restored)),
             Err(error) => Err(error.and_undo(self.remove_branch(&branch.name))),

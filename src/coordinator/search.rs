@@ -4,10 +4,11 @@ use std::path::Path;
 
 use super::{Coordinator, Target};
 use crate::catalog::{PendingCheckpoint, SearchAnswer, WriterLists};
+use crate::checkpoint::{OtherWriters, PathText, SeenWriter};
 use crate::name::Name;
 use crate::processes::{
-    self, AuditRules, BootTicks, Candidate, CandidateKind, FrozenTree, Observation, Outlook, Policy, Tree, TreeRecord,
-    WriterScan,
+    self, AuditRules, BootTicks, Candidate, CandidateKind, FrozenTree, How, Observation, Outlook, Policy, Tree,
+    TreeRecord, Via, WriterScan,
 };
 use crate::{Error, Result};
 
@@ -90,10 +91,22 @@ impl WriterSearch {
     fn writers(&self) -> Result<WriterLists> {
         let candidates: Vec<_> = self.volumes.iter().map(|(_, candidate)| candidate.clone()).collect();
         let scan = processes::writers_at(self.moment, &candidates, &self.tree, &self.ignore)?;
-        let mut lists = vec![Vec::new(); candidates.len()];
+        let mut lists = vec![OtherWriters::default(); candidates.len()];
         for writer in scan.writers {
             let path = crate::printable(writer.path.as_os_str());
-            lists[writer.candidate].push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+            let list = &mut lists[writer.candidate];
+            list.texts.push(format!("{} ({}) {}: {path}", writer.process.pid, writer.command, writer.how));
+            list.seen.push(SeenWriter {
+                pid: writer.process.pid,
+                command: writer.command,
+                via: match writer.how {
+                    How::Descriptor(fd) => Via::Descriptor { fd },
+                    How::Mapping => Via::Mapping,
+                    // A search finds writers by their files only.
+                    How::Cwd | How::Root | How::Directory(_) | How::Mount(_) => Via::Mount,
+                },
+                path: PathText(writer.path),
+            });
         }
         // What the kernel hides even from root is a process that no user could name or freeze either.
         if !rustix::process::geteuid().is_root() {
@@ -102,7 +115,7 @@ impl WriterSearch {
                 [one] => format!("{} ({}) perhaps, whose files this user may not look at", one.id.pid, one.command),
                 several => format!("{} processes perhaps, whose files this user may not look at", several.len()),
             };
-            lists.iter_mut().for_each(|list| list.push(text.clone()));
+            lists.iter_mut().for_each(|list| list.texts.push(text.clone()));
         }
         Ok(lists)
     }
@@ -112,7 +125,7 @@ impl WriterSearch {
 #[derive(Debug)]
 pub struct Audit {
     /// The volumes, with those outside the tree who have files of them open for writing.
-    pub volumes: Vec<(Target, Vec<String>)>,
+    pub volumes: Vec<(Target, OtherWriters)>,
     /// The tree, and what it can write to outside them.
     pub tree: TreeRecord,
     /// Why a checkpoint would be refused, if the rules say so.

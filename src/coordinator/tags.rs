@@ -18,13 +18,40 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Lets the tag name the checkpoint, unless it names another: that one is returned.
-    pub fn tag(&self, tag: &Name, id: &CheckpointId) -> Result<Option<CheckpointId>> {
-        Ok(self.catalog.set_tag(tag, id)?)
+    /// Lets the tag name the checkpoint, unless it names another and is not to be `moved`: that one is returned.
+    ///
+    /// If the checkpoint has been removed meanwhile, the tag stays as it is.
+    pub fn tag(&self, tag: &Name, id: &CheckpointId, moved: bool) -> Result<Option<CheckpointId>> {
+        match self.catalog.set_tag(tag, id, moved) {
+            Err(_) if self.catalog.checkpoint(id)?.is_none() => {
+                Err(Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() })
+            }
+            set => Ok(set?),
+        }
     }
 
     /// Frees the tag; `false` if there was none of that name.
     pub fn untag(&self, tag: &Name) -> Result<bool> {
         Ok(self.catalog.remove_tag(tag)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::catalog::Access;
+
+    /// Somebody removes it between the look for it and this; the catalog said "FOREIGN KEY constraint failed".
+    #[test]
+    fn a_checkpoint_that_is_gone_is_told_so() {
+        let state = tempfile::tempdir().unwrap();
+        let coordinator = Coordinator::open(state.path(), Access::Create, Duration::ZERO).unwrap();
+        let gone = CheckpointId::random().unwrap();
+        for moved in [false, true] {
+            let refused = coordinator.tag(&"name".parse().unwrap(), &gone, moved);
+            assert!(matches!(refused, Err(Error::NoSuchCheckpoint { .. })), "{refused:?}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use fsnap_backend::{Backend, Consistency};
 
 use super::{Begun, adopt, side_by_side};
 use crate::catalog::{self, HiddenNote, Note, PendingCheckpoint, SearchAnswer, SearchFile, Taken};
-use crate::checkpoint::EngineImages;
+use crate::checkpoint::{EngineImages, OtherWriters};
 use crate::volume::StoreRecord;
 use crate::{Error, Result, failpoint, stores};
 
@@ -96,11 +96,11 @@ impl Window {
         let answer = search();
         let (snapshots, answer) = (snapshots?, answer?);
         let searching = answer.is_none();
-        let not_searched = || vec![vec![NOT_SEARCHED.to_owned()]; members.len()];
+        let not_searched = || vec![OtherWriters::in_words(NOT_SEARCHED.to_owned()); members.len()];
         let SearchAnswer { writers, tree } =
             answer.unwrap_or_else(|| SearchAnswer { writers: not_searched(), tree: None });
         let taken = members.iter().zip(snapshots).zip(writers).map(|(((store, plan), snapshot), writers)| {
-            let all_stood = stopped && writers.is_empty();
+            let all_stood = stopped && writers.texts.is_empty();
             let consistency = if all_stood { Consistency::PointInTime } else { store.store().capabilities.live };
             plan.taken(snapshot, consistency, writers)
         });

@@ -7,14 +7,14 @@
 //! What lies in the scratch places belongs to the processes and not to the volumes: it is saved with the process image
 //! ([`save_scratch`]), and is there again before the engine restores.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use fsnap_backend::MountSpec;
+use fsnap_backend::{MountSpec, beneath};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ use super::stage::Failure;
 use super::{Ended, sys};
 use crate::checkpoint::PathText;
 use crate::mount::{Prepared, Restrictions};
-use crate::processes::ProcessId;
+use crate::processes::{self, ProcessId};
 
 /// Where programs expect to find a place for files that need not last.
 pub const SCRATCH: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
@@ -80,6 +80,20 @@ pub struct Init {
     pub id: ProcessId,
     /// The running kernel's boot: a start time says nothing after it.
     pub boot: String,
+    /// The pid namespace in which that is its pid, if it was noted.
+    #[serde(default)]
+    pub space: Option<u64>,
+}
+
+/// Where a process is that waits for a run's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It has this pid here.
+    Here(ProcessId),
+    /// It lives in a pid namespace that does not show from here.
+    Elsewhere,
+    /// It has ended.
+    Nowhere,
 }
 
 impl Init {
@@ -88,15 +102,51 @@ impl Init {
         read(&place.join(INIT))
     }
 
-    /// Reads how the processes of the run ended. It is told before the init ends: whoever asks earlier may hear nothing.
-    pub fn ended(place: &Path) -> Option<Ended> {
-        read(&place.join(ENDED))
+    /// Tells how the root of the run's tree ended, when the init is not there any more.
+    ///
+    /// The init notes it at once. Where it noted nothing it was killed before, and the kernel kills all that are in a pid namespace with its
+    /// init. Of one that ended with the machine nobody knows.
+    pub fn told_end(&self, place: &Path) -> Ended {
+        match fs::read(place.join(ENDED)) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or(Ended::Unknown),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.is_of_this_boot() => Ended::BY_ITS_INIT,
+            Err(_) => Ended::Unknown,
+        }
     }
 
-    /// Whether it is there.
-    pub fn is_alive(&self) -> bool {
-        crate::boot_id().is_ok_and(|boot| boot == self.boot) && self.id.is_alive()
+    /// Looks for it; `place` is the directory of the run, and tells of one that lives where it cannot be seen by a lock.
+    pub fn find(&self, place: &Path) -> Whereabouts {
+        if !self.is_of_this_boot() {
+            return Whereabouts::Nowhere;
+        }
+        let is_own = self.space.is_none_or(|space| processes::pid_space("self").is_ok_and(|own| own == space));
+        let found = match is_own {
+            true => Some(self.id).filter(|id| id.is_alive()),
+            false => self.space.and_then(|space| processes::init_seen_from_outside(self.id, space)),
+        };
+        match found {
+            Some(id) => Whereabouts::Here(id),
+            None if !is_own && is_locked(&place.join(INIT)) => Whereabouts::Elsewhere,
+            None => Whereabouts::Nowhere,
+        }
     }
+
+    fn is_of_this_boot(&self) -> bool {
+        crate::boot_id().is_ok_and(|boot| boot == self.boot)
+    }
+}
+
+/// Whether somebody holds a lock on the file or directory, in whichever namespace.
+pub(crate) fn is_locked(path: &Path) -> bool {
+    File::open(path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+/// Tells all namespaces, for as long as what is returned is there, that the init of the run with the directory `place` lives.
+pub(super) fn show_life(place: &OwnedFd) -> io::Result<File> {
+    let init = beneath::open_file(place, INIT.as_ref())?;
+    // Who only asks lets go of it at once.
+    init.lock()?;
+    Ok(init)
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
@@ -106,7 +156,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 impl Cell {
     /// Notes who waits for the processes, before there are any.
     pub(super) fn note_init(&self, id: ProcessId) -> io::Result<()> {
-        let init = Init { id, boot: crate::boot_id()? };
+        let init = Init { id, boot: crate::boot_id()?, space: Some(processes::pid_space("self")?) };
         let (unfinished, path) = (self.place.as_path().join("init.new"), self.place.as_path().join(INIT));
         fs::write(&unfinished, serde_json::to_vec(&init)?)?;
         fs::rename(unfinished, path)

@@ -96,8 +96,9 @@ fn prepare(program: &Program) -> Result<Command, Failure> {
     nix::sys::prctl::set_child_subreaper(true)
         .map_err(errno)
         .map_err(Failure::step("adopt what the program leaves behind"))?;
-    let directory = format!("enter the directory {:?}, which the run must be able to see", program.directory);
-    std::env::set_current_dir(&program.directory).map_err(Failure::step(directory))?;
+    let directory = || program.directory.clone();
+    std::env::set_current_dir(&program.directory)
+        .map_err(|error| Failure::Directory { directory: directory(), reason: error.to_string() })?;
     if let Some(open_files) = program.open_files {
         let mut limit = rustix::process::getrlimit(Resource::Nofile);
         limit.current = Some(open_files);

@@ -125,6 +125,11 @@ pub enum Ended {
     Unknown,
 }
 
+impl Ended {
+    /// How every process ends that lives when the init of its pid namespace is killed.
+    pub(super) const BY_ITS_INIT: Self = Self::Killed(Signal::KILL.as_raw());
+}
+
 /// Processes that were restored and run. Dropped before they are [kept](Self::keep), all of them end, and so they do when fsnap is killed.
 #[derive(Debug)]
 #[must_use = "the processes end when this is dropped and was not kept"]
@@ -250,12 +255,12 @@ impl Launch<'_> {
                 }
                 (Some(Report::Failed(failure)), init) => {
                     // Until it has ended, it sees what is going to be removed.
-                    if let Some(init) = init {
-                        wait_for_end(init);
-                    }
+                    init.into_iter().for_each(wait_for_end);
                     return Err(self.error(failure));
                 }
-                _ => {
+                (_, init) => {
+                    // On the pids of this machine it may go on, to end what it has restored.
+                    init.into_iter().filter(|_| self.pids == PidSpace::New).for_each(wait_for_end);
                     let reason = format!("a stage of it ended unexpectedly; see {:?}", self.log);
                     return Err(Error::Restore { step: "restore the processes".into(), reason });
                 }
@@ -267,6 +272,7 @@ impl Launch<'_> {
         match failure {
             Failure::Step { step, reason } => Error::Restore { step, reason },
             Failure::Hidden { hidden, by } => Error::Hidden { hidden, by },
+            Failure::Directory { directory, reason } => Error::Directory { directory, reason },
             Failure::Engine { status } => {
                 let log = fs::read(self.log).unwrap_or_default();
                 let tail = criu::tail(&String::from_utf8_lossy(&log), 10);
@@ -301,7 +307,7 @@ impl Restored {
         Ok(())
     }
 
-    /// Keeps the processes, and waits until all of them have ended.
+    /// Keeps the processes, and waits until all of them have ended; tells how the root did.
     pub fn wait(mut self) -> Ended {
         // Who cannot be told has ended.
         let _ = self.keep();
@@ -309,6 +315,8 @@ impl Restored {
             match Report::read(&mut self.reports) {
                 Some(Report::Ended(ended)) => break ended,
                 Some(_) => {}
+                // The init was killed, which tells as soon as the root has ended.
+                None if self.root.is_some() && self.pids == PidSpace::New => break Ended::BY_ITS_INIT,
                 None => break Ended::Unknown,
             }
         };

@@ -118,7 +118,7 @@ pub(super) enum Report {
     Restored { root: Option<i32> },
     /// Nothing was restored.
     Failed(Failure),
-    /// All processes have ended.
+    /// The root has ended.
     Ended(Ended),
 }
 
@@ -133,6 +133,11 @@ pub(super) enum Failure {
         hidden: PathBuf,
         #[serde(with = "os_text")]
         by: PathBuf,
+    },
+    Directory {
+        #[serde(with = "os_text")]
+        directory: PathBuf,
+        reason: String,
     },
     Engine {
         status: String,
@@ -243,6 +248,8 @@ fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure>
     // What is mounted may cover it.
     let contents = given_back::open_all(&plan.returned)?;
     let place = set_up(plan, images.as_ref())?;
+    let _life =
+        place.as_ref().map(confine::show_life).transpose().map_err(Failure::step("lock the record of the run"))?;
     let root = match (&plan.program, images) {
         (Some((program, stage)), _) => {
             keep_low_pids()?;
@@ -266,14 +273,15 @@ fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure>
         end_descendants();
         Failure::step("report the restore")(error)
     })?;
-    let ended = reap_all(root);
-    if let Some(place) = place {
-        // Without it, they ended in a way that nobody knows.
-        let _ = fsnap_backend::beneath::create_file(&place, ENDED.as_ref(), 0o600)
-            .and_then(|mut file| file.write_all(&serde_json::to_vec(&ended)?));
-    }
-    // In the meantime the one who asked for the restore has usually ended.
-    let _ = send(&mut connection, &Report::Ended(ended));
+    reap_all(root, |ended| {
+        // In the meantime the one who asked for the restore has usually ended.
+        let _ = send(&mut connection, &Report::Ended(ended));
+        if let Some(place) = &place {
+            // If it cannot be written, an empty file says that nobody knows.
+            let _ = fsnap_backend::beneath::create_file(place, ENDED.as_ref(), 0o600)
+                .and_then(|mut file| file.write_all(&serde_json::to_vec(&ended)?));
+        }
+    });
     Ok(())
 }
 
@@ -447,15 +455,16 @@ fn restored_root(named: Option<i32>) -> Option<i32> {
     })
 }
 
-/// Waits for every process that this one has to wait for, until there is none.
-fn reap_all(root: Option<i32>) -> Ended {
-    let mut ended = Ended::Unknown;
+/// Waits for every process that this one has to wait for, until there is none; tells once how the root ended, as soon as it has.
+fn reap_all(root: Option<i32>, tell: impl FnOnce(Ended)) {
+    let mut tell = Some(tell);
+    let mut end_is = |ended| tell.take().map_or((), |tell| tell(ended));
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
-            Ok(Some((pid, status))) if Some(pid) == root.and_then(Pid::from_raw) => ended = ended_by(status),
+            Ok(Some((pid, status))) if Some(pid) == root.and_then(Pid::from_raw) => end_is(ended_by(status)),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             // No children any more.
-            Err(_) => return ended,
+            Err(_) => return end_is(Ended::Unknown),
         }
     }
 }

@@ -129,6 +129,38 @@ fn a_full_store_of_btrfs_fails_one_checkpoint_and_no_other() {
 }
 
 #[test]
+fn a_branch_that_is_too_large_is_told_how_to_do_without_copying() {
+    let mut site = Site::plain();
+    site.mount("small", 16 << 20, &["mkfs.ext4", "-q"]);
+    assert_snapshot!(site.session(
+        "head -c 8M /dev/urandom >db/large
+         fsnap init --store small/store --backend rsync db
+         fsnap checkpoint >/dev/null
+         fsnap branch @latest 2>&1 | sed 's/ copy .*large/ copy FILE/; s/v-[0-9a-f]*[.a-z]*/V/'
+         fsnap branches
+         fsnap recover
+         mkdir past && fsnap mount past
+         mkdir past/branches/try@latest && cmp db/large past/branches/try/db/large
+         fsnap umount past"
+    ), @"
+    $ head -c 8M /dev/urandom >db/large
+    $ fsnap init --store small/store --backend rsync db
+    volume db at $T/db: rsync snapshots in $T/small/store
+    $ fsnap checkpoint >/dev/null
+    $ fsnap branch @latest 2>&1 | sed 's/ copy .*large/ copy FILE/; s/v-[0-9a-f]*[.a-z]*/V/'
+    fsnap: error: cannot restore $T/small/store/volumes/V/large: No space left on device (os error 28)
+    fsnap: hint: free some space, then try again; nothing was left behind
+    fsnap: hint: a branch made in a mount copies nothing: `fsnap mount DIR`, then `mkdir DIR/branches/NAME@CKPT`
+    $ fsnap branches
+    $ fsnap recover
+    nothing is half done
+    $ mkdir past && fsnap mount past
+    $ mkdir past/branches/try@latest && cmp db/large past/branches/try/db/large
+    $ fsnap umount past
+    ");
+}
+
+#[test]
 fn a_read_only_store_of_rsync_can_still_be_read() {
     let mut site = Site::plain();
     site.mount("small", 32 << 20, &["mkfs.ext4", "-q"]);

@@ -251,10 +251,17 @@ fn writers_outside_are_named() {
     let named = |checkpoint: &Value| {
         assert_eq!(classes(checkpoint), ["crash-consistent", "point-in-time"], "{checkpoint}");
         let writers: Vec<_> = checkpoint["members"][0]["writers"].as_array().unwrap().iter().collect();
-        let text = writers[0].as_str().unwrap();
+        let text = writers[0]["text"].as_str().unwrap();
+        assert_eq!(
+            (writers[0]["pid"].to_string(), &writers[0]["command"], &writers[0]["via"]),
+            (outsider.pid(), &"sh".into(), &"descriptor".into())
+        );
+        let fd = writers[0]["fd"].as_i64().unwrap();
+        assert!(text.contains(&format!(" descriptor {fd} ")), "{text}");
         let path = site.volumes[0].join("outside");
         assert!(text.starts_with(&format!("{} (sh)", outsider.pid())), "{text}");
         assert!(text.contains(path.to_str().unwrap()), "{text}");
+        assert_eq!(writers[0]["path"], path.to_str().unwrap());
         assert_eq!(checkpoint["members"][1]["writers"].as_array().unwrap().len(), 0);
         let shown = site.ok(["show", checkpoint["id"].as_str().unwrap()]);
         assert!(shown.contains(&format!("also written by {text}")), "{shown}");

@@ -10,6 +10,7 @@ mod by_hand;
 mod consistency;
 mod containers;
 mod demo;
+mod ends;
 mod generic;
 mod hook;
 mod hostile;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         ("hostile", hostile::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
+        ("ends", ends::CASES),
         ("tour", tour::CASES),
         ("unlinked", unlinked::CASES),
         ("podman", podman::CASES),

@@ -47,12 +47,12 @@ impl Drop for Running<'_> {
 }
 
 impl Running<'_> {
-    fn all(&self) -> Vec<Value> {
+    pub(crate) fn all(&self) -> Vec<Value> {
         self.0.json(["ps", "--json"]).as_array().unwrap().clone()
     }
 
     /// Starts a shell with these lines.
-    fn start(&self, name: &str, options: &[&str], script: &str) {
+    pub(crate) fn start(&self, name: &str, options: &[&str], script: &str) {
         let begin = ["run", "--name", name];
         let shell = ["--", "sh", "-c", script];
         assert_eq!(self.0.ok([&begin, options, &shell].concat()), name);
@@ -79,13 +79,13 @@ impl Running<'_> {
         wait_until(&format!("the next number of {name}"), || self.number(name) > before);
     }
 
-    fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         self.all().iter().map(|run| run["name"].as_str().unwrap().to_owned()).collect()
     }
 }
 
 /// A counter in memory, in each of the volumes, in a scratch place and in what it says.
-fn counter(site: &Site) -> String {
+pub(crate) fn counter(site: &Site) -> String {
     let writes: Vec<_> = site.volumes.iter().map(|dir| format!("echo $i >{}/number", dir.display())).collect();
     format!(
         "i=0; while :; do i=$((i+1)); {}; echo $i >/tmp/number; [ $(cat /tmp/number) = $i ] && echo $i; sleep 0.02; done",
@@ -377,6 +377,14 @@ fn a_program_that_is_not_there() {
     let failed = command.current_dir("/tmp/.").output().unwrap();
     assert!(failed.status.success(), "{}", said(&failed));
     wait_until("its end", || running.all().is_empty());
+    // One below it is not there.
+    let elsewhere = site.path("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let mut command = site.command(["run", "--name", "none", "--", "true"]);
+    let failed = command.current_dir(elsewhere).output().unwrap();
+    let text = String::from_utf8(failed.stderr).unwrap();
+    assert!(failed.status.code() == Some(1) && text.contains("cannot enter the directory"), "{text}");
+    assert!(text.contains("hint: show it to the run, by --volume, --rw or --ro"), "{text}");
 }
 
 fn names_and_remains() {
@@ -404,7 +412,11 @@ fn names_and_remains() {
     let program = env!("CARGO_BIN_EXE_fsnap");
     for option in ["--ro", "--rw", "--tmp"] {
         let refused = site.command(["run", option, program, "--", "true"]).output().unwrap();
-        assert!(refused.status.code() == Some(2) && said(&refused).contains("not a directory"), "{}", said(&refused));
+        assert!(
+            refused.status.code() == Some(2) && said(&refused).contains("not a directory: name the"),
+            "{}",
+            said(&refused)
+        );
     }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
     assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
@@ -611,18 +623,18 @@ fn terminals_of_its_own() {
 }
 
 /// What a terminal shows.
-struct Shown {
+pub(crate) struct Shown {
     from: std::process::ChildStdout,
     text: String,
 }
 
 impl Shown {
-    fn of(from: std::process::ChildStdout) -> Self {
+    pub(crate) fn of(from: std::process::ChildStdout) -> Self {
         Self { from, text: String::new() }
     }
 
     /// Reads on until it shows that.
-    fn until(&mut self, wanted: &str) {
+    pub(crate) fn until(&mut self, wanted: &str) {
         use std::io::Read as _;
         let mut buffer = [0; 256];
         while !self.text.contains(wanted) {

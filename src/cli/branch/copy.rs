@@ -9,10 +9,11 @@ use fsnap::coordinator::{Coordinator, RestoreRequest, RunRequest};
 use fsnap::engine::{Images, PidSpace, Restored};
 use fsnap::name::Name;
 use fsnap::processes::ProcessId;
-use fsnap::run::{RunRecord, Runs, engine_args};
+use fsnap::run::{Place, RunRecord, Runs, engine_args};
 use serde_json::json;
 
 use super::super::output::processes::tell_lost_locks;
+use super::super::process::interrupt::{Interrupts, undone};
 use super::super::run::terminal::Terminal;
 use super::super::{Context, Failure, Outcome, Output, environment, internal, json};
 
@@ -44,8 +45,8 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
     if original.terminal.is_none() && wanted.tty {
         return Err(Failure::Usage("the run has no terminal, and its copy can have none: leave --tty out".into()));
     }
-    let mut made = Vec::new();
-    let all = make_all(context, coordinator, (checkpoint, &original), wanted, &mut made);
+    let (mut made, interrupts) = (Vec::new(), Interrupts::new()?);
+    let all = make_all(context, coordinator, (checkpoint, &original), wanted, &interrupts, &mut made);
     if !made.is_empty() {
         tell_lost_locks(coordinator, checkpoint)?;
     }
@@ -59,6 +60,13 @@ pub(crate) fn run(context: &Context, coordinator: &Coordinator, checkpoint: &Che
         });
         Output::new().json(&objects.collect::<Vec<_>>())?;
     }
+    // Of what was undone it is said before the signal acts.
+    if let Err(failure) = &all
+        && interrupts.waits()
+    {
+        failure.report();
+    }
+    interrupts.release();
     all
 }
 
@@ -71,6 +79,7 @@ fn make_all(
     coordinator: &Coordinator,
     (checkpoint, original): (&Checkpoint, &RunRecord),
     wanted: &Wanted,
+    interrupts: &Interrupts,
     made: &mut Vec<Made>,
 ) -> Outcome {
     let out = Output::new();
@@ -84,14 +93,19 @@ fn make_all(
             Some(_) => Some(Terminal::open()?),
             None => None,
         };
+        if interrupts.waits() {
+            break;
+        }
         let (branch, restored) =
-            one(context, coordinator, (checkpoint, original), (name, &wanted.args), terminal.as_ref())?;
+            one(context, coordinator, (checkpoint, original), (name, &wanted.args), terminal.as_ref(), interrupts)?;
         if let Some(terminal) = terminal {
+            interrupts.release();
             tell_lost_locks(coordinator, checkpoint)?;
             return terminal.relay(restored);
         }
         if !wanted.json {
             out.line(&branch.name)?;
+            interrupts.release();
         }
         made.push((branch, restored.init, restored.root));
     }
@@ -104,6 +118,7 @@ fn one(
     (checkpoint, original): (&Checkpoint, &RunRecord),
     (name, args): (Name, &[OsString]),
     terminal: Option<&Terminal>,
+    interrupts: &Interrupts,
 ) -> Result<(Branch, Restored), Failure> {
     let runs = Runs::of(&context.state);
     let mut record = original.copied(name.clone(), checkpoint.id);
@@ -114,7 +129,7 @@ fn one(
     let terminals = original.terminal.zip(terminal.map(Terminal::path));
     record.terminal = terminal.map(Terminal::id);
     let place = runs.create(&record)?;
-    let restored = coordinator.restore(&RestoreRequest {
+    let request = RestoreRequest {
         checkpoint,
         branch: &name,
         criu: &criu,
@@ -122,13 +137,34 @@ fn one(
         stage: &internal::stage_command(),
         pids: PidSpace::New,
         run: Some(RunRequest { record: &record, place: place.path(), terminal: terminals }),
-    });
+    };
+    let what = format!("the copy {name}");
+    let run = place.path().to_owned();
+    let restored = coordinator.restore(&request, &|| interrupts.hold(&what, Some(run.clone())));
+    let is_interrupted = interrupts.settle();
     match restored {
-        Ok((branch, mut restored)) => {
-            place.started(restored.root)?;
-            restored.keep()?;
-            Ok((branch, restored))
+        Ok((branch, restored)) if is_interrupted => {
+            undo(coordinator, &branch, restored, place)?;
+            Err(undone(&what))
         }
-        Err(error) => Err(error.and_undo(place.discard()).into()),
+        Ok((branch, mut restored)) => match place.started(restored.root).and_then(|()| Ok(restored.keep()?)) {
+            Ok(()) => Ok((branch, restored)),
+            Err(error) => Err(error.and_undo(undo(coordinator, &branch, restored, place)).into()),
+        },
+        // The undoing has failed as well.
+        Err(error) if matches!(error, Error::Several(_)) || !is_interrupted => {
+            Err(error.and_undo(place.discard()).into())
+        }
+        Err(_) => {
+            place.discard()?;
+            Err(undone(&what))
+        }
     }
+}
+
+fn undo(coordinator: &Coordinator, branch: &Branch, restored: Restored, place: Place) -> fsnap::Result<()> {
+    let ended = restored.kill();
+    ended.map_err(|source| Error::Io { action: "end", object: format!("the run {}", branch.name), source })?;
+    coordinator.remove_branch(&branch.name)?;
+    place.discard()
 }

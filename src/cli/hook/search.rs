@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fsnap::catalog::{PendingCheckpoint, SearchAnswer, SearchFile};
+use fsnap::checkpoint::OtherWriters;
 use fsnap::coordinator::{Window, WriterSearch};
 use fsnap::engine::Images;
 use fsnap::processes::{AuditRules, FrozenTree, Outlook, Policy};
@@ -159,7 +160,7 @@ pub(crate) fn learn(search: &mut fsnap::Result<WriterSearch>) {
 pub(crate) fn finish(search: fsnap::Result<WriterSearch>, members: usize, answer: SearchFile) {
     let found = search.and_then(|search| search.run());
     failpoint::hit("search:found");
-    let unknown = |error| vec![vec![format!("perhaps others: {error}")]; members];
+    let unknown = |error| vec![OtherWriters::in_words(format!("perhaps others: {error}")); members];
     let found = found.unwrap_or_else(|error| SearchAnswer { writers: unknown(error), tree: None });
     // Nobody listens any more; without an answer, the checkpoint claims less.
     let _ = answer.write(&found);

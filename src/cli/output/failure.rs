@@ -143,12 +143,16 @@ fn hint(error: &Error) -> Option<String> {
         Error::BadRun { path, .. } if path.as_path().ends_with("run.json") => {
             "once it has ended, `fsnap rm --run NAME` removes what is left of it"
         }
+        Error::RunElsewhere { .. } => "call fsnap where it was started, or outside of that",
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
         Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
             "not everything can be restored without root; `fsnap branch CKPT` gives you the files all the same"
+        }
+        Error::Engine(engine::Error::Directory { .. }) => {
+            "show it to the run, by --volume, --rw or --ro, or start the run from a directory that it sees"
         }
         Error::NoOverlay { .. } => "name a directory on ext4, XFS, btrfs or tmpfs by `branches` in the settings",
         Error::Catalog(catalog::Error::Damaged { .. }) => {

@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use fsnap::branch::Branch;
-use fsnap::checkpoint::Checkpoint;
+use fsnap::checkpoint::{Checkpoint, SeenWriter};
 use fsnap::coordinator::{Audit, Shown};
 use fsnap::name::Name;
 use fsnap::processes::{FilePlace, OpenFile, Outside, ProcessChange, ProcessRecord, TreeRecord, Via};
@@ -39,7 +39,7 @@ pub(crate) fn checkpoint(checkpoint: &Checkpoint, tags: &[Name]) -> Value {
                 "backend": member.backend,
                 "consistency": member.consistency,
                 "snapshot": member.snapshot.at,
-                "writers": member.writers,
+                "writers": writers(&member.writers, &member.seen_writers),
                 "omissions": member.snapshot.omissions,
             });
             with_path(object, "path", member.path.as_path())
@@ -65,13 +65,28 @@ pub(crate) fn add_outside(object: &mut Value, tree: Option<&TreeRecord>) {
     }
 }
 
-fn outside(outside: &Outside) -> Value {
-    let (via, fd) = match outside.via {
+/// Who else wrote to a volume. Of what is known in words only, there is nothing but the words.
+fn writers(texts: &[String], seen: &[SeenWriter]) -> Value {
+    let writer = |(index, text): (usize, &String)| {
+        let Some(seen) = seen.get(index) else { return json!({ "text": text }) };
+        let (via, fd) = via(seen.via);
+        let object = json!({ "pid": seen.pid, "command": seen.command, "via": via, "fd": fd, "text": text });
+        with_path(object, "path", seen.path.as_path())
+    };
+    texts.iter().enumerate().map(writer).collect()
+}
+
+fn via(via: Via) -> (&'static str, Option<i32>) {
+    match via {
         Via::Descriptor { fd } => ("descriptor", Some(fd)),
         Via::Mapping => ("mapping", None),
         Via::Socket { fd } => ("socket", Some(fd)),
         Via::Mount => ("mount", None),
-    };
+    }
+}
+
+fn outside(outside: &Outside) -> Value {
+    let (via, fd) = via(outside.via);
     let object = json!({
         "pid": outside.pid,
         "command": outside.command,
@@ -88,7 +103,7 @@ fn outside(outside: &Outside) -> Value {
 pub(crate) fn audit(audit: &Audit) -> Value {
     let mut object = json!({
         "volumes": audit.volumes.iter().map(|(target, writers)| {
-            let object = json!({ "volume": target.volume, "branch": target.branch, "writers": writers });
+            let object = json!({ "volume": target.volume, "branch": target.branch, "writers": self::writers(&writers.texts, &writers.seen) });
             with_path(object, "path", target.path.as_path())
         }).collect::<Vec<_>>(),
         "refused": audit.objection.is_some(),
@@ -175,4 +190,21 @@ pub(crate) fn branch(shown: &Shown<'_>, branch: &Branch) -> Value {
             }
         }).collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_in_words_only_is_told_in_words() {
+        let texts = ["7 (sh) has descriptor 3 open for writing: /f".to_owned(), "others perhaps".to_owned()];
+        let seen: SeenWriter =
+            serde_json::from_value(json!({ "pid": 7, "command": "sh", "via": "descriptor", "fd": 3, "path": "/f" }))
+                .unwrap();
+        let known = json!({ "pid": 7, "command": "sh", "via": "descriptor", "fd": 3, "path": "/f", "text": texts[0] });
+        assert_eq!(writers(&texts, &[seen]), json!([known, { "text": texts[1] }]));
+        // An earlier fsnap recorded nothing but words.
+        assert_eq!(writers(&texts[..1], &[]), json!([{ "text": texts[0] }]));
+    }
 }
