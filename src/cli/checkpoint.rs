@@ -15,7 +15,7 @@ use fsnap::quiesce::{Frozen, Quiesce};
 use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 
 use super::audit::Rules;
-use super::{Context, Failure, Outcome, Output, environment, hook, internal, json};
+use super::{Context, Failure, Outcome, Output, environment, hook, internal, json, say};
 
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
@@ -191,7 +191,14 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
     let missing = || Error::NoSuchCheckpoint { reference: id.to_string(), near: Vec::new() };
     let checkpoint = coordinator.catalog().checkpoint(&id)?.ok_or_else(missing)?;
     for tag in &args.tags {
-        coordinator.tag(tag, &id, false)?;
+        // Who has taken it meanwhile keeps it: losing the checkpoint for it would be worse.
+        if let Some(other) = coordinator.tag(tag, &id, false)? {
+            let other = other.short();
+            say(
+                "warning",
+                &format!("the checkpoint has no tag {tag}: it names checkpoint {other} since this one was begun"),
+            );
+        }
     }
     print(&coordinator, &checkpoint, args.json)
 }
