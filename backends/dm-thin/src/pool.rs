@@ -218,6 +218,11 @@ impl Pool {
         mapper.message(&self.name, &format!("create_thin {id}"))
     }
 
+    /// Gives the metadata another transaction number; refused if the old one is not that.
+    pub(crate) fn set_number(&self, mapper: &Mapper, old: u64, new: u64) -> io::Result<()> {
+        mapper.message(&self.name, &format!("set_transaction_id {old} {new}"))
+    }
+
     /// Removes `id`; succeeds if it is not there.
     pub(crate) fn delete(&self, mapper: &Mapper, id: ThinId) -> Result<()> {
         match mapper.message(&self.name, &format!("delete {id}")) {
