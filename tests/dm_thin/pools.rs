@@ -45,27 +45,40 @@ fn a_pool_is_made_shown_and_removed() -> Done {
     ensure(pool["data"]["used"] == 1 << 16, &pool.to_string())?;
     let again = site.fails(&["pool", "create", &site.path("other"), "--name", &site.pool, "--size", "1G"])?;
     ensure(again.contains("exists already"), &again)?;
+    let there = site.fails(&["pool", "create", &site.path("pool"), "--name", "other", "--size", "1G"])?;
+    ensure(there.contains(&format!("the file {} exists already", site.path("pool/metadata"))), &there)?;
+    let small = ["pool", "add-volume", &site.pool, "small", "--size", "8M", "--file-system", "xfs"];
+    let small = site.fails(&small)?;
+    ensure(small.contains("cannot run mkfs.xfs: ") && !small.contains("Usage"), &small)?;
 
     site.add_volume("db", "ext4")?;
     let pool = site.listed()?;
     ensure(pool["volumes"][0]["name"] == "db" && pool["data"]["used"].as_u64() > Some(1 << 16), &pool.to_string())?;
+    // Before `db`, so that it is stopped first.
+    site.fsnap(&["pool", "add-volume", &site.pool, "away", "--size", "16M"])?;
     let doctor = site.fsnap(&["doctor", &site.path("db")])?;
     ensure(doctor.contains(&format!("ok  pool: {} works; data ", site.pool)), &doctor)?;
     ensure(doctor.contains("% of 1.00 GiB, metadata "), &doctor)?;
 
     // What is in use stays.
     for (arguments, why) in [
-        (&["pool", "remove", &site.pool][..], "the volumes db are in it"),
+        (&["pool", "remove", &site.pool][..], "the volumes away, db are in it"),
         (&["pool", "remove", &site.pool, "--with-volumes"], "it is mounted"),
         (&["pool", "stop", &site.pool], "it is mounted"),
         (&["pool", "remove-volume", &site.pool, "db"], "it is mounted"),
     ] {
         let said = site.fails(arguments)?;
         ensure(said.contains(why), &format!("{arguments:?}: {said}"))?;
+        // All of it.
+        ensure(site.devices()?.0 == 2, &format!("after {arguments:?} a volume is away"))?;
     }
+    // A killed call leaves a volume away.
+    output(Command::new("dmsetup").args(["remove", "--retry", &format!("{}-volume-away", site.pool)]))?;
+    let started = site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(started.contains(" away /dev/") && started.contains(" db /dev/"), &started)?;
     site.fsnap(&["init", &site.path("db")])?;
     let said = site.fails(&["pool", "remove", &site.pool, "--with-volumes"])?;
-    ensure(said.contains("fsnap rm --volume db"), &said)?;
+    ensure(said.contains("fsnap rm --volume db") && !said.contains("hint"), &said)?;
     site.fsnap(&["rm", "--volume", "db"])?;
     fs::write(site.db().join("file"), "kept")?;
 

@@ -144,7 +144,7 @@ impl Store {
     pub fn stop_pool(self) -> Result<()> {
         self.check_made_here("take a pool down")?;
         self.stop_volumes()?;
-        self.stop_images()?;
+        self.stop_images().map_err(|error| error.and_undo(self.start_volumes()))?;
         remove_pool(&self.mapper, &self.settings)
     }
 
@@ -164,7 +164,8 @@ impl Store {
         let foreign = self.list()?.len();
         if foreign > 0 {
             let devices = if foreign == 1 { "thin device" } else { "thin devices" };
-            return Err(Error::Busy { what, by: format!("{foreign} {devices} that others have in use") });
+            let busy = Error::Busy { what, by: format!("{foreign} {devices} that others have in use") };
+            return Err(busy.and_undo(self.start_volumes()));
         }
         undo(&self.mapper, &self.place, &self.settings, &backing)
     }
@@ -238,8 +239,15 @@ impl Store {
         }
     }
 
+    /// Makes the devices of the volumes, as far as they are not there.
+    pub fn start_volumes(&self) -> Result<()> {
+        start_volumes(&self.mapper, &self.pool, &self.settings, &self.volumes()?)
+    }
+
+    /// Takes the devices of all volumes away, or of none.
     fn stop_volumes(&self) -> Result<()> {
-        self.volumes()?.iter().try_for_each(|(name, _)| self.stop_volume(name))
+        let stopped = self.volumes()?.iter().try_for_each(|(name, _)| self.stop_volume(name));
+        stopped.map_err(|error| error.and_undo(self.start_volumes()))
     }
 
     fn stop_images(&self) -> Result<()> {
@@ -346,10 +354,7 @@ fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Setting
         return Err(error.and_undo(remove_pool(mapper, settings)));
     }
     let pool = Pool::named(mapper, name)?.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
-    for (volume, record) in volumes(dir, place)? {
-        start_volume(mapper, &pool, &settings.uuid, &volume, &record)?;
-    }
-    Ok(())
+    start_volumes(mapper, &pool, settings, &volumes(dir, place)?)
 }
 
 /// Refuses to bring up a pool on what does not hold its metadata, and reads them.
@@ -446,7 +451,10 @@ fn run(command: &mut Command) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    // What is wrong, without all that the program could be told instead.
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said: Vec<_> = said.lines().take_while(|line| !line.starts_with("Usage:")).collect();
+    let said = said.join("\n").trim().to_owned();
     Err(io::Error::other(format!("{}: {said}", output.status))).context("run", program)
 }
 
@@ -471,8 +479,14 @@ fn make_files(dir: &Path, size: Option<u64>) -> Result<Backing> {
         file.set_len(length)?;
         file.sync_all()
     };
-    make(&metadata, metadata_for(size)).context("make the file", &metadata)?;
-    match make(&data, size).context("make the file", &data) {
+    let make = |path: &Path, length| match make(path, length) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::Exists { what: format!("the file {}", path.display()) })
+        }
+        made => made.context("make the file", path),
+    };
+    make(&metadata, metadata_for(size))?;
+    match make(&data, size) {
         Ok(()) => Ok(Backing::Files { data, metadata }),
         Err(error) => Err(error.and_undo(fs::remove_file(&metadata).context("remove", &metadata))),
     }
@@ -588,6 +602,10 @@ pub(crate) fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVo
 
 pub(crate) fn volume_device(pool: &str, name: &str) -> String {
     format!("{pool}-volume-{name}")
+}
+
+fn start_volumes(mapper: &Mapper, pool: &Pool, settings: &Settings, volumes: &[(String, PoolVolume)]) -> Result<()> {
+    volumes.iter().try_for_each(|(name, volume)| start_volume(mapper, pool, &settings.uuid, name, volume).map(drop))
 }
 
 fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &PoolVolume) -> Result<PathBuf> {

@@ -217,6 +217,19 @@ fn metadata_full() -> Done {
     Ok(())
 }
 
+/// What fsnap could not bring up again is not taken down by it, and stays.
+fn pools_of_others_stay_up() -> Done {
+    let pool = SmallPool::new("", 2 << 20)?;
+    let store = Store::create_for(&pool.path("store"), &pool.name)?;
+    let node = store.make_volume("volume", 64 << 20, FileSystem::Ext4)?;
+    for refused in [store.stop_pool(), Store::open(&pool.path("store")).and_then(Store::remove_pool)] {
+        let error = refused.err().ok_or("it was taken down")?;
+        ensure(error.kind() == ErrorKind::Unsupported && error.to_string().contains(&pool.name), &error.to_string())?;
+        ensure(node.exists() && !dmsetup(&["status", &pool.name]).is_empty(), "the pool is gone")?;
+    }
+    Ok(())
+}
+
 /// Pools that LVM manages, told by the UUIDs that it gives, are left as they are.
 fn pools_of_lvm_are_refused() -> Done {
     let pool = SmallPool::new("LVM-AbcdefGhijklMnopqrStuvwxYzabcdefGhijklMnopqrStuvwx-tpool", 4 << 20)?;
@@ -475,6 +488,7 @@ fn main() -> ExitCode {
         ("data_full_in_the_middle", data_full_in_the_middle),
         ("what_was_lost_is_in_no_snapshot", what_was_lost_is_in_no_snapshot),
         ("metadata_full", metadata_full),
+        ("pools_of_others_stay_up", pools_of_others_stay_up),
         ("pools_of_lvm_are_refused", pools_of_lvm_are_refused),
         ("a_pool_takes_no_parts_of_another", a_pool_takes_no_parts_of_another),
         ("a_pool_grows_with_its_own_data_only", a_pool_grows_with_its_own_data_only),

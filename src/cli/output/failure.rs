@@ -177,7 +177,9 @@ fn hint(error: &Error) -> Option<String> {
             ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
             ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
             ErrorKind::Exists => "choose another name, or remove what is there first",
-            ErrorKind::Busy => "end the processes that use it first",
+            // It says already what to do.
+            ErrorKind::Busy if error.to_string().contains('`') => return None,
+            ErrorKind::Busy => "unmount it, or end the processes that use it, first",
             _ => return None,
         },
         _ => return None,
