@@ -214,7 +214,9 @@ fn metadata_full() -> Done {
         let whole = |image: &fsnap_backend::Image| image.at == snapshot.at && image.state == ImageState::Whole;
         ensure(store.list()?.iter().any(whole), "a snapshot is gone")?;
     }
-    Ok(())
+    // Nothing can be removed any more, and what can be done is told.
+    let error = store.delete(&taken[0].at).err().ok_or("a read-only pool has changed")?;
+    ensure(error.kind() == ErrorKind::Damaged && error.to_string().contains("enlarge"), &error.to_string())
 }
 
 /// What fsnap could not bring up again is not taken down by it, and stays.
