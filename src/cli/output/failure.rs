@@ -101,7 +101,7 @@ fn hint(error: &Error) -> Option<String> {
         Error::BranchInUse { .. } => "end these processes first",
         Error::MountedInBranch { .. } => "unmount it first",
         Error::VolumeAway { .. } => {
-            "mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`"
+            "move it back or mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`"
         }
         Error::WrongVolume { .. } => {
             "mount the right file system there, or forget the volume with `fsnap rm --volume NAME` and register it anew"
