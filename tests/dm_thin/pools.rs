@@ -15,6 +15,7 @@ use crate::site::{Site, pretend};
 pub(crate) const CASES: &[Case] = &[
     ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
     ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_pool_leaves_the_device_of_another", a_pool_leaves_the_device_of_another),
     ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
     ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
@@ -114,6 +115,33 @@ fn a_device_that_holds_something_is_refused() -> Done {
         Ok(())
     };
     let done = tried();
+    detach(&device);
+    done
+}
+
+/// A pool that is called like a part of another is not taken for that.
+fn a_pool_leaves_the_device_of_another() -> Done {
+    let site = Site::without_pool()?;
+    let device = loop_device(&site.dir.join("image"), 128 << 20)?;
+    let other = format!("{}-data", site.pool);
+    let tried = || -> Done {
+        site.fsnap(&["pool", "create", &device, "--name", &site.pool])?;
+        site.fsnap(&["pool", "stop", &site.pool])?;
+        site.fsnap(&["pool", "create", &site.path("pool"), "--name", &other, "--size", "64M"])?;
+        let refused = site.fails(&["pool", "start", &site.pool])?;
+        ensure(refused.contains(&format!("the device {other} exists already")), &refused)?;
+        ensure(site.listed()?["up"] == false, "it is up")?;
+        let status = output(Command::new("dmsetup").args(["status", &other]))?;
+        ensure(status.contains("thin-pool"), &format!("the other is gone: {status}"))?;
+        site.fsnap(&["pool", "remove", &other])?;
+        site.fsnap(&["pool", "start", &site.pool])?;
+        site.fsnap(&["pool", "remove", &site.pool]).map(drop)
+    };
+    let done = tried();
+    if done.is_err() {
+        let _ = site.fsnap(&["pool", "remove", &other]);
+        let _ = site.fsnap(&["pool", "remove", &site.pool]);
+    }
     detach(&device);
     done
 }
