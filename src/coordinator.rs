@@ -37,7 +37,7 @@ use std::sync::Arc;
 use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
-use fsnap_backend::{Backend, Identity, Locator, Source, Volume};
+use fsnap_backend::{Backend, ErrorKind, Identity, Locator, Source, Volume};
 
 use crate::catalog::{Access, Catalog, Doomed, ImageRef};
 use crate::checkpoint::PathText;
@@ -158,10 +158,10 @@ impl Coordinator {
 
 /// Opens a volume and makes sure that it is the tree that was recorded.
 fn adopt(backend: &dyn Backend, volume: &Name, path: &PathText, expected: &Identity) -> Result<Volume> {
-    let opened = backend.adopt(path.as_path()).map_err(|error| match error {
+    let opened = backend.adopt(path.as_path()).map_err(|error| match error.kind() {
         // It was one when it was registered.
-        source @ fsnap_backend::Error::NotAVolume { .. } => Error::VolumeAway { volume: volume.clone(), source },
-        other => other.into(),
+        ErrorKind::NotAVolume | ErrorKind::NotFound => Error::VolumeAway { volume: volume.clone(), source: error },
+        _ => error.into(),
     })?;
     if opened.identity() != expected {
         return Err(Error::WrongVolume {

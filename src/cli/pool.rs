@@ -136,6 +136,8 @@ fn start(out: &Output, pools: &[String]) -> Outcome {
     for pool in wanted {
         match open_known(&known, &pool) {
             Ok(store) => {
+                // Also when the pool is up: a killed call may have got no further.
+                store.start_volumes()?;
                 for (volume, _) in store.volumes()? {
                     let node = store.volume_node(&volume)?;
                     out.line(format_args!("{pool} {volume} {}", fsnap::printable(node.as_os_str())))?;

@@ -167,7 +167,8 @@ fn a_volume_that_is_gone_is_said_so() {
     ! fsnap: note: volume db is in only one of the two checkpoints
     $ mv web away
     $ fsnap diff @latest
-    ! fsnap: error: cannot open the volume $T/web: No such file or directory (os error 2)
+    ! fsnap: error: the volume web is not there: cannot open the volume $T/web: No such file or directory (os error 2)
+    ! fsnap: hint: move it back or mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`
     [exit 1]
     $ fsnap rm --volume web
     $ fsnap diff @latest

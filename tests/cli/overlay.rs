@@ -112,11 +112,11 @@ fn a_tree_that_is_served_is_a_volume() {
     one
     $ fsnap checkpoint
     ! fsnap: error: the volume dir is not there: $T/dir cannot be a volume of layers: it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves
-    ! fsnap: hint: mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`
+    ! fsnap: hint: move it back or mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`
     [exit 1]
     $ fsnap diff base
     ! fsnap: error: the volume dir is not there: $T/dir cannot be a volume of layers: it is not the root of a tree that `fsnap overlay` or `fsnap mount` serves
-    ! fsnap: hint: mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`
+    ! fsnap: hint: move it back or mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`
     [exit 1]
     ");
 }

@@ -15,6 +15,7 @@ use crate::site::{Site, pretend};
 pub(crate) const CASES: &[Case] = &[
     ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
     ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_pool_leaves_the_device_of_another", a_pool_leaves_the_device_of_another),
     ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
     ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
@@ -40,30 +41,45 @@ fn a_pool_is_made_shown_and_removed() -> Done {
     let site = Site::new("1G")?;
     let pool = site.listed()?;
     ensure(pool["up"] == true && pool["state"] == "works" && pool["made_by_fsnap"] == true, &pool.to_string())?;
-    ensure(pool["data"]["total"] == 1_u64 << 30 && pool["data"]["used"] == 0, &pool.to_string())?;
+    ensure(pool["data"]["total"] == 1_u64 << 30, &pool.to_string())?;
+    // No more than the block that says whose data these are.
+    ensure(pool["data"]["used"] == 1 << 16, &pool.to_string())?;
     let again = site.fails(&["pool", "create", &site.path("other"), "--name", &site.pool, "--size", "1G"])?;
     ensure(again.contains("exists already"), &again)?;
+    let there = site.fails(&["pool", "create", &site.path("pool"), "--name", "other", "--size", "1G"])?;
+    ensure(there.contains(&format!("the file {} exists already", site.path("pool/metadata"))), &there)?;
+    let small = ["pool", "add-volume", &site.pool, "small", "--size", "8M", "--file-system", "xfs"];
+    let small = site.fails(&small)?;
+    ensure(small.contains("cannot run mkfs.xfs: ") && !small.contains("Usage"), &small)?;
 
     site.add_volume("db", "ext4")?;
     let pool = site.listed()?;
-    ensure(pool["volumes"][0]["name"] == "db" && pool["data"]["used"] != 0, &pool.to_string())?;
+    ensure(pool["volumes"][0]["name"] == "db" && pool["data"]["used"].as_u64() > Some(1 << 16), &pool.to_string())?;
+    // Before `db`, so that it is stopped first.
+    site.fsnap(&["pool", "add-volume", &site.pool, "away", "--size", "16M"])?;
     let doctor = site.fsnap(&["doctor", &site.path("db")])?;
     ensure(doctor.contains(&format!("ok  pool: {} works; data ", site.pool)), &doctor)?;
     ensure(doctor.contains("% of 1.00 GiB, metadata "), &doctor)?;
 
     // What is in use stays.
     for (arguments, why) in [
-        (&["pool", "remove", &site.pool][..], "the volumes db are in it"),
+        (&["pool", "remove", &site.pool][..], "the volumes away, db are in it"),
         (&["pool", "remove", &site.pool, "--with-volumes"], "it is mounted"),
         (&["pool", "stop", &site.pool], "it is mounted"),
         (&["pool", "remove-volume", &site.pool, "db"], "it is mounted"),
     ] {
         let said = site.fails(arguments)?;
         ensure(said.contains(why), &format!("{arguments:?}: {said}"))?;
+        // All of it.
+        ensure(site.devices()?.0 == 2, &format!("after {arguments:?} a volume is away"))?;
     }
+    // A killed call leaves a volume away.
+    output(Command::new("dmsetup").args(["remove", "--retry", &format!("{}-volume-away", site.pool)]))?;
+    let started = site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(started.contains(" away /dev/") && started.contains(" db /dev/"), &started)?;
     site.fsnap(&["init", &site.path("db")])?;
     let said = site.fails(&["pool", "remove", &site.pool, "--with-volumes"])?;
-    ensure(said.contains("fsnap rm --volume db"), &said)?;
+    ensure(said.contains("fsnap rm --volume db") && !said.contains("hint"), &said)?;
     site.fsnap(&["rm", "--volume", "db"])?;
     fs::write(site.db().join("file"), "kept")?;
 
@@ -99,6 +115,33 @@ fn a_device_that_holds_something_is_refused() -> Done {
         Ok(())
     };
     let done = tried();
+    detach(&device);
+    done
+}
+
+/// A pool that is called like a part of another is not taken for that.
+fn a_pool_leaves_the_device_of_another() -> Done {
+    let site = Site::without_pool()?;
+    let device = loop_device(&site.dir.join("image"), 128 << 20)?;
+    let other = format!("{}-data", site.pool);
+    let tried = || -> Done {
+        site.fsnap(&["pool", "create", &device, "--name", &site.pool])?;
+        site.fsnap(&["pool", "stop", &site.pool])?;
+        site.fsnap(&["pool", "create", &site.path("pool"), "--name", &other, "--size", "64M"])?;
+        let refused = site.fails(&["pool", "start", &site.pool])?;
+        ensure(refused.contains(&format!("the device {other} exists already")), &refused)?;
+        ensure(site.listed()?["up"] == false, "it is up")?;
+        let status = output(Command::new("dmsetup").args(["status", &other]))?;
+        ensure(status.contains("thin-pool"), &format!("the other is gone: {status}"))?;
+        site.fsnap(&["pool", "remove", &other])?;
+        site.fsnap(&["pool", "start", &site.pool])?;
+        site.fsnap(&["pool", "remove", &site.pool]).map(drop)
+    };
+    let done = tried();
+    if done.is_err() {
+        let _ = site.fsnap(&["pool", "remove", &other]);
+        let _ = site.fsnap(&["pool", "remove", &site.pool]);
+    }
     detach(&device);
     done
 }

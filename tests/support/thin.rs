@@ -35,8 +35,8 @@ pub(crate) fn devices(place: &Path) -> Vec<Device> {
     };
     let mut found: Vec<_> = String::from_utf8_lossy(&listed.stdout).lines().filter_map(device).collect();
     found.sort_by_key(|Device { what, .. }| match what.split('-').next() {
-        Some("s" | "v" | "volume") => 0,
-        Some("pool") => 1,
+        Some("s" | "v" | "volume" | "sign") => 0,
+        Some("pool" | "trial") => 1,
         _ => 2,
     });
     found

@@ -27,13 +27,14 @@ use crate::KIND;
 use crate::dm::{By, Mapper, Number, Target};
 use crate::pool::{Pool, ThinId};
 use crate::record::random_id;
-use crate::store::{Settings, Store, VOLUMES, is_made, make, write_json};
+use crate::sign::{self, Superblock};
+use crate::store::{FILE, Settings, Store, VOLUMES, is_made, make, read, write, write_json};
 use crate::superblock::FileSystem;
 
 const SECTOR: u64 = 512;
 
 /// The blocks that a pool shares and copies, in sectors: 64 KiB.
-const BLOCK: u64 = 128;
+pub(crate) const BLOCK: u64 = 128;
 
 /// What a pool stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +54,18 @@ pub enum Backing {
         /// So many sectors hold the metadata.
         metadata: u64,
     },
+}
+
+impl Backing {
+    fn metadata(&self) -> &Path {
+        let (Self::Files { metadata: on, .. } | Self::Device { device: on, .. }) = self;
+        on
+    }
+
+    fn data(&self) -> &Path {
+        let (Self::Files { data: on, .. } | Self::Device { device: on, .. }) = self;
+        on
+    }
 }
 
 /// A pool that is to be made.
@@ -121,23 +134,24 @@ impl Store {
         settings.pool_uuid = format!("FSNAP-POOL-{}", settings.uuid);
         settings.backing = Some(backing.clone());
         let made = make(&plan.place, &settings).and_then(|()| Self::open(&plan.place));
-        made.map_err(|error| error.and_undo(undo(&mapper, &plan.place, &settings.pool, &backing)))
+        made.map_err(|error| error.and_undo(undo(&mapper, &plan.place, &settings, &backing)))
     }
 
     /// Takes the pool down; what is in it stays, and comes back when the store is opened.
+    ///
+    /// Fails with [`ErrorKind::Unsupported`](fsnap_backend::ErrorKind::Unsupported) for a pool that fsnap did not make: it could not bring
+    /// that up again.
     pub fn stop_pool(self) -> Result<()> {
+        self.check_made_here("take a pool down")?;
         self.stop_volumes()?;
-        self.stop_images()?;
-        remove_pool(&self.mapper, &self.pool.name)
+        self.stop_images().map_err(|error| error.and_undo(self.start_volumes()))?;
+        remove_pool(&self.mapper, &self.settings)
     }
 
     /// Removes the pool that fsnap made, and everything in it; refused as long as there is an image or a volume in use.
     pub fn remove_pool(self) -> Result<()> {
         let what = self.pool.to_string();
-        let Some(backing) = self.settings.backing.clone() else {
-            let reason = "fsnap did not make it: remove it by what made it".to_owned();
-            return Err(Error::Unsupported { kind: KIND, action: "remove a pool", reason });
-        };
+        let backing = self.check_made_here("remove a pool")?.clone();
         let held = match self.records.list()?.len() {
             0 => None,
             1 => Some("a snapshot or clone; remove its checkpoint first".to_owned()),
@@ -150,9 +164,17 @@ impl Store {
         let foreign = self.list()?.len();
         if foreign > 0 {
             let devices = if foreign == 1 { "thin device" } else { "thin devices" };
-            return Err(Error::Busy { what, by: format!("{foreign} {devices} that others have in use") });
+            let busy = Error::Busy { what, by: format!("{foreign} {devices} that others have in use") };
+            return Err(busy.and_undo(self.start_volumes()));
         }
-        undo(&self.mapper, &self.place, &self.pool.name, &backing)
+        undo(&self.mapper, &self.place, &self.settings, &backing)
+    }
+
+    fn check_made_here(&self, action: &'static str) -> Result<&Backing> {
+        self.settings.backing.as_ref().ok_or_else(|| {
+            let reason = format!("fsnap did not make {}: do it by what made it", self.pool);
+            Error::Unsupported { kind: KIND, action, reason }
+        })
     }
 
     /// The volumes that fsnap made in the pool, by name.
@@ -217,8 +239,15 @@ impl Store {
         }
     }
 
+    /// Makes the devices of the volumes, as far as they are not there.
+    pub fn start_volumes(&self) -> Result<()> {
+        start_volumes(&self.mapper, &self.pool, &self.settings, &self.volumes()?)
+    }
+
+    /// Takes the devices of all volumes away, or of none.
     fn stop_volumes(&self) -> Result<()> {
-        self.volumes()?.iter().try_for_each(|(name, _)| self.stop_volume(name))
+        let stopped = self.volumes()?.iter().try_for_each(|(name, _)| self.stop_volume(name));
+        stopped.map_err(|error| error.and_undo(self.start_volumes()))
     }
 
     fn stop_images(&self) -> Result<()> {
@@ -239,24 +268,45 @@ impl Store {
     }
 }
 
-/// Brings the pool of a store up, and its volumes; does nothing if it is up.
+/// Brings the pool of a store up, and its volumes, and signs it; does nothing if it is up and signed.
 pub(crate) fn start(
     mapper: &Mapper,
     root: &OwnedFd,
     place: &Path,
-    settings: &Settings,
+    settings: &mut Settings,
     backing: &Backing,
 ) -> Result<()> {
     let is_up = || Ok::<_, Error>(mapper.find(By::Name(&settings.pool))?.is_some_and(|device| device.active));
-    if is_up()? {
+    if is_up()? && settings.started && settings.signed {
         return Ok(());
     }
     // Two may open the store at once.
     let lock = beneath::open_dir(root, OsStr::new(VOLUMES)).context("open", place.join(VOLUMES))?;
     flock(&lock, FlockOperation::LockExclusive).context("lock", place)?;
     let started = if is_up()? { Ok(()) } else { start_locked(mapper, &lock, place, settings, backing) };
+    let signed = started.and_then(|()| note_start(mapper, root, place, settings));
     flock(&lock, FlockOperation::Unlock).context("unlock", place)?;
-    started
+    signed
+}
+
+/// Remembers that the pool was up, and signs it, if neither was done before.
+fn note_start(mapper: &Mapper, root: &OwnedFd, place: &Path, settings: &mut Settings) -> Result<()> {
+    // As another call has left them meanwhile.
+    if let Some(read) = read(root).context("read the settings of", place)? {
+        *settings = read;
+    }
+    if !settings.started {
+        settings.started = true;
+        write(root, settings).context("write", place.join(FILE))?;
+    }
+    let pool = if settings.signed { None } else { Pool::named(mapper, &settings.pool)? };
+    if let Some(pool) = pool.filter(|pool| pool.uuid == settings.pool_uuid)
+        && sign::sign(mapper, settings, &pool)?
+    {
+        settings.signed = true;
+        write(root, settings).context("write", place.join(FILE))?;
+    }
+    Ok(())
 }
 
 fn flock(dir: &OwnedFd, operation: FlockOperation) -> io::Result<()> {
@@ -270,55 +320,59 @@ fn flock(dir: &OwnedFd, operation: FlockOperation) -> io::Result<()> {
 
 fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Settings, backing: &Backing) -> Result<()> {
     let name = settings.pool.as_str();
-    if settings.started {
-        check_backing(name, backing)?;
-    }
-    let parts = Parts::attach(mapper, name, &settings.uuid, backing)?;
-    let blocks = parts.data_length / BLOCK;
-    let text = format!("{} {} {BLOCK} {} 1 error_if_no_space", parts.metadata, parts.data, blocks / 20);
-    let table = Target { length: blocks * BLOCK, kind: "thin-pool".into(), text };
-    let started = match mapper.find(By::Name(name))? {
-        // A killed call got as far as that.
-        Some(_) => mapper
-            .load(name, std::slice::from_ref(&table), false)
-            .and_then(|()| mapper.start(name))
-            .context("start", By::Name(name).to_string()),
-        None => mapper.make(name, &settings.pool_uuid, &[table], false),
+    // What a killed call left holds the pool's devices.
+    remove_pool(mapper, settings)?;
+    let superblock = if settings.started { Some(check_backing(place, settings, backing)?) } else { None };
+    let parts = match Parts::attach(mapper, name, &settings.uuid, backing) {
+        Ok(parts) => parts,
+        Err(error) => return Err(error.and_undo(remove_pool(mapper, settings))),
     };
+    let blocks = parts.data_length / BLOCK;
+    let table = |blocks: u64| {
+        let text = format!("{} {} {BLOCK} {} 1 error_if_no_space", parts.metadata, parts.data, blocks / 20);
+        Target { length: blocks * BLOCK, kind: "thin-pool".into(), text }
+    };
+    if let Some(superblock) = superblock {
+        let data = backing.data();
+        let checked = if blocks < superblock.blocks {
+            let shrunk = format!("it has room for {blocks} blocks, and the pool has {}", superblock.blocks);
+            Err(io::Error::other(shrunk)).context("bring up", format!("the pool {name} on {}", data.display()))
+        } else if settings.signed {
+            sign::check_data(mapper, settings, place, data, &table(superblock.blocks))
+        } else {
+            Ok(())
+        };
+        if let Err(error) = checked {
+            return Err(error.and_undo(parts.release()).and_undo(remove_pool(mapper, settings)));
+        }
+    }
+    let table = table(blocks);
+    let started = mapper.make(name, &settings.pool_uuid, &[table], false);
     // The pool holds its devices now; the files are let go with it.
     let released = parts.release();
     if let Err(error) = started.map(drop).and(released) {
-        return Err(error.and_undo(remove_pool(mapper, name)));
+        return Err(error.and_undo(remove_pool(mapper, settings)));
     }
     let pool = Pool::named(mapper, name)?.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
-    for (volume, record) in volumes(dir, place)? {
-        start_volume(mapper, &pool, &settings.uuid, &volume, &record)?;
-    }
-    Ok(())
+    start_volumes(mapper, &pool, settings, &volumes(dir, place)?)
 }
 
-/// Refuses to bring up a pool on what does not hold its metadata.
+/// Refuses to bring up a pool on what does not hold its metadata, and reads them.
 ///
 /// The kernel makes a new pool wherever it finds zeroes, and btrfs, for one, begins with 64 KiB of them. What a loop device
 /// leads to, and a device that has no lasting name, may be another one after a start of the machine.
-fn check_backing(pool: &str, backing: &Backing) -> Result<()> {
-    /// Of `struct thin_disk_superblock` in the kernel's dm-thin-metadata.c.
-    const MAGIC: u64 = 27_022_010;
-    const MAGIC_AT: u64 = 32;
-    let on = match backing {
-        Backing::Files { metadata, .. } => metadata,
-        Backing::Device { device, .. } => device,
-    };
-    let mut magic = [0; 8];
-    let read = File::open(on).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT));
-    let why = match read {
-        Ok(()) if u64::from_le_bytes(magic) == MAGIC => return Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => error,
-        _ => io::Error::other(
-            "it is no part of a pool: set up again what the pool was made on, if that has another name now",
-        ),
-    };
-    Err(why).context("bring up", format!("the pool {pool} on {}", on.display()))
+fn check_backing(place: &Path, settings: &Settings, backing: &Backing) -> Result<Superblock> {
+    let on = backing.metadata();
+    let read = Superblock::read(on).and_then(|found| {
+        found.ok_or_else(|| {
+            io::Error::other(
+                "it is no part of a pool: set up again what the pool was made on, if that has another name now",
+            )
+        })
+    });
+    let found = read.context("bring up", format!("the pool {} on {}", settings.pool, on.display()))?;
+    sign::check_metadata(settings, place, on, &found)?;
+    Ok(found)
 }
 
 /// The two devices of a pool.
@@ -357,11 +411,9 @@ impl Parts {
                 };
                 let number = Number::of(fs::metadata(device).context("look at", device)?.rdev());
                 let part = |name: String, from: u64, length: u64| {
-                    if let Some(found) = mapper.find(By::Name(&name))? {
-                        return Ok(found.number);
-                    }
+                    let uuid = part_uuid(store, &name);
                     let target = Target { length, kind: "linear".into(), text: format!("{number} {from}") };
-                    mapper.make(&name, &format!("FSNAP-{store}-{name}"), &[target], false).map(|made| made.number)
+                    mapper.make(&name, &uuid, &[target], false).map(|made| made.number)
                 };
                 Ok(Self {
                     metadata: part(format!("{pool}-metadata"), 0, *metadata)?,
@@ -399,7 +451,10 @@ fn run(command: &mut Command) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    // What is wrong, without all that the program could be told instead.
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said: Vec<_> = said.lines().take_while(|line| !line.starts_with("Usage:")).collect();
+    let said = said.join("\n").trim().to_owned();
     Err(io::Error::other(format!("{}: {said}", output.status))).context("run", program)
 }
 
@@ -424,8 +479,14 @@ fn make_files(dir: &Path, size: Option<u64>) -> Result<Backing> {
         file.set_len(length)?;
         file.sync_all()
     };
-    make(&metadata, metadata_for(size)).context("make the file", &metadata)?;
-    match make(&data, size).context("make the file", &data) {
+    let make = |path: &Path, length| match make(path, length) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::Exists { what: format!("the file {}", path.display()) })
+        }
+        made => made.context("make the file", path),
+    };
+    make(&metadata, metadata_for(size))?;
+    match make(&data, size) {
         Ok(()) => Ok(Backing::Files { data, metadata }),
         Err(error) => Err(error.and_undo(fs::remove_file(&metadata).context("remove", &metadata))),
     }
@@ -484,8 +545,8 @@ fn libc_excl() -> i32 {
 }
 
 /// Takes a pool down, and removes what it stood on and its store.
-fn undo(mapper: &Mapper, place: &Path, pool: &str, backing: &Backing) -> Result<()> {
-    remove_pool(mapper, pool)?;
+fn undo(mapper: &Mapper, place: &Path, settings: &Settings, backing: &Backing) -> Result<()> {
+    remove_pool(mapper, settings)?;
     if let Backing::Files { data, metadata } = backing {
         for file in [data, metadata] {
             match fs::remove_file(file) {
@@ -500,19 +561,27 @@ fn undo(mapper: &Mapper, place: &Path, pool: &str, backing: &Backing) -> Result<
     }
 }
 
-fn remove_pool(mapper: &Mapper, pool: &str) -> Result<()> {
-    for name in [pool.to_owned(), format!("{pool}-data"), format!("{pool}-metadata")] {
-        match mapper.remove(&name) {
-            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
-                return Err(Error::Busy {
-                    what: By::Name(&name).to_string(),
-                    by: "thin devices in it are in use".into(),
-                });
-            }
-            removed => removed.context("remove", By::Name(&name).to_string())?,
+/// Takes a pool down with what it lies on, as far as they are the store's.
+fn remove_pool(mapper: &Mapper, settings: &Settings) -> Result<()> {
+    sign::end_trial(mapper, settings)?;
+    remove_own(mapper, &settings.pool_uuid)?;
+    let part = |part: &str| part_uuid(&settings.uuid, &format!("{}-{part}", settings.pool));
+    ["data", "metadata"].iter().try_for_each(|name| remove_own(mapper, &part(name)))
+}
+
+fn part_uuid(store: &str, name: &str) -> String {
+    format!("FSNAP-{store}-{name}")
+}
+
+/// Removes a device of that UUID, if there is one: its name may be somebody else's as well.
+pub(crate) fn remove_own(mapper: &Mapper, uuid: &str) -> Result<()> {
+    let Some(device) = mapper.find(By::Uuid(uuid))? else { return Ok(()) };
+    match mapper.remove(&device.name) {
+        Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+            Err(Error::Busy { what: By::Name(&device.name).to_string(), by: "thin devices in it are in use".into() })
         }
+        removed => removed.context("remove", By::Name(&device.name).to_string()),
     }
-    Ok(())
 }
 
 pub(crate) fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVolume)>> {
@@ -533,6 +602,10 @@ pub(crate) fn volumes(dir: &OwnedFd, place: &Path) -> Result<Vec<(String, PoolVo
 
 pub(crate) fn volume_device(pool: &str, name: &str) -> String {
     format!("{pool}-volume-{name}")
+}
+
+fn start_volumes(mapper: &Mapper, pool: &Pool, settings: &Settings, volumes: &[(String, PoolVolume)]) -> Result<()> {
+    volumes.iter().try_for_each(|(name, volume)| start_volume(mapper, pool, &settings.uuid, name, volume).map(drop))
 }
 
 fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &PoolVolume) -> Result<PathBuf> {

@@ -226,7 +226,10 @@ impl Mapper {
     /// Makes a device with its table, ready for use; one that cannot be is gone again.
     pub(crate) fn make(&self, name: &str, uuid: &str, targets: &[Target], read_only: bool) -> Result<Device> {
         let shown = || By::Name(name).to_string();
-        self.create(name, uuid).context("make", shown())?;
+        self.create(name, uuid).map_err(|error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::BUSY) => Error::Exists { what: shown() },
+            _ => Error::Io { action: "make", object: shown(), source: error },
+        })?;
         let made = self
             .load(name, targets, read_only)
             .context("load the table of", shown())

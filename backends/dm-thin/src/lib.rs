@@ -35,7 +35,8 @@
 //! * `volume`: which mount is a volume; `superblock`: what its file system is, and how a copy of that is mounted.
 //! * `suspend`: a device that stands still while a snapshot is made; `guard`: the process that resumes it when this one cannot.
 //! * `images`: putting the thin devices of images to use, and removing them; `verify`: reading one; `delta`: where two can differ.
-//! * `pool`: what is in a pool, and the messages that it takes; `survey`: which pools there are; `bring_up`: making one for those who have none.
+//! * `pool`: what is in a pool, and the messages that it takes; `survey`: which pools there are; `bring_up`: making one for those who have none;
+//!   `sign`: what its data and metadata are known by.
 //! * `dm`: devices and tables of device-mapper; `sys`: what the crate for that lacks.
 //! # Limits
 //!
@@ -52,6 +53,7 @@ mod guard;
 mod images;
 mod pool;
 mod record;
+mod sign;
 mod store;
 mod superblock;
 mod survey;
@@ -209,6 +211,7 @@ impl Backend for Store {
             images.push(Image { at: at.clone(), kind: form.kind, state });
         }
         let mut own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
+        own.insert(sign::ID);
         own.extend(self.volumes()?.into_iter().map(|(_, volume)| volume.id));
         images.extend(self.foreign(&own)?);
         Ok(images)

@@ -120,7 +120,10 @@ impl Fill {
             Mode::Works => short("metadata", self.free_metadata(), limits.free_metadata)
                 .or_else(|| short("data", self.free_data(), limits.free_data)),
             Mode::OutOfData => Some(Refusal::NoRoom("it is out of data space: enlarge it, or remove images".into())),
-            Mode::ReadOnly => Some(Refusal::Broken("its metadata cannot be written, or are full: it is read-only")),
+            Mode::ReadOnly => Some(Refusal::Broken(
+                "its metadata cannot be written, or are full, so that images can be read, and neither made nor removed: \
+                 bring it down, enlarge what its metadata lie on if they are full, run `thin_check`, and bring it up again",
+            )),
             Mode::Fails => Some(Refusal::Broken("the kernel cannot use its metadata: repair them by `thin_repair`")),
         }
     }
@@ -218,6 +221,11 @@ impl Pool {
         mapper.message(&self.name, &format!("create_thin {id}"))
     }
 
+    /// Gives the metadata another transaction number; refused if the old one is not that.
+    pub(crate) fn set_number(&self, mapper: &Mapper, old: u64, new: u64) -> io::Result<()> {
+        mapper.message(&self.name, &format!("set_transaction_id {old} {new}"))
+    }
+
     /// Removes `id`; succeeds if it is not there.
     pub(crate) fn delete(&self, mapper: &Mapper, id: ThinId) -> Result<()> {
         match mapper.message(&self.name, &format!("delete {id}")) {
@@ -227,6 +235,10 @@ impl Pool {
                 by: "somebody has activated it".to_owned(),
             }),
             deleted => {
+                // A pool that takes no message says only by its status why.
+                if deleted.is_err() {
+                    self.check_commit(mapper)?;
+                }
                 deleted.context("delete", format!("thin device {id} of {self}"))?;
                 self.check_commit(mapper)
             }

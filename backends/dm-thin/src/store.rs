@@ -59,6 +59,9 @@ pub(crate) struct Settings {
     /// The pool was up once: what it stands on has metadata to be kept.
     #[serde(default)]
     pub(crate) started: bool,
+    /// Its data and metadata say that they are the pool's.
+    #[serde(default)]
+    pub(crate) signed: bool,
 }
 
 impl Settings {
@@ -71,6 +74,7 @@ impl Settings {
             limits: Limits::default(),
             backing: None,
             started: false,
+            signed: false,
         })
     }
 }
@@ -134,12 +138,8 @@ impl Store {
         let notes = Notes::open(&root, &place)?;
         // First of all: whatever else fails, nobody has to wait any longer.
         notes.resume_left_behind(&mapper)?;
-        if let Some(backing) = &settings.backing {
-            bring_up::start(&mapper, &root, &place, &settings, backing)?;
-            if !settings.started {
-                settings.started = true;
-                write(&root, &settings).context("write", place.join(FILE))?;
-            }
+        if let Some(backing) = settings.backing.clone() {
+            bring_up::start(&mapper, &root, &place, &mut settings, &backing)?;
         }
         let pool = find_pool(&mapper, &place, &settings.pool)?;
         if pool.uuid != settings.pool_uuid {
@@ -292,7 +292,7 @@ fn private_dirs(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-fn read(root: &OwnedFd) -> io::Result<Option<Settings>> {
+pub(crate) fn read(root: &OwnedFd) -> io::Result<Option<Settings>> {
     let file = match beneath::open_file(root, OsStr::new(FILE)) {
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => return Ok(None),
         file => file?,

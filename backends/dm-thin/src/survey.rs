@@ -93,10 +93,10 @@ pub fn survey(stores: &Path) -> Result<Vec<PoolState>> {
     Ok(found.into_values().collect())
 }
 
-type Known = Result<(Settings, Vec<(String, PoolVolume)>)>;
+pub(crate) type Known = Result<(Settings, Vec<(String, PoolVolume)>)>;
 
 /// The stores in a directory, and what each says.
-fn places(stores: &Path) -> Result<Vec<(PathBuf, Known)>> {
+pub(crate) fn places(stores: &Path) -> Result<Vec<(PathBuf, Known)>> {
     let dir = match beneath::open_root(stores) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         dir => dir.context("open", stores)?,

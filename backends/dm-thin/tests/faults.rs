@@ -1,4 +1,4 @@
-//! Pools that are full, pools that others manage, numbers that others have taken, and volumes that are suspended already.
+//! Pools that are full, pools that others manage, pools with the parts of another, numbers that others have taken, and volumes that are suspended already.
 
 mod support;
 #[path = "../../../tests/support/thin.rs"]
@@ -214,6 +214,21 @@ fn metadata_full() -> Done {
         let whole = |image: &fsnap_backend::Image| image.at == snapshot.at && image.state == ImageState::Whole;
         ensure(store.list()?.iter().any(whole), "a snapshot is gone")?;
     }
+    // Nothing can be removed any more, and what can be done is told.
+    let error = store.delete(&taken[0].at).err().ok_or("a read-only pool has changed")?;
+    ensure(error.kind() == ErrorKind::Damaged && error.to_string().contains("enlarge"), &error.to_string())
+}
+
+/// What fsnap could not bring up again is not taken down by it, and stays.
+fn pools_of_others_stay_up() -> Done {
+    let pool = SmallPool::new("", 2 << 20)?;
+    let store = Store::create_for(&pool.path("store"), &pool.name)?;
+    let node = store.make_volume("volume", 64 << 20, FileSystem::Ext4)?;
+    for refused in [store.stop_pool(), Store::open(&pool.path("store")).and_then(Store::remove_pool)] {
+        let error = refused.err().ok_or("it was taken down")?;
+        ensure(error.kind() == ErrorKind::Unsupported && error.to_string().contains(&pool.name), &error.to_string())?;
+        ensure(node.exists() && !dmsetup(&["status", &pool.name]).is_empty(), "the pool is gone")?;
+    }
     Ok(())
 }
 
@@ -347,13 +362,139 @@ fn whose_suspension_it_is_matters() -> Done {
     Ok(())
 }
 
+/// The pool is down: the devices and the loop devices that are left of it.
+fn left_of(pool: &TestPool) -> String {
+    let devices = dmsetup(&["info", "-c", "--noheadings", "-o", "name"]);
+    let devices = devices.lines().filter(|name| name.starts_with(&pool.name));
+    let loops = Command::new("losetup").args(["--list", "--noheadings", "--output", "BACK-FILE"]).output();
+    let loops = String::from_utf8_lossy(&loops.expect("run losetup").stdout).into_owned();
+    let loops = loops.lines().filter(|file| Path::new(file.trim()).starts_with(pool.dir()));
+    devices.chain(loops).collect::<Vec<_>>().join(" ")
+}
+
+/// With the files of two pools exchanged, neither comes up, so that no file system is written into the other's blocks.
+fn a_pool_takes_no_parts_of_another() -> Done {
+    let pools = [TestPool::new(256 << 20), TestPool::new(256 << 20)];
+    let node_of = |pool: &TestPool, store: &Store| -> Result<PathBuf, Failed> {
+        let volumes = store.volumes()?;
+        let (name, _) = volumes.first().ok_or_else(|| format!("{} has no volume", pool.name))?;
+        Ok(store.volume_node(name)?)
+    };
+    for pool in &pools {
+        // Made in the same way, so that the same blocks are in use.
+        let dir = pool.volume("volume", FileSystem::Ext4);
+        fs::write(dir.join("file"), &pool.name)?;
+        umount2(&dir, MntFlags::empty())?;
+        pool.store().stop_pool()?;
+    }
+    let exchange = |part: &str| -> io::Result<()> {
+        let [one, other] = pools.each_ref().map(|pool| pool.dir().join("pool").join(part));
+        let (cwd, how) = (rustix::fs::CWD, rustix::fs::RenameFlags::EXCHANGE);
+        Ok(rustix::fs::renameat_with(cwd, &one, cwd, &other, how)?)
+    };
+    for parts in [&["data"][..], &["metadata"], &["data", "metadata"]] {
+        parts.iter().try_for_each(|part| exchange(part))?;
+        // Too much to be compared byte by byte.
+        let data = |pool: &TestPool| fs::metadata(pool.dir().join("pool/data")).and_then(|meta| meta.modified());
+        let written = || pools.iter().map(data).collect::<io::Result<Vec<_>>>();
+        let before = written()?;
+        for (pool, other) in [(&pools[0], &pools[1]), (&pools[1], &pools[0])] {
+            let opened = Store::open(&pool.dir().join(support::POOL)).map(drop);
+            let error = opened.err().ok_or_else(|| format!("it came up with the {parts:?} of another"))?;
+            ensure(error.kind() == ErrorKind::WrongIdentity, &error.to_string())?;
+            let said = error.to_string();
+            let part = if parts.contains(&"metadata") { "metadata" } else { "data" };
+            ensure(said.contains(&format!("pool/{part}, from which the pool {}", pool.name)), &said)?;
+            ensure(said.contains(&format!("expected the {part} of the pool {}, whose store", pool.name)), &said)?;
+            // The stores lie beside each other nowhere in these tests; the data say whose they are.
+            let found = if part == "data" { &*other.name } else { "transaction number" };
+            ensure(said.contains("found those of") && said.contains(found), &said)?;
+            ensure(left_of(pool).is_empty(), &format!("left after {said}: {}", left_of(pool)))?;
+        }
+        ensure(before == written()?, "data were written to")?;
+        parts.iter().try_for_each(|part| exchange(part))?;
+    }
+    for pool in &pools {
+        let store = pool.store();
+        let dir = pool.dir().join("volume");
+        mount(Some(&node_of(pool, &store)?), &dir, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+        ensure(fs::read_to_string(dir.join("file"))? == pool.name, "it is another's file")?;
+        support::snapshot(&store, &store.adopt(&dir)?);
+    }
+    Ok(())
+}
+
+/// Data that are not the pool's are found out before the pool grows with them, which it could not undo.
+fn a_pool_grows_with_its_own_data_only() -> Done {
+    let (pool, larger) = (TestPool::new(256 << 20), TestPool::new(512 << 20));
+    for pool in [&pool, &larger] {
+        pool.store().stop_pool()?;
+    }
+    let [own, other] = [&pool, &larger].map(|pool| pool.dir().join("pool/data"));
+    let away = pool.dir().join("away");
+    fs::rename(&own, &away)?;
+    fs::copy(&other, &own)?;
+    let opened = Store::open(&pool.dir().join(support::POOL)).map(drop);
+    let error = opened.err().ok_or("it came up with the data of another")?;
+    ensure(error.kind() == ErrorKind::WrongIdentity, &error.to_string())?;
+    fs::rename(&away, &own)?;
+    let blocks = |store: &Store| store.fill().map(|fill| fill.data.1);
+    let store = pool.store();
+    ensure(blocks(&store)? == 4096, "it has grown")?;
+    store.stop_pool()?;
+    File::options().write(true).open(&own)?.set_len(512 << 20)?;
+    let store = pool.store();
+    ensure(blocks(&store)? == 8192, "it has not grown")?;
+    store.stop_pool()?;
+    File::options().write(true).open(&own)?.set_len(256 << 20)?;
+    let opened = Store::open(&pool.dir().join(support::POOL)).map(drop);
+    let said = opened.err().ok_or("it came up on half of its data")?.to_string();
+    ensure(said.contains("it has room for 4096 blocks, and the pool has 8192"), &said)
+}
+
+/// A pool that an earlier fsnap made, or that was only half signed when a call was killed, is signed when it is opened.
+fn a_pool_is_signed_late() -> Done {
+    let pool = TestPool::new(256 << 20);
+    let settings = pool.dir().join(support::POOL).join("fsnap-store");
+    let signed = || fs::read_to_string(&settings).map(|text| text.contains(r#""signed": true"#));
+    let number = || dmsetup(&["status", &pool.name]).split(' ').nth(3).map(str::to_owned);
+    let (id, own) = ((1 << 23) - 1, number().ok_or("the pool has no status")?);
+    ensure(signed()? && own != "0", "it was made without")?;
+    for half in [false, true] {
+        fs::write(&settings, fs::read_to_string(&settings)?.replace(r#""signed": true"#, r#""signed": false"#))?;
+        dmsetup(&["message", &pool.name, "0", &format!("set_transaction_id {own} 0")]);
+        if !half {
+            dmsetup(&["message", &pool.name, "0", &format!("delete {id}")]);
+        }
+        drop(pool.store());
+        ensure(signed()? && number().as_ref() == Some(&own), &format!("half: {half}: it is not signed"))?;
+        pool.store().stop_pool()?;
+        drop(pool.store());
+    }
+    // What a killed call left is in nobody's way.
+    let store: String = fs::read_to_string(&settings)?;
+    let uuid = store.split('"').skip_while(|word| *word != "uuid").nth(2).ok_or("the store has no UUID")?;
+    pool.store().stop_pool()?;
+    for part in ["sign", "trial"] {
+        let arguments = [&format!("{}-{part}", pool.name), "--uuid", &format!("FSNAP-{uuid}-{part}"), "--notable"];
+        dmsetup(&[&["create"][..], &arguments].concat());
+    }
+    drop(pool.store());
+    let left = left_of(&pool);
+    ensure(!left.contains("-sign") && !left.contains("-trial"), &left)
+}
+
 fn main() -> ExitCode {
     let cases: &[Case] = &[
         ("data_full", data_full),
         ("data_full_in_the_middle", data_full_in_the_middle),
         ("what_was_lost_is_in_no_snapshot", what_was_lost_is_in_no_snapshot),
         ("metadata_full", metadata_full),
+        ("pools_of_others_stay_up", pools_of_others_stay_up),
         ("pools_of_lvm_are_refused", pools_of_lvm_are_refused),
+        ("a_pool_takes_no_parts_of_another", a_pool_takes_no_parts_of_another),
+        ("a_pool_grows_with_its_own_data_only", a_pool_grows_with_its_own_data_only),
+        ("a_pool_is_signed_late", a_pool_is_signed_late),
         ("a_taken_number_is_left", a_taken_number_is_left),
         ("calls_for_one_volume_follow_each_other", calls_for_one_volume_follow_each_other),
         ("whose_suspension_it_is_matters", whose_suspension_it_is_matters),

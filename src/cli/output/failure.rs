@@ -101,7 +101,7 @@ fn hint(error: &Error) -> Option<String> {
         Error::BranchInUse { .. } => "end these processes first",
         Error::MountedInBranch { .. } => "unmount it first",
         Error::VolumeAway { .. } => {
-            "mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`"
+            "move it back or mount it there again, after `fsnap pool start` if its pool was made by fsnap; or forget it with `fsnap rm --volume NAME`"
         }
         Error::WrongVolume { .. } => {
             "mount the right file system there, or forget the volume with `fsnap rm --volume NAME` and register it anew"
@@ -181,7 +181,9 @@ fn hint(error: &Error) -> Option<String> {
             ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
             ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
             ErrorKind::Exists => "choose another name, or remove what is there first",
-            ErrorKind::Busy => "end the processes that use it first",
+            // It says already what to do.
+            ErrorKind::Busy if error.to_string().contains('`') => return None,
+            ErrorKind::Busy => "unmount it, or end the processes that use it, first",
             _ => return None,
         },
         _ => return None,
