@@ -25,6 +25,8 @@
 mod attr;
 mod backend;
 mod below;
+#[cfg(test)]
+mod chain_tests;
 mod copy_up;
 mod create;
 mod data;
@@ -72,6 +74,7 @@ pub use store::Error;
 
 use self::data::Source;
 use self::fd_cache::FdCache;
+use self::look::Lately;
 use self::lower::Lower;
 use self::node::Nodes;
 use self::store::{PATIENCE, Purpose};
@@ -158,6 +161,8 @@ struct Tree {
     nodes: Nodes,
     /// Upper directories, by their inode number.
     dirs: FdCache<Arc<OwnedFd>>,
+    /// Empty where something is written.
+    lately: Lately,
     /// How often a layer was sealed since the tree was opened.
     epoch: u64,
 }

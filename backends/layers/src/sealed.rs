@@ -8,6 +8,7 @@ use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
 use super::attr::Attr;
+use super::list::Union;
 use super::node::{Ino, ROOT};
 use super::{Overlay, Result as TreeResult};
 
@@ -30,9 +31,9 @@ impl SealedDir {
         if attr.kind == FileType::Directory { Ok(dir) } else { Err(Errno::NOTDIR) }
     }
 
-    /// All names, in no order.
-    pub(super) fn names(&self) -> TreeResult<Vec<OsString>> {
-        Ok(self.overlay.list(self.ino)?.into_iter().map(|listed| listed.name).collect())
+    /// Adds all names to those that are above.
+    pub(super) fn names(&self, union: &mut Union) -> TreeResult<()> {
+        self.overlay.list_into(self.ino, union)
     }
 
     /// Does something with the file of that name.
@@ -41,16 +42,6 @@ impl SealedDir {
         let done = act(attr.ino);
         self.overlay.forget(attr.ino, 1);
         done
-    }
-
-    fn xattrs_of(&self, ino: Ino) -> TreeResult<Xattrs> {
-        let mut found = Vec::new();
-        for name in self.overlay.xattr_names(ino)? {
-            let value = self.overlay.xattr(ino, &name)?;
-            found.push((name, value));
-        }
-        found.sort();
-        Ok(found)
     }
 }
 
@@ -105,7 +96,7 @@ impl Dir for SealedDir {
     }
 
     fn own_xattrs(&self) -> Result<Xattrs> {
-        self.xattrs_of(self.ino).map_err(failed("read the extended attributes of", OsStr::new(".")))
+        self.overlay.xattrs(self.ino).map_err(failed("read the extended attributes of", OsStr::new(".")))
     }
 
     fn entries(&self) -> Result<Vec<Entry>> {
@@ -137,7 +128,7 @@ impl Dir for SealedDir {
     }
 
     fn xattrs(&self, name: &OsStr) -> Result<Xattrs> {
-        self.with(name, |ino| self.xattrs_of(ino)).map_err(failed("read the extended attributes of", name))
+        self.with(name, |ino| self.overlay.xattrs(ino)).map_err(failed("read the extended attributes of", name))
     }
 }
 
