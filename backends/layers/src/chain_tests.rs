@@ -6,6 +6,7 @@ use std::fs;
 use std::sync::Arc;
 
 use fsnap_backend::{Dir, beneath};
+use rustix::fs::XattrFlags;
 
 use super::node::{Ino, ROOT};
 use super::{Below, Caller, Overlay};
@@ -92,7 +93,7 @@ fn cost(act: impl FnOnce()) -> (usize, usize) {
 
 #[test]
 fn a_first_look_goes_down_once() {
-    const LEVELS: usize = 40;
+    const LEVELS: usize = 24;
     let mut chain = Chain::new();
     chain.grow(LEVELS, 1);
     let open = |chain: &Chain, dir: &str| Arc::<dyn Dir>::from(chain.top().open_dir(OsStr::new(dir)).unwrap());
@@ -170,4 +171,30 @@ fn a_list_takes_each_name_once() {
     });
     assert_eq!(names, LEVELS * FILES + 1 + FILES);
     assert!(looks <= 4 * LEVELS, "{looks}");
+}
+
+/// Without optimizations, a hundred levels are more than fit on the stack of a thread.
+#[test]
+fn a_chain_of_hundreds_is_read_and_let_go() {
+    const LEVELS: usize = 200;
+    let mut chain = Chain::new();
+    rustix::fs::setxattr(chain.base.path().join("lower/still"), "user.a", b"one", XattrFlags::empty()).unwrap();
+    chain.grow(LEVELS, 1);
+    chain.reopen();
+    // A thread as those that serve.
+    let ask = move || {
+        let changed = chain.top().open_dir(OsStr::new("changed")).unwrap();
+        assert_eq!(changed.entries().unwrap().len(), LEVELS + 1);
+        let still = chain.top().open_dir(OsStr::new("still")).unwrap();
+        assert_eq!(still.own_xattrs().unwrap(), [("user.a".into(), b"one".to_vec())]);
+        let mut read = [0; 20];
+        let length = still.open_file(OsStr::new("file")).unwrap().read_at(&mut read, 0).unwrap();
+        assert_eq!(&read[..length], b"of the lower");
+        let branch = chain.open();
+        let still = branch.look_up(ROOT, OsStr::new("still")).unwrap().ino;
+        create(&branch, still, "new");
+        assert_eq!(branch.list(still).unwrap().len(), 2);
+        drop((branch, chain));
+    };
+    std::thread::Builder::new().stack_size(2 << 20).spawn(ask).unwrap().join().unwrap();
 }

@@ -151,6 +151,11 @@ impl Lower {
         self.given_up = false;
     }
 
+    /// Takes out all that is open, to be dropped.
+    pub(super) fn close(&mut self) -> impl Send + use<> {
+        (std::mem::replace(&mut self.opened, Opened::Tree(Arc::new(Unreadable))), std::mem::take(&mut self.open))
+    }
+
     /// Answers nothing but that it cannot be read, until it is [read anew](Self::reread).
     pub(super) fn give_up(&mut self) {
         self.opened = Opened::Tree(Arc::new(Unreadable));
