@@ -1,5 +1,6 @@
 //! Reading a tree of files, wherever it is kept.
 
+use std::any::Any;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
@@ -15,7 +16,9 @@ pub type Xattrs = Vec<(OsString, Vec<u8>)>;
 ///
 /// Handles, not paths: a tree may be deeper than any path can say, and no lookup ever leaves it. Names are any bytes
 /// but `/` and NUL. Nothing here follows a symbolic link.
-pub trait Dir: fmt::Debug + Send + Sync {
+///
+/// A backend that is given a directory of its own can tell (`Any`), and read it by a shorter way.
+pub trait Dir: Any + fmt::Debug + Send + Sync {
     /// The attributes of the directory itself.
     fn meta(&self) -> Result<FileMeta>;
 

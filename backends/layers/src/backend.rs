@@ -30,6 +30,7 @@ use fsnap_backend::{
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
+use super::deeper::deeper;
 use super::origin::{self, Origins};
 use super::shared::{self, State};
 use super::store::Purpose;
@@ -180,8 +181,12 @@ impl Store {
         }
         let Record { tree, identity, .. } = record;
         shared::state(State { tree: tree.clone(), identity, layer }, || {
-            let below = (self.origins.open)(&origin::read(&tree)?)?;
-            Overlay::sealed(below, &tree, layer).map_err(|error| of_the_layers(&tree, error))
+            // What it lies over may be opened by this way, too.
+            let opened = deeper(|| {
+                let below = (self.origins.open)(&origin::read(&tree)?)?;
+                Overlay::sealed(below, &tree, layer).map_err(|error| of_the_layers(&tree, error))
+            });
+            opened.context("open", &tree)?
         })
     }
 }

@@ -19,15 +19,18 @@
 //! * One kind of call each: `attr`, `xattr`, `open`, `create`, `link`, `rename`, `remove`; `copy_up`, what a change begins with; `data`, the
 //!   contents of open files.
 //! * States that do not change any more: `seal` ends the layer that is written; `sealed` reads what was, which `shared` opens once for all;
-//!   `backend` offers it as images; `verify` reads a whole one. `still` keeps a tree from changing for a moment.
+//!   `deeper` goes down a long chain of them; `backend` offers it as images; `verify` reads a whole one. `still` keeps a tree from changing for a moment.
 //! * Layers that nobody needs by themselves: `plan` finds out what makes one of two, `steps` writes that down and does it, `merge` decides when.
 
 mod attr;
 mod backend;
 mod below;
+#[cfg(test)]
+mod chain_tests;
 mod copy_up;
 mod create;
 mod data;
+mod deeper;
 mod fd_cache;
 mod link;
 mod list;
@@ -71,7 +74,9 @@ pub use still::Still;
 pub use store::Error;
 
 use self::data::Source;
+use self::deeper::deeper;
 use self::fd_cache::FdCache;
+use self::look::Lately;
 use self::lower::Lower;
 use self::node::Nodes;
 use self::store::{PATIENCE, Purpose};
@@ -94,6 +99,15 @@ pub struct Overlay {
     tree: Mutex<Tree>,
     /// Held by who merges layers.
     merging: Mutex<()>,
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let tree = self.tree.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let below = [tree.lower.close(), tree.origin.close()];
+        // Where no thread can be had, it goes on here.
+        let _ = deeper(move || drop(below));
+    }
 }
 
 impl Overlay {
@@ -158,6 +172,8 @@ struct Tree {
     nodes: Nodes,
     /// Upper directories, by their inode number.
     dirs: FdCache<Arc<OwnedFd>>,
+    /// Empty where something is written.
+    lately: Lately,
     /// How often a layer was sealed since the tree was opened.
     epoch: u64,
 }

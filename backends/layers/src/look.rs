@@ -1,5 +1,6 @@
 //! Looking up a name: which of the layers answers.
 
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,12 +15,37 @@ use super::object::{self, Object};
 use super::{Overlay, Result, Tree};
 
 /// What stands under a name.
+#[derive(Debug, Clone)]
 pub(super) struct Seen {
     pub(super) ino: Ino,
     pub(super) attr: Attr,
     pub(super) node: Node,
     /// The upper has this very name; else the name is the lower's.
     pub(super) upper_name: bool,
+}
+
+/// What was looked at last in a sealed state.
+///
+/// Whoever opens a file of a chain of states has looked at it before, and each state asks the one below for the same file again: once to tell what it
+/// is, and once to open it, or to read its attributes. If each of these looks went down to the end, a chain of `n` would cost `n²/2` of them.
+#[derive(Debug, Default)]
+pub(super) struct Lately(VecDeque<(Ino, OsString, Seen)>);
+
+impl Lately {
+    /// A chain has many states. All that is in the way to one file is needed, and no more.
+    const MOST: usize = 16;
+
+    fn get(&self, parent: Ino, name: &OsStr) -> Option<Seen> {
+        let found = self.0.iter().rev().find(|(own, known, _)| *own == parent && known == name);
+        found.map(|(.., seen)| seen.clone())
+    }
+
+    fn put(&mut self, parent: Ino, name: &OsStr, seen: &Seen) {
+        if self.0.len() >= Self::MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back((parent, name.to_owned(), seen.clone()));
+    }
 }
 
 impl Overlay {
@@ -126,6 +152,22 @@ impl Tree {
     }
 
     pub(super) fn look(&mut self, parent: Ino, name: &OsStr) -> Result<Option<Seen>> {
+        if !self.store.read_only {
+            return self.look_anew(parent, name);
+        }
+        if let Some(seen) = self.lately.get(parent, name) {
+            return Ok(Some(seen));
+        }
+        let seen = self.look_anew(parent, name)?;
+        if let Some(seen) = &seen {
+            self.lately.put(parent, name, seen);
+        }
+        Ok(seen)
+    }
+
+    fn look_anew(&mut self, parent: Ino, name: &OsStr) -> Result<Option<Seen>> {
+        #[cfg(test)]
+        super::chain_tests::LOOKS.with(|looks| looks.set(looks.get() + 1));
         match self.upper_at(parent, name)? {
             Some(stat) if is_whiteout(&stat) => Ok(None),
             Some(stat) => self.look_in_upper(parent, name, stat).map(Some),

@@ -1,5 +1,6 @@
 //! The lower: a directory tree that never changes, and the files in it.
 
+use std::any::Any;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -12,6 +13,7 @@ use rustix::io::Errno;
 use super::Result;
 use super::below::{self, errno};
 use super::fd_cache::{FdCache, Open};
+use super::list::Union;
 use super::object::{self, Object};
 use super::sealed::{SealedDir, Unreadable};
 
@@ -71,7 +73,7 @@ impl LowerAt {
 enum Opened {
     Dir(Arc<OwnedFd>),
     Tree(Arc<dyn Dir>),
-    /// A layer that was sealed, of the same store.
+    /// A state that was sealed, of this store or another one.
     Sealed(Arc<SealedDir>),
 }
 
@@ -82,6 +84,12 @@ impl Open for Opened {
 }
 
 impl Opened {
+    /// A snapshot, which may be a sealed state of another store.
+    fn of(root: Arc<dyn Dir>) -> Self {
+        let any: Arc<dyn Any + Send + Sync> = root.clone();
+        any.downcast().map_or(Self::Tree(root), Self::Sealed)
+    }
+
     fn below(&self, name: &OsStr) -> Result<Self> {
         match self {
             Self::Dir(dir) => Ok(Self::Dir(Arc::new(object::open_dir(dir, name)?))),
@@ -115,7 +123,7 @@ impl Lower {
                 let dev = rustix::fs::fstat(&root)?.st_dev;
                 (Opened::Dir(Arc::new(root)), dev)
             }
-            Below::Tree(root) => (Opened::Tree(root), template.st_dev),
+            Below::Tree(root) => (Opened::of(root), template.st_dev),
         };
         Ok(Self::of(opened, dev, template))
     }
@@ -141,6 +149,11 @@ impl Lower {
         self.opened = other.opened;
         self.open = FdCache::default();
         self.given_up = false;
+    }
+
+    /// Takes out all that is open, to be dropped.
+    pub(super) fn close(&mut self) -> impl Send + use<> {
+        (std::mem::replace(&mut self.opened, Opened::Tree(Arc::new(Unreadable))), std::mem::take(&mut self.open))
     }
 
     /// Answers nothing but that it cannot be read, until it is [read anew](Self::reread).
@@ -190,17 +203,20 @@ impl Lower {
         })
     }
 
-    /// All names in a directory.
-    pub(super) fn names(&mut self, dir: &Arc<LowerDir>) -> Result<Vec<OsString>> {
+    /// Adds all names in a directory to those that are above.
+    pub(super) fn names(&mut self, dir: &Arc<LowerDir>, union: &mut Union) -> Result<()> {
         match self.open(dir)? {
-            Opened::Dir(dir) => Ok(object::names(dir.as_fd())?.into_iter().map(|(name, _)| name).collect()),
+            Opened::Dir(dir) => {
+                object::names(dir.as_fd())?.into_iter().for_each(|(name, _)| union.add(name, false, false));
+            }
             Opened::Tree(dir) => {
                 let entries = dir.entries().map_err(errno)?;
-                Ok(entries.into_iter().map(|entry| entry.name).collect())
+                entries.into_iter().for_each(|entry| union.add(entry.name, false, false));
             }
             // Nobody's attributes are looked at: that would be done again in each layer above.
-            Opened::Sealed(dir) => dir.names(),
+            Opened::Sealed(dir) => dir.names(union)?,
         }
+        Ok(())
     }
 
     pub(super) fn find(&mut self, dir: &Arc<LowerDir>, name: &OsStr) -> Result<Option<Stat>> {

@@ -17,7 +17,7 @@ pub type Ino = u64;
 pub const ROOT: Ino = 1;
 
 /// What is known of one file.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Node {
     pub(super) kind: FileType,
     /// The names by which it was found, as far as they still exist.

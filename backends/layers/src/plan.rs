@@ -23,6 +23,7 @@ use rustix::io::Errno;
 
 use super::below::LowerContent;
 use super::data::{self, Partial};
+use super::list::Union;
 use super::look::{index_name, is_whiteout};
 use super::lower::{LowerAt, LowerDir};
 use super::node::Ino;
@@ -580,7 +581,9 @@ impl Planner {
             names.extend(object::names(self.open_below(raw)?.as_fd())?.into_iter().map(|(name, _)| name));
         }
         if let Some(lower) = &under.lower {
-            names.extend(self.tree.lower.names(lower)?);
+            let mut union = Union::default();
+            self.tree.lower.names(lower, &mut union)?;
+            names.extend(union.names());
         }
         Ok(names)
     }

@@ -25,7 +25,7 @@ use rustix::io::Errno;
 use super::below::io_errno;
 use super::data::copy_all;
 use super::fd_cache::FdCache;
-use super::look::index_name;
+use super::look::{Lately, index_name};
 use super::lower::{Below, Lower, LowerAt};
 use super::node::{Ino, Nodes, ROOT};
 use super::object::{self, Object, SAFE};
@@ -147,7 +147,7 @@ impl Tree {
         let nodes = Nodes::new(lower.root());
         let dirs = if store.read_only { FdCache::small() } else { FdCache::default() };
         let origin = lower.again();
-        Self { lower, origin, store, nodes, dirs, epoch: 0 }
+        Self { lower, origin, store, nodes, dirs, lately: Lately::default(), epoch: 0 }
     }
 
     /// The root of what it shows, for reading.

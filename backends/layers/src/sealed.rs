@@ -8,6 +8,10 @@ use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 
 use super::attr::Attr;
+use super::below::{LowerContent, io_errno};
+use super::data::Source;
+use super::deeper::deeper;
+use super::list::Union;
 use super::node::{Ino, ROOT};
 use super::{Overlay, Result as TreeResult};
 
@@ -23,34 +27,31 @@ impl SealedDir {
         Self { overlay, ino: ROOT }
     }
 
+    /// Asks the state, which may ask the one below.
+    fn ask<T: Send>(&self, question: impl FnOnce(&Overlay) -> TreeResult<T> + Send) -> TreeResult<T> {
+        deeper(|| question(&self.overlay)).map_err(|error| io_errno(&error))?
+    }
+
     /// Opens the directory of that name.
     pub(super) fn enter(&self, name: &OsStr) -> TreeResult<Self> {
-        let attr = self.overlay.look_up(self.ino, name)?;
+        let attr = self.ask(|overlay| overlay.look_up(self.ino, name))?;
         let dir = Self { overlay: self.overlay.clone(), ino: attr.ino };
         if attr.kind == FileType::Directory { Ok(dir) } else { Err(Errno::NOTDIR) }
     }
 
-    /// All names, in no order.
-    pub(super) fn names(&self) -> TreeResult<Vec<OsString>> {
-        Ok(self.overlay.list(self.ino)?.into_iter().map(|listed| listed.name).collect())
+    /// Adds all names to those that are above.
+    pub(super) fn names(&self, union: &mut Union) -> TreeResult<()> {
+        self.ask(|overlay| overlay.list_into(self.ino, union))
     }
 
     /// Does something with the file of that name.
-    fn with<T>(&self, name: &OsStr, act: impl FnOnce(Ino) -> TreeResult<T>) -> TreeResult<T> {
-        let attr = self.overlay.look_up(self.ino, name)?;
-        let done = act(attr.ino);
-        self.overlay.forget(attr.ino, 1);
-        done
-    }
-
-    fn xattrs_of(&self, ino: Ino) -> TreeResult<Xattrs> {
-        let mut found = Vec::new();
-        for name in self.overlay.xattr_names(ino)? {
-            let value = self.overlay.xattr(ino, &name)?;
-            found.push((name, value));
-        }
-        found.sort();
-        Ok(found)
+    fn with<T: Send>(&self, name: &OsStr, act: impl FnOnce(&Overlay, Ino) -> TreeResult<T> + Send) -> TreeResult<T> {
+        self.ask(|overlay| {
+            let attr = overlay.look_up(self.ino, name)?;
+            let done = act(overlay, attr.ino);
+            overlay.forget(attr.ino, 1);
+            done
+        })
     }
 }
 
@@ -100,16 +101,17 @@ fn meta(attr: &Attr) -> FileMeta {
 
 impl Dir for SealedDir {
     fn meta(&self) -> Result<FileMeta> {
-        let attr = self.overlay.attr(self.ino).map_err(failed("read the attributes of", OsStr::new(".")))?;
+        let attr =
+            self.ask(|overlay| overlay.attr(self.ino)).map_err(failed("read the attributes of", OsStr::new(".")))?;
         Ok(meta(&attr))
     }
 
     fn own_xattrs(&self) -> Result<Xattrs> {
-        self.xattrs_of(self.ino).map_err(failed("read the extended attributes of", OsStr::new(".")))
+        self.ask(|overlay| overlay.xattrs(self.ino)).map_err(failed("read the extended attributes of", OsStr::new(".")))
     }
 
     fn entries(&self) -> Result<Vec<Entry>> {
-        let listed = self.overlay.list(self.ino).map_err(failed("list", OsStr::new(".")))?;
+        let listed = self.ask(|overlay| overlay.list(self.ino)).map_err(failed("list", OsStr::new(".")))?;
         let mut entries = Vec::with_capacity(listed.len());
         for listed in listed {
             entries.extend(self.entry(&listed.name)?);
@@ -119,7 +121,7 @@ impl Dir for SealedDir {
     }
 
     fn entry(&self, name: &OsStr) -> Result<Option<Entry>> {
-        let found = self.overlay.peek(self.ino, name).map_err(failed("read the attributes of", name))?;
+        let found = self.ask(|overlay| overlay.peek(self.ino, name)).map_err(failed("read the attributes of", name))?;
         Ok(found.map(|attr| Entry { name: name.to_owned(), meta: meta(&attr) }))
     }
 
@@ -128,16 +130,19 @@ impl Dir for SealedDir {
     }
 
     fn open_file(&self, name: &OsStr) -> Result<Box<dyn Content>> {
-        let source = self.with(name, |ino| self.overlay.source(ino)).map_err(failed("open", name))?;
-        Ok(Box::new(source))
+        match self.with(name, Overlay::source).map_err(failed("open", name))? {
+            // Nothing of it is here: a reading does not go through all levels.
+            Source::Lower(LowerContent::Content(below)) => Ok(below),
+            source => Ok(Box::new(source)),
+        }
     }
 
     fn read_link(&self, name: &OsStr) -> Result<OsString> {
-        self.with(name, |ino| self.overlay.read_link(ino)).map_err(failed("read the link", name))
+        self.with(name, Overlay::read_link).map_err(failed("read the link", name))
     }
 
     fn xattrs(&self, name: &OsStr) -> Result<Xattrs> {
-        self.with(name, |ino| self.xattrs_of(ino)).map_err(failed("read the extended attributes of", name))
+        self.with(name, Overlay::xattrs).map_err(failed("read the extended attributes of", name))
     }
 }
 

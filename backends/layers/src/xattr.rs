@@ -2,14 +2,22 @@
 
 use std::ffi::{OsStr, OsString};
 
+use fsnap_backend::Xattrs;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::node::Ino;
+use super::store::Keys;
 use super::{Overlay, Result, Tree};
 
 /// The attribute of programs that have rights of their own.
 pub(super) const CAPABILITY: &str = "security.capability";
+
+/// Under which name users see what is kept in the upper or stands below; `None` if they do not.
+fn shown(keys: Keys, upper: bool, name: OsString) -> Option<OsString> {
+    // Below, everything is the user's but what is never anybody's.
+    if upper { keys.shown(&name) } else { keys.kept(&name).map(|_| name) }
+}
 
 impl Overlay {
     /// One attribute of a file.
@@ -31,9 +39,20 @@ impl Overlay {
         let mut tree = self.tree();
         let (object, keys, upper) = (tree.object(ino)?, tree.store.keys(), tree.node(ino)?.upper);
         let names = object.xattr_names()?.into_iter();
-        // Below, everything is the user's but what is never anybody's.
-        let shown = |name: OsString| if upper { keys.shown(&name) } else { keys.kept(&name).map(|_| name) };
-        Ok(names.filter_map(shown).collect())
+        Ok(names.filter_map(|name| shown(keys, upper, name)).collect())
+    }
+
+    /// All attributes of a file, in the order of their names.
+    ///
+    /// They are read once: what lies below may be a sealed state that reads them all in its turn. If each asked the one below for the names and then for each
+    /// value, a chain of `n` would take at least `2ⁿ` questions.
+    pub(super) fn xattrs(&self, ino: Ino) -> Result<Xattrs> {
+        let mut tree = self.tree();
+        let (object, keys, upper) = (tree.object(ino)?, tree.store.keys(), tree.node(ino)?.upper);
+        let found = object.xattrs()?.into_iter();
+        let mut found: Xattrs = found.filter_map(|(name, value)| Some((shown(keys, upper, name)?, value))).collect();
+        found.sort();
+        Ok(found)
     }
 
     /// Sets an attribute.
