@@ -5,13 +5,13 @@
 //! nothing of it is known to the kernel any more, and when the catalog has the branch no longer.
 //!
 //! All trees of a mount share one space of numbers. A tree's own numbers take 53 bits; those above tell the trees apart, and are 0
-//! for the rest of the mount. A tree gets its bits from its directory's name, so that they are the same in every mount but
-//! for the rare case that two trees want the same ones.
+//! for the rest of the mount. A tree gets its bits from its directory's name. Where two trees want the same ones, the one that was made
+//! first has them, in every mount: that of the other change only if the first is removed.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -25,6 +25,7 @@ use super::browse::{Records, Report, errno_of};
 use super::overlay::{self, Origin, Overlay, Still};
 use super::{lower, session};
 use crate::branch::BranchMember;
+use crate::catalog::Catalog;
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
 use crate::failpoint;
@@ -91,24 +92,20 @@ impl Branches {
     }
 
     /// The number of the root of the branch's volume, if it is written through the mount. Opens nothing.
-    pub(super) fn number_of(&self, branch: &Name, member: &BranchMember) -> Option<u64> {
-        let dir = member.form.layers()?.dir.as_path();
-        let mut hasher = DefaultHasher::new();
-        dir.hash(&mut hasher);
+    pub(super) fn number_of(&self, catalog: &Catalog, branch: &Name, member: &BranchMember) -> Result<Option<u64>> {
+        let Some(dir) = written_in(member) else { return Ok(None) };
+        if let Some(known) = known(&self.slots(), dir) {
+            return Ok(Some(root_of(known)));
+        }
+        // Whoever is asked for first must not take what an older one has in other mounts.
+        let all = catalog.branches()?;
         let mut slots = self.slots();
-        let mut at = hasher.finish() % SLOTS + 1;
-        for _ in 0..SLOTS {
-            match slots.get(&at) {
-                Some(known) if known.dir == dir => return Some(root_of(at)),
-                Some(_) => at = at % SLOTS + 1,
-                None => {
-                    let (branch, dir) = (branch.clone(), dir.to_owned());
-                    slots.insert(at, Slot { branch, dir, below: None, used: Instant::now() });
-                    return Some(root_of(at));
-                }
+        for older in &all {
+            for dir in older.members.iter().filter_map(written_in) {
+                find_or_take(&mut slots, &older.name, dir);
             }
         }
-        None
+        Ok(find_or_take(&mut slots, branch, dir).map(root_of))
     }
 
     /// The tree that a number belongs to; opens it where it is not open. `None` for numbers of no tree.
@@ -176,14 +173,16 @@ impl Branches {
     /// Nobody can write to it meanwhile: this server takes its trees, so that no other one has them, and keeps them still.
     /// Whoever comes first is seen, and whoever comes later finds nothing to write to.
     pub(super) fn remove_unchanged(&self, name: &Name, remove: impl FnOnce() -> Result<()>) -> Result<bool> {
-        let Some(branch) = self.records.open()?.catalog().branch(name)? else {
+        let coordinator = self.records.open()?;
+        let Some(branch) = coordinator.catalog().branch(name)? else {
             return remove().map(|()| true);
         };
         let mut trees = Vec::with_capacity(branch.members.len());
         for member in &branch.members {
-            let Some(number) = self.number_of(name, member) else { return Ok(false) };
+            let Some(number) = self.number_of(coordinator.catalog(), name, member)? else { return Ok(false) };
             trees.push(self.open(slot_of(number))?);
         }
+        drop(coordinator);
         let mut still: Vec<_> = trees.iter().map(|tree| tree.overlay.still()).collect();
         for (tree, member) in still.iter_mut().zip(&branch.members) {
             let examined = tree.is_unchanged();
@@ -253,6 +252,36 @@ impl Branches {
             let _ = below.store.deactivate(&below.at);
         }
     }
+}
+
+/// Where the volume of a branch keeps what differs, if it is written through a mount.
+fn written_in(member: &BranchMember) -> Option<&Path> {
+    member.form.layers().map(|layers| layers.dir.as_path())
+}
+
+fn known(slots: &HashMap<u64, Slot>, dir: &Path) -> Option<u64> {
+    let wanted = wanted(dir);
+    if slots.get(&wanted).is_some_and(|slot| slot.dir == dir) {
+        return Some(wanted);
+    }
+    slots.iter().find(|(_, slot)| slot.dir == dir).map(|(number, _)| *number)
+}
+
+/// The one that the tree has, or the first free one from the one that it wants; `None` if all are taken.
+fn find_or_take(slots: &mut HashMap<u64, Slot>, branch: &Name, dir: &Path) -> Option<u64> {
+    if let Some(known) = known(slots, dir) {
+        return Some(known);
+    }
+    let from = wanted(dir);
+    let free = (from..=SLOTS).chain(1..from).find(|number| !slots.contains_key(number))?;
+    slots.insert(free, Slot { branch: branch.clone(), dir: dir.to_owned(), below: None, used: Instant::now() });
+    Some(free)
+}
+
+fn wanted(dir: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    dir.hash(&mut hasher);
+    hasher.finish() % SLOTS + 1
 }
 
 fn root_of(slot: u64) -> u64 {

@@ -1,5 +1,6 @@
 //! Branches that are written through `fsnap mount`.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -23,6 +24,7 @@ pub(crate) const CASES: &[Case] = &[
     ("removed_while_nothing_was_written", removed_while_nothing_was_written),
     ("a_first_write_and_a_removal_exclude_each_other", a_first_write_and_a_removal_exclude_each_other),
     ("one_server_has_a_branch", one_server_has_a_branch),
+    ("numbers_are_the_same_in_every_mount", numbers_are_the_same_in_every_mount),
     ("both_kinds_live_together", both_kinds_live_together),
     ("checkpoints_of_a_branch_over_btrfs", || checkpoints_of_a_branch("btrfs")),
     ("checkpoints_of_a_branch_over_rsync", || checkpoints_of_a_branch("rsync")),
@@ -38,6 +40,27 @@ pub(crate) const CASES: &[Case] = &[
     ("old_checkpoints_of_a_branch_give_their_room_back", old_checkpoints_of_a_branch_give_their_room_back),
     ("a_chain_of_branches_takes_a_few_descriptors_for_each", a_chain_of_branches_takes_a_few_descriptors_for_each),
 ];
+
+/// Two of so many want the same part of the space of numbers, but in one of two hundred runs. Whoever is asked for first must not get it.
+fn numbers_are_the_same_in_every_mount() {
+    const BRANCHES: usize = 150;
+    let past = Past::new();
+    past.volume("db", "rsync");
+    past.checkpoint();
+    past.mount();
+    let root = |number: usize| past.at(&format!("branches/b{number}/db"));
+    for number in 0..BRANCHES {
+        fs::create_dir(past.at(&format!("branches/b{number}@latest"))).unwrap();
+    }
+    let numbers = |order: &mut dyn Iterator<Item = usize>| -> BTreeMap<usize, u64> {
+        order.map(|number| (number, fs::metadata(root(number)).unwrap().ino())).collect()
+    };
+    let first = numbers(&mut (0..BRANCHES));
+    assert_eq!(first.values().collect::<BTreeSet<_>>().len(), BRANCHES);
+    past.unmount();
+    past.mount();
+    assert_eq!(numbers(&mut (0..BRANCHES).rev()), first);
+}
 
 fn read(path: impl AsRef<std::path::Path>) -> String {
     fs::read_to_string(path).unwrap()

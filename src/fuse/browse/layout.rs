@@ -340,7 +340,7 @@ impl Layout {
             Place::Branch(name, made) => {
                 let branch = catalog.branch(name)?.filter(|branch| branch.time == *made);
                 for member in branch.map(|branch| branch.members).unwrap_or_default() {
-                    let place = match self.branches.number_of(name, &member) {
+                    let place = match self.branches.number_of(catalog, name, &member)? {
                         Some(number) => Found::Written(number),
                         None => Found::Place(Place::Link(member.path.0)),
                     };
