@@ -51,15 +51,15 @@ fn how_a_killed_one_ended_is_known() {
     assert!(ended.iter().map(|(name, how)| (name.as_str().unwrap(), how.as_str())).eq(expected), "{ended:?}");
 }
 
-/// What Ctrl-C does at a terminal.
+/// Not by the signal of Ctrl-C, which a shell has those ignore that it runs in the background, as it may run these tests.
 fn interrupt(command: &Child) {
-    kill_process(Pid::from_child(command), Signal::INT).unwrap();
+    kill_process(Pid::from_child(command), Signal::TERM).unwrap();
 }
 
 /// A command that was interrupted leaves nothing, and says so.
 fn has_undone(site: &Site, copying: Child, what: &str) {
     let output = copying.wait_with_output().unwrap();
-    assert_eq!((output.status.signal(), output.stdout.as_slice()), (Some(2), &b""[..]), "{}", said(&output));
+    assert_eq!((output.status.signal(), output.stdout.as_slice()), (Some(15), &b""[..]), "{}", said(&output));
     assert!(said(&output).contains(&format!("error: interrupted; {what} was undone\n")), "{}", said(&output));
     assert_eq!(site.ok(["branches", "--json"]), "[]");
     site.holds_nothing_but(1);
@@ -98,11 +98,18 @@ fn an_interrupted_copy_is_undone() {
     let copying = copy("never", "FSNAP_FAILPOINT", "branch:grown=sleep:3600000");
     wait_until("the clone", || fs::read_dir(site.path("state/intents")).is_ok_and(|mut files| files.next().is_some()));
     interrupt(&copying);
-    assert_eq!(copying.wait_with_output().unwrap().status.signal(), Some(2));
+    assert_eq!(copying.wait_with_output().unwrap().status.signal(), Some(15));
     assert_eq!(site.ok(["branches", "--json"]), "[]");
     site.holds_nothing_but(1);
     running.counts_on("one");
-    site.ok(["branch", &id, "copy", "--run"]);
+    // As under nohup, the terminal may go.
+    let mut command = site.command_of(Path::new("env"));
+    command.args(["--ignore-signal=HUP", env!("CARGO_BIN_EXE_fsnap"), "branch", &id, "copy", "--run"]);
+    command.env("FSNAP_FAILPOINT", "restore:reported=sleep:1000").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let copying = command.spawn().unwrap();
+    wait_until("the run", || site.command(["logs", "copy"]).output().is_ok_and(|log| !log.stdout.is_empty()));
+    kill_process(Pid::from_child(&copying), Signal::HUP).unwrap();
+    assert!(copying.wait_with_output().unwrap().status.success());
     running.counts_on("copy");
 }
 

@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::emulate_default_handler;
 
 use super::super::{Failure, say};
+use super::sys;
 
 /// From its making on, a signal that ends the process waits while something is [held](Self::hold); at any other time it acts as ever.
 ///
@@ -27,10 +28,11 @@ struct Held {
 }
 
 impl Interrupts {
-    /// Begins to listen.
+    /// Begins to listen; what was ignored stays so.
     pub(crate) fn new() -> Result<Self, Failure> {
         let listen = |source| fsnap::Error::Io { action: "listen to", object: "signals".into(), source };
-        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(listen)?;
+        let ends = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !sys::is_ignored(*signal));
+        let mut signals = signal_hook::iterator::Signals::new(ends).map_err(listen)?;
         let all = Self::default();
         let its = all.clone();
         std::thread::spawn(move || signals.forever().for_each(|signal| its.came(signal)));

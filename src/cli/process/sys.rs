@@ -5,6 +5,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
@@ -38,6 +39,17 @@ pub(crate) fn open_standard() {
             }
         }
     }
+}
+
+/// Whether the signal is ignored: whoever started this process wants it so, as nohup(1) and a shell for what it runs in the background.
+pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the call fills the place with what is valid, and changes nothing; all zeroes are valid as well.
+    let action = unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init()
+    };
+    action.sa_sigaction == libc::SIG_IGN
 }
 
 /// What the process says on standard error when its time is over.
