@@ -101,11 +101,11 @@ fn columns_are_aligned() {
     let site = Site::plain();
     site.run("fsnap init db && fsnap checkpoint -t base && fsnap checkpoint -m second");
     let table = site.run("fsnap log");
-    // Columns are two blanks apart at least; an id could hold a short word by chance.
+    // Columns are two blanks apart at least; an id could hold a short word by chance, or begin with it.
     let at = |line: &str, word: &str| line.find(&format!("  {word}"));
     let lines: Vec<&str> = table.lines().collect();
-    assert_eq!(at(lines[0], "VOLUMES"), at(lines[1], "db"), "{table}");
-    assert_eq!(at(lines[0], "VOLUMES"), at(lines[2], "db"), "{table}");
+    assert_eq!(at(lines[0], "VOLUMES"), at(lines[1], "db "), "{table}");
+    assert_eq!(at(lines[0], "VOLUMES"), at(lines[2], "db "), "{table}");
     assert_eq!(at(lines[0], "MESSAGE"), at(lines[1], "second"), "{table}");
     assert_eq!(at(lines[0], "MESSAGE"), at(lines[2], "(base)"), "{table}");
 }

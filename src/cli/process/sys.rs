@@ -21,7 +21,7 @@ use nix::unistd::ForkResult;
 #[unsafe(no_mangle)]
 extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
     let run = || crate::cli::main(std::env::args_os().collect());
-    // 101 is what a program in Rust exits with after a panic; the hook has said on standard error where it was.
+    // 101 is what a program in Rust exits with after a panic; where it was stands on standard error by now.
     let code = std::panic::catch_unwind(run).unwrap_or(101);
     // This writes out what is buffered for standard output.
     std::process::exit(code.into())
