@@ -59,12 +59,13 @@ fn interrupted_it_leaves_nothing() {
         fs::create_dir(&temp).unwrap();
         let mut demo = start(&temp, &std::env::var("PATH").unwrap());
         let mut output = BufReader::new(demo.stdout.take().unwrap());
-        let mut line = String::new();
+        let (mut line, mut told) = (String::new(), String::new());
         let mut commands = 0;
         while commands < moment {
             line.clear();
-            assert_ne!(output.read_line(&mut line).unwrap(), 0, "it ended before command {moment}");
+            assert_ne!(output.read_line(&mut line).unwrap(), 0, "it ended before command {moment}:\n{told}");
             commands += usize::from(line.starts_with("$ "));
+            told.push_str(&line);
         }
         if moment == 0 {
             wait_until("its directory", || fs::read_dir(&temp).unwrap().next().is_some());
