@@ -35,13 +35,16 @@ if [ "${1-}" != --inside ]; then
     trap 'exit 130' INT
     trap 'exit 143' TERM
 
-    demo=$(mktemp -d "${TMPDIR:-/tmp}/fsnap-demo.XXXXXX")
+    # Nobody else has this name. It is made inside: here, an interrupt that comes while the shell waits for a program is taken
+    # for that program's alone, and is lost.
+    demo=${TMPDIR:-/tmp}/fsnap-demo.$SRANDOM$SRANDOM
     setpriv --pdeathsig KILL -- unshare --mount --pid --fork --kill-child --mount-proc -- "$0" --inside "$demo" &
     story=$!
     wait "$story"
     exit
 fi
 demo=$2
+mkdir --mode 711 "$demo"
 
 bold= plain=
 if [ -t 1 ]; then bold=$'\e[1m' plain=$'\e[0m'; fi
@@ -63,8 +66,13 @@ show() {
 # path BRANCH: where the branch's files are; these branches have one volume each.
 path() { fsnap branches | awk -v branch="$1" '$1 == branch { print $NF }'; }
 
+# What this machine's administrator, or its user, has set is meant for other checkpoints than these.
+for settings in /etc/fsnap /usr/lib/fsnap; do
+    [ ! -d "$settings" ] || mount -t tmpfs demo "$settings"
+done
+unset FSNAP_CONFIG XDG_CONFIG_HOME
+
 # The programs, where an unprivileged user can run them too.
-chmod 711 "$demo"
 mkdir "$demo/bin" "$demo/reports"
 cp "$top/target/debug/fsnap" "$top/target/debug/fsnap-oracle" "$demo/bin"
 ln -s fsnap "$demo/bin/fsnap-criu-hook"

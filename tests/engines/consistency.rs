@@ -86,7 +86,7 @@ fn any_moment_of(site: &Site, volumes: &[Volume], count: u32) {
     // NILFS2 cannot tell holes from data: all 4 GiB of a sparse file would be read for each verdict, and copied to each branch.
     let sparse = !volumes.contains(&Volume::Nilfs2);
     let kinds: Vec<_> = Kind::ALL.into_iter().filter(|kind| sparse || *kind != Kind::Sparse).collect();
-    let oracle = site.oracle(&kinds, setting("FSNAP_ORACLE_PACE", 2000));
+    let oracle = site.oracle(&kinds, setting("FSNAP_ORACLE_PACE", 8000));
     let dumped = std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel(ALIVE);
         let reports = oracle.reports.as_path();

@@ -6,31 +6,24 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libtest_mimic::Completion;
 use serde_json::{Value, json};
 
 use crate::runs::branch_path;
+use crate::sandbox::apart;
 use crate::site::{Site, Volume, run, said, wait_until};
-
-/// What is installed is there for all containers of the sandbox.
-static ALONE: Mutex<()> = Mutex::new(());
-
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// A case that needs a runtime, and says if it is missing.
 type Needy = (&'static str, fn() -> Completion);
 
 pub(crate) const CASES: &[Needy] = &[
-    ("a_container_of_runc_gets_a_twin", a_container_of_runc_gets_a_twin),
-    ("a_container_whose_criu_has_no_hook", a_container_whose_criu_has_no_hook),
+    ("a_container_of_runc_gets_a_twin", || apart(a_container_of_runc_gets_a_twin)),
+    ("a_container_whose_criu_has_no_hook", || apart(a_container_whose_criu_has_no_hook)),
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
 ];
 
-/// Makes changes to `dir` visible to this sandbox only.
+/// Makes changes to `dir` visible to this case only, which must run [`apart`].
 pub(crate) fn lay_over(site: &Site, dir: &str) {
     let name = dir.replace('/', "-");
     let (upper, work) = (site.path(&format!("upper{name}")), site.path(&format!("work{name}")));
@@ -50,9 +43,6 @@ impl Drop for Runc<'_> {
     fn drop(&mut self) {
         for name in &self.names {
             let _ = self.command().args(["delete", "--force", name]).output();
-        }
-        for dir in ["/etc", "/usr/libexec"] {
-            let _ = Command::new("umount").args(["--lazy", dir]).output();
         }
     }
 }
@@ -132,7 +122,6 @@ pub(crate) fn of_one_instant(dirs: &[&Path]) -> u64 {
 }
 
 fn a_container_of_runc_gets_a_twin() -> Completion {
-    let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
     for dir in ["/etc", "/usr/libexec"] {
         lay_over(&site, dir);
@@ -189,7 +178,6 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
 }
 
 fn a_container_whose_criu_has_no_hook() -> Completion {
-    let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs]);
     for dir in ["/etc", "/usr/libexec"] {
         lay_over(&site, dir);

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::Case;
-use crate::containers::{alone, counts_on, lay_over, number, of_one_instant, populate};
+use crate::containers::{counts_on, lay_over, number, of_one_instant, populate};
 use crate::runs::branch_path;
+use crate::sandbox::apart;
 use crate::site::{Site, Volume, run, said, wait_until};
 
-pub(crate) const CASES: &[Case] = &[("a_container_of_podman_gets_a_twin", a_container_of_podman_gets_a_twin)];
+pub(crate) const CASES: &[Case] = &[("a_container_of_podman_gets_a_twin", || apart(a_container_of_podman_gets_a_twin))];
 
 /// The machine's directories that fsnap writes to.
 const LAID_OVER: [&str; 2] = ["/etc", "/usr/libexec"];
@@ -103,14 +104,10 @@ impl<'a> Podman<'a> {
 impl Drop for Podman<'_> {
     fn drop(&mut self) {
         let _ = self.command(&["rm", "--all", "--force", "--time", "0"]).output();
-        for dir in LAID_OVER {
-            let _ = Command::new("umount").args(["--lazy", dir]).output();
-        }
     }
 }
 
 fn a_container_of_podman_gets_a_twin() {
-    let _alone = alone();
     let site = Site::new(&[Volume::Btrfs, Volume::Btrfs, Volume::Rsync]);
     let podman = Podman::new(&site);
     let mut install = podman.with_settings(site.command(["install-hooks", "podman"]));

@@ -38,6 +38,16 @@ pub(crate) fn run(args: &[OsString]) -> ExitCode {
     exit_code(ran.expect("these tests need root: they mount, and make namespaces"))
 }
 
+/// Runs a case in a mount namespace of its own: what it mounts over the machine's directories, other cases do not see.
+pub(crate) fn apart<T: Send>(case: impl FnOnce() -> T + Send) -> T {
+    let own = || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        case()
+    };
+    // Of a thread of its own, since others of this program stay where they are.
+    std::thread::scope(|scope| scope.spawn(own).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 fn enter(scratch: &Path) -> io::Result<()> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID)?;
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
