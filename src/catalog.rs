@@ -246,6 +246,17 @@ impl Catalog {
         Ok(value)
     }
 
+    /// The same, without waiting until the change is on the disk: a power cut soon after may take it away, and nothing that was done before it.
+    ///
+    /// The next durable change makes it durable, too.
+    fn transact_unsynced<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let sync = |how: &str| self.db.pragma_update(None, "synchronous", how).map_err(|source| self.failed(source));
+        sync("NORMAL")?;
+        let done = self.transact(change);
+        sync("FULL")?;
+        done
+    }
+
     /// Whether closing the catalog leaves what is in the log where it is, or puts it into the catalog.
     ///
     /// Whoever closes it next without saying so puts it there.
@@ -264,7 +275,8 @@ impl Catalog {
         }
     }
 
-    /// Leaves the log where it is, if nothing else changes before closing: somebody waits for it, and it was synced with each change.
+    /// Leaves the log where it is, if nothing else changes before closing: somebody waits for it, and nothing in it that cannot be made good
+    /// was left unsynced.
     ///
     /// Only changes for branches may be in it, so that a log which is cut short takes nothing else away.
     fn leave_own_log(&self) -> Result<()> {

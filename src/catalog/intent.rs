@@ -27,7 +27,7 @@ impl std::fmt::Display for IntentId {
 pub enum Intent {
     /// Snapshots are being taken.
     Checkpoint(Box<PendingCheckpoint>),
-    /// Clones are being made for a branch; undone unless the branch is recorded.
+    /// Clones are being made for a branch; undone unless the branch is recorded, or every clone has outlived the boot.
     Branch {
         /// The branch's name.
         name: Name,
@@ -39,6 +39,9 @@ pub enum Intent {
         /// The directories of what is mounted for it.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         overlays: Vec<PathText>,
+        /// The checkpoint that it grows from; not known of one that an earlier release began.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        checkpoint: Option<CheckpointId>,
     },
     /// Images that nothing needs are being deleted; always finished.
     Remove {

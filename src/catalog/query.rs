@@ -442,9 +442,10 @@ impl Catalog {
     }
 
     /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile.
-    pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch) -> Result<bool> {
-        let added =
-            self.transact(|tx| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?))?;
+    pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch, durable: bool) -> Result<bool> {
+        let change =
+            |tx: &Transaction<'_>| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?);
+        let added = if durable { self.transact(change) } else { self.transact_unsynced(change) }?;
         self.leave_own_log()?;
         Ok(added)
     }

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 const HEADER: usize = 32;
@@ -65,7 +66,12 @@ impl Mark {
 
     /// Writes it to the note, without a sync: a note that is lost or torn is that of no log.
     pub(super) fn write(&self, note: &Path) -> io::Result<()> {
-        std::fs::write(note, self.text())
+        let text = self.text();
+        // The text before it is as long, nearly always: a file that is emptied first has to get its block anew.
+        let file = File::options().create(true).truncate(false).write(true).open(note)?;
+        file.write_all_at(text.as_bytes(), 0)?;
+        let length = text.len() as u64;
+        if file.metadata()?.len() == length { Ok(()) } else { file.set_len(length) }
     }
 
     fn text(&self) -> String {

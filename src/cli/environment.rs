@@ -109,7 +109,7 @@ pub(crate) fn tell(recovered: &[Recovered]) {
     for one in recovered {
         match one {
             // The ordinary end of a checkpoint that an engine's hook took.
-            Recovered::Sealed(_) | Recovered::Removed => {}
+            Recovered::Sealed(_) | Recovered::BranchFinished(_) | Recovered::Removed => {}
             Recovered::Undone(id) => {
                 say("recovered", &format!("checkpoint {} was not finished; it is undone", id.short()))
             }

@@ -27,6 +27,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             Recovered::Sealed(id) => ("sealed", format!("checkpoint {}", id.short())),
             Recovered::Undone(id) => ("undone", format!("checkpoint {}", id.short())),
             Recovered::BranchRemoved(name) => ("undone", format!("branch {name}")),
+            Recovered::BranchFinished(name) => ("finished", format!("branch {name}")),
             Recovered::Removed => ("finished", "a removal".into()),
             Recovered::Mounted(name) => ("mounted", format!("branch {name}")),
             Recovered::Forgotten { what } => ("forgotten", format!("{what}: {LOST_END}")),

@@ -1,14 +1,15 @@
 //! Grows a writable branch from a checkpoint.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use fsnap_backend::{Backend, Locator, MountSpec, Source};
+use fsnap_backend::{Backend, Identity, Locator, MountSpec, Source};
 
-use super::checkpoint::boot_id;
+use super::checkpoint::{boot_id, is_lost};
 use super::{Coordinator, overlay, side_by_side};
 use crate::branch::{Branch, BranchMember, Difference, Form};
 use crate::catalog::{ImageRef, Intent, IntentId};
-use crate::checkpoint::{Checkpoint, Member, PathText};
+use crate::checkpoint::{Checkpoint, CheckpointId, Member, PathText};
 use crate::failpoint;
 use crate::name::Name;
 use crate::progress::Work;
@@ -54,14 +55,18 @@ impl Coordinator {
         let image = |plan: &Planned<'_>| ImageRef { store: plan.member.store.clone(), at: plan.at.clone() };
         let overlays = planned.iter().filter_map(|plan| Some(plan.overlay.as_ref()?.dir.clone())).collect();
         let images = planned.iter().map(image).collect();
-        let mut intent = Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays };
+        let mut intent =
+            Intent::Branch { name: name.clone(), boot: boot_id()?, images, overlays, checkpoint: Some(checkpoint.id) };
         let (id, lock) = self.catalog.begin(&intent)?;
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned, (id, &mut intent)).and_then(|branch| {
             failpoint::hit("branch:grown");
             on_record();
+            // A power cut that takes the record away leaves the intent and every clone, and with them the branch.
+            let durable = !branch.members.iter().all(|member| member.form == Form::Clone);
             // Between the look above and this transaction, the name or the checkpoint may have gone.
-            if self.catalog.add_branch(id, &branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
+            let added = self.catalog.add_branch(id, &branch, durable)?;
+            if added { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
         });
         match grown {
             Ok(branch) => {
@@ -125,18 +130,51 @@ impl Coordinator {
                     (path, identity)
                 }
             };
-            members.push(BranchMember {
-                volume: plan.member.volume.clone(),
-                backend: plan.member.backend.clone(),
-                store: plan.member.store.clone(),
-                at: plan.at.clone(),
-                path: PathText(path),
-                identity,
-                origin: plan.member.path.clone(),
-                form,
-                needs: Vec::new(),
-            });
+            members.push(grown(plan.member, plan.at.clone(), path, identity, form));
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
+    }
+    /// The branch that grew before a power cut took the record of it away; `None` if a clone is missing, or has to be mounted.
+    pub(super) fn grown_before_the_power_cut(
+        &self,
+        name: &Name,
+        checkpoint: &CheckpointId,
+        images: &[ImageRef],
+    ) -> Result<Option<Branch>> {
+        let Some(checkpoint) = self.catalog.checkpoint(checkpoint)? else { return Ok(None) };
+        let mut members = Vec::with_capacity(images.len());
+        for (member, image) in checkpoint.members.iter().zip(images) {
+            let store = self.store(&image.store)?;
+            let path = match store.activate(&image.at).map_err(Error::from) {
+                Ok(MountSpec::Bind { dir, read_only: false }) => dir,
+                Ok(_) => return Ok(None),
+                Err(error) if is_lost(&error) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            let identity = store.adopt(&path)?.identity().clone();
+            members.push(grown(member, image.at.clone(), path, identity, Form::Clone));
+        }
+        let whole = members.len() == checkpoint.members.len();
+        Ok(whole.then(|| Branch {
+            name: name.clone(),
+            checkpoint: checkpoint.id,
+            time: jiff::Timestamp::now(),
+            members,
+        }))
+    }
+}
+
+/// The member's part in a branch.
+fn grown(member: &Member, at: Locator, path: PathBuf, identity: Identity, form: Form) -> BranchMember {
+    BranchMember {
+        volume: member.volume.clone(),
+        backend: member.backend.clone(),
+        store: member.store.clone(),
+        at,
+        path: PathText(path),
+        identity,
+        origin: member.path.clone(),
+        form,
+        needs: Vec::new(),
     }
 }

@@ -20,6 +20,8 @@ pub enum Recovered {
     Sealed(CheckpointId),
     /// A checkpoint that was not taken is undone.
     Undone(CheckpointId),
+    /// A branch of which everything was made is recorded: a power cut had taken the record away, or came before it.
+    BranchFinished(Name),
     /// A branch that was not finished is removed.
     BranchRemoved(Name),
     /// A removal is finished.
@@ -152,6 +154,17 @@ impl Coordinator {
                 self.catalog.drop_intent(id)?;
                 lock.finish();
                 Ok(Recovered::Removed)
+            }
+            // In the boot in which it was begun, the record would be there.
+            Intent::Branch { name, boot, images, checkpoint: Some(checkpoint), .. } if boot != boot_id()? => {
+                if let Some(branch) = self.grown_before_the_power_cut(&name, &checkpoint, &images)?
+                    && self.catalog.add_branch(id, &branch, true)?
+                {
+                    lock.finish();
+                    return Ok(Recovered::BranchFinished(name));
+                }
+                self.undo(id, lock)?;
+                Ok(Recovered::BranchRemoved(name))
             }
             Intent::Branch { name, .. } => {
                 self.undo(id, lock)?;

@@ -196,6 +196,36 @@ fn branches_stay_in_the_log_as_long_as_they_are_alone_there() {
     assert_eq!(log(), 0, "the checkpoint was in it");
 }
 
+/// `fsnap branch` does not wait until its record is on the disk: its intent is there, and its clones are.
+#[test]
+fn a_branch_outlives_a_power_cut_that_takes_its_record() {
+    const IN_ANOTHER_BOOT: &str =
+        "unshare --mount sh -c 'mount --bind boot /proc/sys/kernel/random/boot_id && exec fsnap recover'";
+    for (site, dir) in [(Site::plain(), "."), (Site::btrfs(), "fs")] {
+        let shell = site.in_dir(dir);
+        shell.run("echo 00000000-0000-4000-8000-000000000000 >boot && fsnap init db && fsnap checkpoint -t one");
+        let ended_at = |point: &str| shell.run(&format!("FSNAP_FAILPOINT={point}=kill fsnap branch one work || :"));
+        // What a power cut leaves that comes right after the answer.
+        ended_at("branch:grown");
+        assert_eq!(shell.run(IN_ANOTHER_BOOT), "finished: branch work");
+        assert_eq!(texts(&json(&shell, "branches"), "name"), BTreeSet::from(["work".to_owned()]));
+        let path = shell.run("fsnap branches --json | sed -n 's/.*\"path\": \"\\(.*\\)\".*/\\1/p'");
+        shell.run(&format!("diff -r db {path} && touch {path}/mine && fsnap checkpoint --branch work -t two"));
+        assert_eq!(shell.run("fsnap diff one two"), "A db/mine");
+        shell.run("fsnap rm two && fsnap rm --branch work");
+        // In the boot in which it was begun nothing is lost: there it was not finished.
+        ended_at("branch:grown");
+        assert_eq!(shell.run("fsnap recover"), "undone: branch work");
+        // A clone that had not reached the disk.
+        ended_at("branch:recorded");
+        assert_eq!(shell.run(IN_ANOTHER_BOOT), "undone: branch work");
+        // Somebody wants the checkpoint no more.
+        ended_at("branch:grown");
+        assert_eq!(shell.run("fsnap branches --json"), "[]");
+        assert_eq!(images(&site, &format!("{dir}/.fsnap")).len(), 1, "the checkpoint alone");
+    }
+}
+
 #[test]
 fn a_log_is_read_on_read_only_media_also_without_its_index() {
     let site = Site::plain();

@@ -83,7 +83,9 @@ fn what_is_attached_is_what_fuse_shows() {
     let attached_to_it = Listing::of(&shown).unwrap();
     through_fuse.expect(&attached_to_it, &everything(), "through FUSE").unwrap();
     before.expect(&attached_to_it, &everything(), "the volume").unwrap();
-    assert!(birth(shown.join("nested/file")).is_some());
+    if birth(shown.join("nested/file")).is_none() {
+        panic!("it is not seen to be attached, among {:?}; the server said: {}", attached(&past), past.unmount());
+    }
     assert_eq!(birth(shown.join("nested/file")), birth(db.join("nested/file")));
     assert_eq!(fs::read_to_string(past.at("latest/plain/file")).unwrap(), "one");
     assert_eq!((device(past.at("latest/plain/file")), device(past.at("ids"))), (root, root));

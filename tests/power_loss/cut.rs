@@ -8,7 +8,7 @@ use std::time::Duration;
 use fsnap::catalog::{Access, Catalog};
 use fsnap::checkpoint::Checkpoint;
 use fsnap::stores;
-use fsnap_conformance::View;
+use fsnap_conformance::{Listing, View};
 use serde_json::Value;
 
 use crate::disk::{Logged, Places, SIZE, Standing, ok};
@@ -121,8 +121,19 @@ fn check(places: &Places, disk: &Path, log: &Log, promises: usize, record: &Reco
     if promises.is_multiple_of(4) {
         ok(&mut places.fsnap(&["verify"]));
     }
-    // No branch lives longer than the step that made it, except over a cut.
-    for branch in catalog.branches().unwrap() {
+    let branches = catalog.branches().unwrap();
+    for number in 0..STEPS {
+        let found = branches.iter().find(|branch| branch.name.as_str() == work::alone(number));
+        assert!(found.is_some() || !held(work::branched(number)), "branch {number} was promised and is not there");
+        let Some(branch) = found else { continue };
+        let [member] = &branch.members[..] else { panic!("{branch:?}") };
+        let store = stores::open(&catalog.store(&member.store).unwrap().unwrap(), &Default::default()).unwrap();
+        let at = work::volumes(places).iter().position(|volume| *volume == member.origin.as_path()).unwrap();
+        let copy = Listing::of(member.path.as_path()).unwrap();
+        record[&number][at].expect(&copy, &store.store().capabilities, format!("branch {number}")).unwrap();
+    }
+    // Of the others, none lives longer than the step that made it, except over a cut.
+    for branch in branches {
         ok(&mut places.fsnap(&["rm", "--branch", branch.name.as_str()]));
     }
     no_strays(&catalog);

@@ -73,6 +73,12 @@ pub(crate) fn all(standing: &Standing) -> Record {
             ok(&mut places.fsnap(&["branch", &tag, "try"]));
             ok(&mut places.fsnap(&["rm", "--branch", "try"]));
         }
+        if number % 4 == 3 {
+            let alone = alone(number);
+            ok(&mut places.fsnap(&["checkpoint", "subvolume", "--tag", &alone]));
+            ok(&mut places.fsnap(&["branch", &alone, &alone]));
+            mark(&branched(number));
+        }
         if let Some(old) = number.checked_sub(KEPT) {
             mark(&leaving(old));
             ok(&mut places.fsnap(&["rm", &self::tag(old)]));
@@ -120,6 +126,16 @@ pub(crate) fn tag(number: u32) -> String {
 /// The mark that says that the checkpoint of that step was promised.
 pub(crate) fn taken(number: u32) -> String {
     format!("taken-{number}")
+}
+
+/// The tag of a checkpoint of the btrfs volume, and the branch that is kept of it.
+pub(crate) fn alone(number: u32) -> String {
+    format!("alone-{number}")
+}
+
+/// The mark that says that this branch was promised.
+pub(crate) fn branched(number: u32) -> String {
+    format!("branched-{number}")
 }
 
 /// The mark that says that it may be gone.

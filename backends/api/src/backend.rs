@@ -87,7 +87,7 @@ pub trait Backend: fmt::Debug + Send + Sync {
     ///   [`ErrorKind::NotFound`](crate::ErrorKind::NotFound); `delete` then removes what there is.
     fn settle(&self, at: &Locator) -> Result<Snapshot>;
 
-    /// Makes a volume at `at` that starts equal to `snapshot`.
+    /// Makes a volume at `at` that starts equal to `snapshot`, and durable: a power cut after the return does not take it away.
     ///
     /// Requires [`Capabilities::clones`]; without it, fails with
     /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported).
