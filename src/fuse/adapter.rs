@@ -3,7 +3,7 @@
 //! Names and attributes are cached without end, for nothing changes them but requests that went through the kernel; a file
 //! that the kernel writes past us is the exception, and so long its attributes are not cached.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, InitFlags,
     IoctlFlags, KernelConfig, LockOwner, Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
@@ -27,6 +27,8 @@ use super::wire::{
 };
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// As libfuse has it: what a name in a listing leads to that is known no more.
+const UNKNOWN: u64 = 0xffff_ffff;
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
 const OPENING: Duration = Duration::from_millis(1);
 /// The kernel keeps this for the file that it passes writes through to, when a program takes it off later (`F_SETFL`): all that it wrote anywhere
@@ -104,13 +106,21 @@ impl Adapter {
     }
 
     /// The names of an open directory; from the beginning, they are read anew.
-    fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<std::ffi::OsString>>, Errno> {
+    ///
+    /// With them, whether a name that is gone by now must be told: the kernel finds the place of others who read the directory by it.
+    fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<(Arc<Vec<OsString>>, bool), Errno> {
         let found = self.handles.get(handle.0);
         let Some(Handle::Dir(dir)) = found.as_deref() else { return Err(Errno::EBADF) };
-        dir.names.at(offset, || {
-            let listed = self.overlay.list(ino).map_err(errno)?;
-            Ok(listed.into_iter().map(|entry| entry.name).collect())
-        })
+        let names = dir.names(offset, || {
+            self.overlay.list(ino).map(|listed| listed.into_iter().map(|entry| entry.name).collect())
+        });
+        Ok((names.map_err(errno)?, dir.is_shared()))
+    }
+
+    /// Answers with what was made in a directory.
+    fn made_in(&self, parent: INodeNo, made: super::overlay::Result<Attr>, reply: ReplyEntry) {
+        self.handles.names_changed(&[self.own(parent)]);
+        self.entry(made, reply);
     }
 
     /// The entries before the names.
@@ -228,23 +238,28 @@ impl Filesystem for Adapter {
         reply: ReplyEntry,
     ) {
         let made = self.overlay.make_node(self.own(parent), name, mode, umask, unpack_device(rdev), caller(request));
-        self.entry(made, reply);
+        self.made_in(parent, made, reply);
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        self.entry(self.overlay.make_dir(self.own(parent), name, mode, umask, caller(request)), reply);
+        self.made_in(parent, self.overlay.make_dir(self.own(parent), name, mode, umask, caller(request)), reply);
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        done(self.overlay.unlink(self.own(parent), name), reply);
+        let removed = self.overlay.unlink(self.own(parent), name);
+        self.handles.names_changed(&[self.own(parent)]);
+        done(removed, reply);
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        done(self.overlay.rmdir(self.own(parent), name), reply);
+        let removed = self.overlay.rmdir(self.own(parent), name);
+        self.handles.names_changed(&[self.own(parent)]);
+        done(removed, reply);
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.entry(self.overlay.make_symlink(self.own(parent), name, target.as_os_str(), caller(request)), reply);
+        let made = self.overlay.make_symlink(self.own(parent), name, target.as_os_str(), caller(request));
+        self.made_in(parent, made, reply);
     }
 
     fn rename(
@@ -262,14 +277,14 @@ impl Filesystem for Adapter {
         if flags.contains(RenameFlags::RENAME_WHITEOUT) || (no_replace && exchange) {
             return reply.error(Errno::EINVAL);
         }
-        done(
-            self.overlay.rename((self.own(parent), name), (self.own(newparent), newname), no_replace, exchange),
-            reply,
-        );
+        let (from, to) = (self.own(parent), self.own(newparent));
+        let renamed = self.overlay.rename((from, name), (to, newname), no_replace, exchange);
+        self.handles.names_changed(&[from, to]);
+        done(renamed, reply);
     }
 
     fn link(&self, _: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        self.entry(self.overlay.link(self.own(ino), self.own(newparent), newname), reply);
+        self.made_in(newparent, self.overlay.link(self.own(ino), self.own(newparent), newname), reply);
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -326,6 +341,7 @@ impl Filesystem for Adapter {
             Ok(created) => created,
             Err(error) => return reply.error(errno(error)),
         };
+        self.handles.names_changed(&[self.own(parent)]);
         let may_pass = self.overlay.may_be_passed() && mode & 0o6000 == 0 && flags & APPEND == 0;
         let access = Access::Create;
         let register = |file: &_| reply.open_backing(file);
@@ -423,13 +439,13 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let kept = FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE;
-        reply.opened(FileHandle(self.handles.open_dir()), kept);
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        let (handle, kept) = self.handles.open_dir(self.own(ino));
+        reply.opened(FileHandle(handle), kept);
     }
 
     fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let names = match self.names(self.own(ino), fh, offset) {
+        let (names, tells_gone) = match self.names(self.own(ino), fh, offset) {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
@@ -437,9 +453,12 @@ impl Filesystem for Adapter {
             return reply.ok();
         }
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
-            // A name that went since the listing is left out.
-            let Ok(Some(attr)) = self.overlay.peek(self.own(ino), name) else { continue };
-            if reply.add(INodeNo(attr.ino + self.base), at as u64 + 3, kind(attr.kind), name) {
+            let (number, kind) = match self.overlay.peek(self.own(ino), name) {
+                Ok(Some(attr)) => (attr.ino + self.base, kind(attr.kind)),
+                _ if tells_gone => (UNKNOWN, FileType::RegularFile),
+                _ => continue,
+            };
+            if reply.add(INodeNo(number), at as u64 + 3, kind, name) {
                 break;
             }
         }
@@ -447,7 +466,7 @@ impl Filesystem for Adapter {
     }
 
     fn readdirplus(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let names = match self.names(self.own(ino), fh, offset) {
+        let (names, tells_gone) = match self.names(self.own(ino), fh, offset) {
             Ok(names) => names,
             Err(error) => return reply.error(error),
         };
@@ -455,9 +474,17 @@ impl Filesystem for Adapter {
             return reply.ok();
         }
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
-            let Ok(attr) = self.overlay.look_up(self.own(ino), name) else { continue };
+            let at = at as u64 + 3;
+            let Ok(attr) = self.overlay.look_up(self.own(ino), name) else {
+                // Without a number of its own, the kernel takes the name and nothing else.
+                let gone = FileAttr { ino: INodeNo(UNKNOWN), ..nothing() };
+                if tells_gone && reply.add(INodeNo(0), at, name, &Duration::ZERO, &gone, GENERATION) {
+                    break;
+                }
+                continue;
+            };
             let (fuse, ttl) = self.attr_of(&attr);
-            if reply.add(fuse.ino, at as u64 + 3, name, &ttl, &fuse, GENERATION) {
+            if reply.add(fuse.ino, at, name, &ttl, &fuse, GENERATION) {
                 // It did not fit, so that the kernel does not hold it.
                 self.overlay.forget(attr.ino, 1);
                 break;
@@ -466,8 +493,12 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        self.handles.close(fh.0);
+    fn releasedir(&self, _: &Request, ino: INodeNo, fh: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.handles.close_dir(fh.0, || {
+            if let Some(notifier) = self.notifier.get() {
+                let _ = notifier.inval_inode(ino, 0, 0);
+            }
+        });
         reply.ok();
     }
 

@@ -41,6 +41,7 @@ use pending::Pending;
 use tree::{Tree, Trees};
 
 use super::branches::Branches;
+use super::session;
 use crate::name::Name;
 
 pub(super) use errno::of as errno_of;
@@ -132,7 +133,11 @@ impl Browse {
             Err(Errno::MFILE | Errno::NFILE) => {
                 self.trees.let_go(Duration::ZERO);
                 self.branches.let_go(Duration::ZERO);
-                act()
+                act().inspect_err(|&error| {
+                    if matches!(error, Errno::MFILE | Errno::NFILE) {
+                        (self.report)(&session::Error::NoDescriptor { source: error.into() }.into());
+                    }
+                })
             }
             done => done,
         }
@@ -154,7 +159,7 @@ impl Browse {
         let found = match &parent.what {
             What::Place(place) => {
                 self.pending.seal(self.layout.records(), &self.report);
-                self.layout.child(place, name, &self.trees).map_err(|error| self.failed(&error))?
+                self.with_room(|| self.layout.child(place, name, &self.trees).map_err(|error| self.failed(&error)))?
             }
             What::Volume(tree) | What::Entry(tree, _) => {
                 let dir = self.dir(&parent)?;
@@ -226,7 +231,8 @@ impl Browse {
                 Ok(Attr { meta, name: Keep::Forever, attributes: Keep::Forever })
             }
             What::Place(place) => {
-                let meta = self.layout.meta(place).map_err(|error| self.failed(&error))?.ok_or(Errno::STALE)?;
+                let meta = self.with_room(|| self.layout.meta(place).map_err(|error| self.failed(&error)))?;
+                let meta = meta.ok_or(Errno::STALE)?;
                 Ok(Attr { meta: FileMeta { ino: number, ..meta }, name: place.keep(), attributes: place.keep() })
             }
             What::Entry(..) => Ok(self.attr_of(&node)),
@@ -239,7 +245,7 @@ impl Browse {
         let found: Vec<(OsString, Found)> = match &node.what {
             What::Place(place) => {
                 self.pending.seal(self.layout.records(), &self.report);
-                self.layout.children(place, &self.trees).map_err(|error| self.failed(&error))?
+                self.with_room(|| self.layout.children(place, &self.trees).map_err(|error| self.failed(&error)))?
             }
             What::Volume(tree) | What::Entry(tree, _) => {
                 let dir = self.dir(&node)?;

@@ -7,15 +7,20 @@
 //!
 //! A mapping of a file that is passed through is one of the registered file, and outlives the handle that it was made by; nobody tells us of
 //! its end. So a file stays registered when its last handle is closed, for as long as the kernel says that somebody has it.
+//!
+//! The names of a directory the kernel keeps as one list for all who read it, and where somebody goes on he is given what has the same position in
+//! the list that is there by then. So all who share it must be told the same list. When a name has come or gone, those who open the directory
+//! from then on read for themselves, until the others are done.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
 use fuser::{BackingId, FopenFlags};
 
-use super::open::{Names, Table, locked};
+use super::open::{Table, locked};
 use super::overlay::{Ino, OpenFile};
 use super::sys;
 
@@ -36,7 +41,58 @@ pub(super) struct FileHandle {
 /// An open directory.
 #[derive(Debug)]
 pub(super) struct DirHandle {
-    pub(super) names: Names<OsString>,
+    ino: Ino,
+    /// What it is read from, since it was read from the beginning.
+    names: Mutex<Option<List>>,
+    /// What those read that the kernel has one list for, if this is one of them.
+    shared: Option<Arc<Mutex<Weak<Vec<OsString>>>>>,
+    opened: Instant,
+}
+
+/// The names of a directory at one moment.
+type List = Arc<Vec<OsString>>;
+
+/// Who begins to read within this time after the opening may be told what was there at the opening.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
+impl DirHandle {
+    /// The names for a reading that goes on at `offset`; `read` reads them anew.
+    pub(super) fn names<E>(&self, offset: u64, read: impl FnOnce() -> Result<Vec<OsString>, E>) -> Result<List, E> {
+        let mut own = locked(&self.names);
+        if let Some(names) = own.as_ref().filter(|_| offset != 0) {
+            return Ok(names.clone());
+        }
+        let names = match &self.shared {
+            None => Arc::new(read()?),
+            Some(shared) => {
+                let mut last = locked(shared);
+                // What the kernel told before may come from the others' list.
+                let joins = own.is_none() && (offset != 0 || self.opened.elapsed() < AT_ONCE);
+                let names = match last.upgrade().filter(|_| joins) {
+                    Some(names) => names,
+                    None => Arc::new(read()?),
+                };
+                *last = Arc::downgrade(&names);
+                names
+            }
+        };
+        *own = Some(names.clone());
+        Ok(names)
+    }
+
+    /// Whether the kernel may tell others what this one is told.
+    pub(super) fn is_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+}
+
+/// A directory that is open by handles for which the kernel has one list.
+#[derive(Debug, Default)]
+struct SharedDir {
+    handles: u64,
+    names: Arc<Mutex<Weak<Vec<OsString>>>>,
+    /// A name has come or gone since.
+    changed: bool,
 }
 
 /// What a file is opened for.
@@ -121,6 +177,7 @@ impl Modes {
 pub(super) struct Handles {
     open: Table<Handle>,
     modes: Mutex<Modes>,
+    dirs: Mutex<HashMap<Ino, SharedDir>>,
     /// Held while the length of a file changes that nobody needs to have open for that.
     pub(super) resizing: Mutex<()>,
     /// The kernel may be asked to pass requests through.
@@ -144,8 +201,43 @@ impl Handles {
         self.open.is_empty()
     }
 
-    pub(super) fn open_dir(&self) -> u64 {
-        self.open.add(Handle::Dir(DirHandle { names: Names::default() }))
+    /// Opens a directory; the kernel is told whether the list that it has is for this one, too.
+    pub(super) fn open_dir(&self, ino: Ino) -> (u64, FopenFlags) {
+        let opened = Instant::now();
+        let mut dirs = locked(&self.dirs);
+        let dir = dirs.entry(ino).or_default();
+        let shared = (!dir.changed).then(|| dir.names.clone());
+        dir.handles += u64::from(shared.is_some());
+        let flags = match shared {
+            Some(_) => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
+            None => FopenFlags::FOPEN_KEEP_CACHE,
+        };
+        (self.open.add(Handle::Dir(DirHandle { ino, names: Mutex::default(), shared, opened })), flags)
+    }
+
+    /// A name in these directories has come or gone. Called before whoever did that is answered.
+    pub(super) fn names_changed(&self, changed: &[Ino]) {
+        let mut dirs = locked(&self.dirs);
+        for ino in changed {
+            if let Some(dir) = dirs.get_mut(ino) {
+                dir.changed = true;
+            }
+        }
+    }
+
+    /// Closes a directory. `forget` is called first if the kernel may have a list from before a name came or went.
+    pub(super) fn close_dir(&self, number: u64, forget: impl FnOnce()) {
+        let Some(handle) = self.open.remove(number) else { return };
+        let Handle::Dir(DirHandle { ino, shared: Some(_), .. }) = &*handle else { return };
+        if locked(&self.dirs).get(ino).is_some_and(|dir| dir.changed) {
+            forget();
+        }
+        let mut dirs = locked(&self.dirs);
+        let Some(dir) = dirs.get_mut(ino) else { return };
+        dir.handles -= 1;
+        if dir.handles == 0 {
+            dirs.remove(ino);
+        }
     }
 
     /// Chooses the way in which the file is opened; `may_pass` says whether it may be passed through. Calls `alone` if it is opened for

@@ -35,6 +35,14 @@ pub enum Error {
     /// What lies below cannot be made visible.
     #[error(transparent)]
     Mount(#[from] crate::mount::Error),
+    /// A chain of branches is too long for what the process may have open, or too much is in use at once.
+    #[error(
+        "no descriptor is left, though what nobody uses was closed: {source}; allow the server more (`ulimit -n`, `LimitNOFILE=` in a unit), and mount again"
+    )]
+    NoDescriptor {
+        /// What the last call said.
+        source: std::io::Error,
+    },
     /// Nothing of ours is mounted there.
     #[error("{dir:?} is not mounted by fsnap")]
     NotMounted {

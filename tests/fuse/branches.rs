@@ -39,6 +39,7 @@ pub(crate) const CASES: &[Case] = &[
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
     ("old_checkpoints_of_a_branch_give_their_room_back", old_checkpoints_of_a_branch_give_their_room_back),
     ("a_chain_of_branches_takes_a_few_descriptors_for_each", a_chain_of_branches_takes_a_few_descriptors_for_each),
+    ("a_chain_that_is_too_long_leaves_the_others_readable", a_chain_that_is_too_long_leaves_the_others_readable),
 ];
 
 /// Two of so many want the same part of the space of numbers, but in one of two hundred runs. Whoever is asked for first must not get it.
@@ -631,4 +632,36 @@ fn a_chain_of_branches_takes_a_few_descriptors_for_each() {
         }
     }
     past.unmount();
+}
+
+/// SQLite says of no descriptor only that it cannot open its file, so that nothing was let go of for that.
+fn a_chain_that_is_too_long_leaves_the_others_readable() {
+    const LEVELS: usize = 24;
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("file"), "z0").unwrap();
+    let mut checkpoints = vec![past.checkpoint()];
+    past.mount();
+    for level in 1..=LEVELS {
+        fs::create_dir(past.at(&format!("branches/z{level}@latest"))).unwrap();
+        fs::write(past.at(&format!("branches/z{level}/db/file")), format!("z{level}")).unwrap();
+        checkpoints.push(past.fsnap(["checkpoint", "--branch", &format!("z{level}")]));
+    }
+    past.unmount();
+    past.mount();
+    past.allow_descriptors(50);
+    let mut refused = 0;
+    for (level, id) in checkpoints.iter().enumerate() {
+        match fs::read_to_string(past.at(&format!("ids/{id}/db/file"))) {
+            Ok(read) => assert_eq!(read, format!("z{level}")),
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(Errno::MFILE.raw_os_error()), "{level}: {error}");
+                refused += 1;
+            }
+        }
+        assert_eq!(names(past.at("tags")), [""; 0], "{level}");
+    }
+    assert!((1..LEVELS).contains(&refused), "{refused}");
+    let said = past.unmount();
+    assert!(said.contains("no descriptor is left") && said.contains("ulimit -n"), "{said}");
 }

@@ -2,10 +2,11 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::mem::MaybeUninit;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::fs::{OFlags, XattrFlags};
+use rustix::fs::{OFlags, RawDir, XattrFlags};
 use rustix::process::Uid;
 
 use crate::Case;
@@ -18,6 +19,7 @@ pub(crate) const CASES: &[Case] = &[
         "a_file_that_was_opened_to_append_can_be_written_elsewhere",
         a_file_that_was_opened_to_append_can_be_written_elsewhere,
     ),
+    ("who_lists_while_names_go_is_told_all_others", who_lists_while_names_go_is_told_all_others),
 ];
 
 /// A way to write to a file.
@@ -108,5 +110,48 @@ fn a_file_that_was_opened_to_append_can_be_written_elsewhere() {
     }
     assert_eq!(fs::read_to_string(site.at("below")).unwrap(), "new3456789endEND");
     assert_eq!(fs::read_to_string(site.at("made")).unwrap(), "newEND");
+    site.end();
+}
+
+/// The kernel keeps one list of a directory. When somebody else had it renewed, whoever was in the middle of the old one went on in the new one.
+fn who_lists_while_names_go_is_told_all_others() {
+    const NAMES: usize = 1000;
+    let site = Site::new(|_| {});
+    let dir = site.at("dir");
+    fs::create_dir(&dir).unwrap();
+    for number in 0..NAMES {
+        File::create(dir.join(format!("name {number}"))).unwrap();
+    }
+    let list = || fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    // Now the kernel has it.
+    assert_eq!(list().len(), NAMES);
+    let open = File::open(&dir).unwrap();
+    let mut buffer = [MaybeUninit::uninit(); 1024];
+    let mut reader = RawDir::new(&open, &mut buffer);
+    let mut next = || {
+        loop {
+            let name = reader.next()?.unwrap().file_name().to_str().unwrap().to_owned();
+            if name != "." && name != ".." {
+                return Some(name);
+            }
+        }
+    };
+    let mut told: Vec<String> = (0..NAMES / 5).map(|_| next().unwrap()).collect();
+    let gone = &told[..NAMES / 10];
+    gone.iter().for_each(|name| fs::remove_file(dir.join(name)).unwrap());
+    let left = NAMES - gone.len();
+    assert_eq!(list().len(), left);
+    told.extend(std::iter::from_fn(&mut next));
+    assert_eq!(told.len(), NAMES);
+    told.sort();
+    told.dedup();
+    assert_eq!(told.len(), NAMES);
+    // Whoever comes meanwhile, and afterwards, is told what there is.
+    File::create(dir.join("new")).unwrap();
+    assert_eq!(list().len(), left + 1);
+    drop(open);
+    for _ in 0..2 {
+        assert_eq!(list().len(), left + 1);
+    }
     site.end();
 }

@@ -147,7 +147,8 @@ impl Tree {
         let node = self.node(ino)?;
         let (upper, indexed) = (node.upper, node.index.is_some());
         // What is held of the lower keeps its names there, and a directory's are not counted.
-        let gone = ino != ROOT && node.names.is_empty() && (!upper || node.kind == FileType::Directory);
+        let uncounted = !upper || node.kind == FileType::Directory || node.nameless;
+        let gone = ino != ROOT && node.names.is_empty() && uncounted;
         let mut attr = self.attr_of(ino, &object, stat, upper, indexed)?;
         if gone {
             attr.nlink = 0;

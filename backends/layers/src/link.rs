@@ -25,7 +25,7 @@ impl Overlay {
         }
         if tree.node(ino)?.names.is_empty() && tree.node(ino)?.index.is_none() {
             let object = tree.object(ino)?;
-            if !tree.node(ino)?.upper || object.stat()?.st_nlink == 0 {
+            if !tree.node(ino)?.upper || tree.node(ino)?.nameless || object.stat()?.st_nlink == 0 {
                 return Err(Errno::NOENT);
             }
         }
@@ -67,7 +67,74 @@ impl Tree {
         let node = self.node_mut(ino)?;
         node.pin = Some(pin);
         node.index = None;
-        node.names.clear();
+        node.nameless = true;
+        for (parent, name) in node.names.clone() {
+            self.nodes.remove_name(ino, parent, &name);
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::fs;
+
+    use fsnap_backend::beneath;
+    use rustix::io::Errno;
+
+    use super::super::node::ROOT;
+    use super::super::{Below, Caller, Overlay};
+
+    /// A file that is written past the tree while it is sealed keeps its name in the sealed layer, which leads to a copy of it. The file system
+    /// counts that name, and users must not.
+    #[test]
+    fn a_name_in_a_sealed_state_is_not_counted() {
+        let base = tempfile::tempdir().unwrap();
+        let (lower, store) = (base.path().join("lower"), base.path().join("store"));
+        fs::create_dir(&lower).unwrap();
+        let tree = Overlay::open_at_once(Below::Dir(beneath::open_root(&lower).unwrap()), &store).unwrap();
+        let name = OsStr::new("file");
+        let ino = tree.create(ROOT, name, 0o644, 0, Caller { uid: 0, gid: 0 }).unwrap().0.ino;
+        tree.seal("image", || ((), vec![ino])).unwrap();
+        assert_eq!(tree.attr(ino).unwrap().nlink, 1);
+        tree.link(ino, ROOT, OsStr::new("other")).unwrap();
+        tree.unlink(ROOT, name).unwrap();
+        assert_eq!(tree.attr(ino).unwrap().nlink, 1);
+        tree.unlink(ROOT, OsStr::new("other")).unwrap();
+        assert_eq!(tree.attr(ino).unwrap().nlink, 0);
+        assert_eq!(tree.link(ino, ROOT, name).unwrap_err(), Errno::NOENT);
+        assert!(tree.list(ROOT).unwrap().is_empty());
+    }
+
+    /// The directory was taken to have the file in it for ever, and stayed open when it was removed.
+    #[test]
+    fn a_file_with_several_names_lets_go_of_its_directories() {
+        let base = tempfile::tempdir().unwrap();
+        let lower = base.path().join("lower");
+        for dir in ["one", "two"] {
+            fs::create_dir_all(lower.join(dir)).unwrap();
+        }
+        fs::write(lower.join("one/file"), "").unwrap();
+        fs::hard_link(lower.join("one/file"), lower.join("two/file")).unwrap();
+        let root = beneath::open_root(&lower).unwrap();
+        let tree = Overlay::open_at_once(Below::Dir(root), &base.path().join("store")).unwrap();
+        let file = OsStr::new("file");
+        let dirs = ["one", "two"].map(OsStr::new);
+        let known = dirs.map(|dir| {
+            let dir = tree.look_up(ROOT, dir).unwrap().ino;
+            (dir, tree.look_up(dir, file).unwrap().ino)
+        });
+        for (dir, _) in known {
+            tree.unlink(dir, file).unwrap();
+        }
+        for dir in dirs {
+            tree.rmdir(ROOT, dir).unwrap();
+        }
+        for (dir, ino) in known {
+            tree.forget(ino, 1);
+            tree.forget(dir, 1);
+        }
+        assert_eq!(tree.known(), 1);
     }
 }

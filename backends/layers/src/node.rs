@@ -32,6 +32,8 @@ pub(super) struct Node {
     pub(super) lower: Option<LowerAt>,
     /// The file itself, held since its last known name went.
     pub(super) pin: Option<Object>,
+    /// No name leads to it any more, though a sealed state may have one that its file system counts.
+    pub(super) nameless: bool,
     /// Whether a directory hands on an ACL to what is made in it, if that is known.
     pub(super) hands_on: Option<bool>,
     /// It was made here and was given no attribute since, so that it has no capabilities.
@@ -58,6 +60,7 @@ impl Node {
             lower_dir: None,
             lower: None,
             pin: None,
+            nameless: false,
             hands_on: None,
             incapable: false,
             file: None,

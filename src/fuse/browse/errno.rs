@@ -1,6 +1,7 @@
 //! From errors to numbers: the one table.
 
 use fsnap_backend::ErrorKind;
+use rusqlite::ErrorCode::CannotOpen;
 use rustix::io::Errno;
 
 use crate::{Error, catalog};
@@ -65,6 +66,11 @@ fn catalog(error: &catalog::Error) -> Errno {
         catalog::Error::Missing { .. } => Errno::NOENT,
         catalog::Error::Full { .. } => Errno::NOSPC,
         catalog::Error::Io { source, .. } => system(source),
+        // SQLite does not say why it cannot open a file. It has up to three, and to close another one of them would take its locks away.
+        catalog::Error::Database { source, .. } if source.sqlite_error_code() == Some(CannotOpen) => {
+            let others = (0..3).map(|_| std::fs::File::open("/")).collect::<std::io::Result<Vec<_>>>();
+            others.err().map_or(Errno::IO, |error| system(&error))
+        }
         _ => Errno::IO,
     }
 }
