@@ -89,15 +89,19 @@ struct Called {
     rest: bool,
 }
 
-/// How long another fsnap may be at work on what is to be taken back.
+/// How long another fsnap may be at work on what is to be taken back, or keep the processes frozen.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl RunCheckpoint<'_> {
-    /// Takes it, after those that others are taking; the next command seals it. On failure nothing of it is left, and the run goes on.
+    /// Takes it, after those that others are taking, of the run or of its processes; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
         let _turn = self.run.begin_saving()?;
         let (init, root) = self.run.running()?;
         refuse_out_of_reach(root)?;
+        // One that is stopped by a signal meanwhile cannot be saved, and one that is traced cannot be stopped.
+        let catalog = Catalog::open(self.state, Access::Read, PATIENCE)?;
+        let _alone = catalog.turn_to_freeze(&Tree::of_pid(root.pid)?, PATIENCE)?;
+        drop(catalog);
         let (dir, _lock) = self.make_directory()?;
         let mut id = None;
         match self.dump(init, root, &dir, &mut id) {
