@@ -357,6 +357,12 @@ pub enum Error {
         /// The run.
         name: Name,
     },
+    /// The run is the one that fsnap was called in: it cannot see what waits for the processes there, itself among them.
+    #[error("the run {name} is the one that this command is part of")]
+    RunAround {
+        /// The run.
+        name: Name,
+    },
     /// The run has no processes any more.
     #[error("the run {name} has ended")]
     RunEnded {
@@ -376,6 +382,14 @@ pub enum Error {
     NotOfARun {
         /// The checkpoint.
         id: CheckpointId,
+    },
+    /// The processes of the checkpoint were a run: they have files, and places for files, that only a run has.
+    #[error("checkpoint {} holds the run {name}, which goes on as a run and not otherwise", .id.short())]
+    IsOfARun {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The run that was saved.
+        name: Name,
     },
     /// The record of a run cannot be used.
     #[error("{path} cannot be used: {reason}")]

@@ -24,7 +24,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use fsnap_backend::beneath;
@@ -153,6 +153,8 @@ pub enum RunState {
     },
     /// It runs in a pid namespace that does not show from here.
     Elsewhere,
+    /// It is the run that this process is one of.
+    Within,
     /// All its processes have ended.
     Ended(Ended),
 }
@@ -213,7 +215,18 @@ impl Runs {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).context("read", &path),
         };
-        Ok(Some(Run { state: state_of(&place), record, place }))
+        let state = match state_of(&place) {
+            RunState::Elsewhere if self.is_within(&place) => RunState::Within,
+            state => state,
+        };
+        Ok(Some(Run { state, record, place }))
+    }
+
+    /// Whether this process is one of the run with the directory `place`: where all runs see their own output, it sees that one's.
+    fn is_within(&self, place: &Path) -> bool {
+        let identity = |path: PathBuf| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+        let outputs = (identity(self.output()), identity(place.join(OUTPUT)));
+        matches!(outputs, (Ok(seen), Ok(its)) if seen == its)
     }
 
     /// The run of that name, which must be there.
@@ -370,6 +383,7 @@ impl Run {
             RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
             RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
             RunState::Elsewhere => Err(Error::RunElsewhere { name: self.record.name.clone() }),
+            RunState::Within => Err(Error::RunAround { name: self.record.name.clone() }),
             RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
     }

@@ -36,6 +36,7 @@ fn stop(run: &Run, patience: Duration) -> Outcome {
     let (init, root) = match run.state {
         RunState::Running { init, root } => (init, root),
         RunState::Elsewhere => return Err(Error::RunElsewhere { name: run.record.name.clone() }.into()),
+        RunState::Within => return Err(Error::RunAround { name: run.record.name.clone() }.into()),
         RunState::Starting | RunState::Ended(_) => return Ok(()),
     };
     let failed = |source| Error::Io { action: "end", object: format!("the run {}", run.record.name), source };

@@ -109,6 +109,11 @@ fn copies_go_on_side_by_side() {
     running.says("one", "3");
     let id = site.ok(["checkpoint", "one", "--tag", "saved", "-m", "while it counts"]);
     running.counts_on("one");
+    // It has files that only a run has: the engine said that it cannot find them.
+    let refused = site.command(["restore", "saved"]).output().unwrap();
+    let reason = format!("checkpoint {} holds the run one, which goes on as a run and not otherwise", &id[..12]);
+    assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
+    assert_eq!(site.ok(["branches", "--json"]), "[]");
     let shown = site.json(["show", "--json", "saved"]);
     assert_eq!(shown["message"], "while it counts");
     let member = &shown["members"];
