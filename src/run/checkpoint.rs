@@ -214,8 +214,7 @@ impl RunCheckpoint<'_> {
             return Ok(Called { said: None, rest });
         }
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(Error::HookFailed { said: said.trim_end().replace("fsnap: error: ", "") });
+            return Err(Error::HookFailed { said: without_labels(&String::from_utf8_lossy(&output.stderr)) });
         }
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(Called { said: said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()), rest })
@@ -236,6 +235,15 @@ impl RunCheckpoint<'_> {
             }
         }
     }
+}
+
+/// What a command of fsnap said, to be said by this one.
+fn without_labels(said: &str) -> String {
+    let lines = said.trim_end().lines().map(|line| {
+        let unlabelled = line.strip_prefix("fsnap: ").unwrap_or(line);
+        unlabelled.strip_prefix("error: ").unwrap_or(unlabelled)
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// The engine would find out only while the processes stand.

@@ -343,6 +343,7 @@ fn nothing_but_volumes_can_be_written() {
     let strict = ["checkpoint", "cell", "--outside", "refuse"];
     let refused = site.command(strict).output().unwrap();
     let reason = format!("can write to the mount at {} (", texts[0]);
+    assert!(said(&refused).contains("\n    hint: `fsnap audit PID` lists all of it"), "{}", said(&refused));
     assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
     site.holds_nothing_but(0);
     let id = site.ok([&strict[..], &["--ignore", &texts[0]]].concat());
