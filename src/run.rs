@@ -245,10 +245,7 @@ impl Runs {
         }
         let _alone = self.alone()?;
         let path = dir.join(record.name.as_str());
-        if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
-            let by = Some("`fsnap ps` lists the runs".to_owned());
-            return Err(Error::NameTaken { what: "the run", name: record.name.clone(), by });
-        }
+        self.refuse_taken(&record.name)?;
         remove(&path)?;
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
@@ -262,6 +259,16 @@ impl Runs {
             .context("make", &log)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
+    }
+
+    /// Makes sure that no run of that name has not ended.
+    pub fn refuse_taken(&self, name: &Name) -> Result<()> {
+        let path = self.dir().join(name.as_str());
+        if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
+            let by = Some("`fsnap ps` lists the runs".to_owned());
+            return Err(Error::NameTaken { what: "the run", name: name.clone(), by });
+        }
+        Ok(())
     }
 
     /// Waits for others that make or remove runs: two do not take away what the other has begun under the same name.

@@ -17,6 +17,7 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("an_interrupted_copy_is_undone", an_interrupted_copy_is_undone),
+    ("a_copy_whose_name_is_taken_takes_nothing_away", a_copy_whose_name_is_taken_takes_nothing_away),
     ("an_interrupted_restore_is_undone", an_interrupted_restore_is_undone),
     ("one_within_another_has_not_ended", one_within_another_has_not_ended),
 ];
@@ -111,6 +112,34 @@ fn an_interrupted_copy_is_undone() {
     kill_process(Pid::from_child(&copying), Signal::HUP).unwrap();
     assert!(copying.wait_with_output().unwrap().status.success());
     running.counts_on("copy");
+}
+
+/// The log of the ended one was gone, or some copies were made and others not.
+fn a_copy_whose_name_is_taken_takes_nothing_away() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0"], &counter(&site));
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one"]);
+    site.ok(["branch", &id, "copy-2", "--run"]);
+    running.counts_on("copy-2");
+    site.ok(["stop", "copy-2"]);
+    let log = running.said("copy-2");
+    let refused = |args: &[&str], why: &str| {
+        let output = site.command([&["branch", &id], args, &["--run"]].concat()).output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+        assert_eq!(running.names(), ["one"]);
+        assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    };
+    refused(&["copy-2"], "the branch copy-2 exists already");
+    refused(&["copy", "--count", "2"], "the branch copy-2 exists already");
+    refused(&["one"], "the run one exists already");
+    refused(&["v0"], "the volume v0 exists already: a run of that name");
+    assert_eq!(running.said("copy-2"), log);
+    site.ok(["rm", "--branch", "copy-2"]);
+    site.ok(["branch", &id, "copy", "--run", "--count", "2"]);
+    running.counts_on("copy-2");
 }
 
 fn an_interrupted_restore_is_undone() {

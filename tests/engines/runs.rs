@@ -488,7 +488,11 @@ fn names_and_remains() {
         );
     }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
-    assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
+    assert!(
+        said(&volume).contains("would make `fsnap checkpoint NAME` mean either; choose another"),
+        "{}",
+        said(&volume)
+    );
     let pid = running.all()[0]["pid"].as_i64().unwrap();
     kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::STOP).unwrap();
     site.ok(["stop", "--time", "60", "job"]);
