@@ -8,6 +8,7 @@
 //! | a lock on it | who starts the run | until it runs, or has failed |
 //! | `run.json`, the [`RunRecord`] | the same | first of all |
 //! | `init`, an [`Init`] | the first stage | before there is any process |
+//! | `untold`, an [`Untold`] | who starts the run | until it runs: whoever finds it without the lock undoes the start |
 //! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
@@ -19,6 +20,7 @@
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
+mod untold;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -34,6 +36,7 @@ pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{
     AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
 };
+use untold::{UNTOLD, Untold};
 
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
@@ -257,6 +260,8 @@ impl Runs {
         beneath::open_root(&output)
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
+        // First, so that there is no run that looks like one of which somebody was told.
+        place.write(UNTOLD, &Untold::new(false)?)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
     }
@@ -346,9 +351,16 @@ impl Place {
         self.path.join("start.log")
     }
 
-    /// It runs: records the root of its tree, which may have ended already.
+    /// A branch of the run's name is about to be recorded, for it alone.
+    pub fn branch_is_recorded(&self) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(true)?)
+    }
+
+    /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.
     pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
-        self.write(ROOT, &root)
+        self.write(ROOT, &root)?;
+        let untold = self.path.join(UNTOLD);
+        fs::remove_file(&untold).context("remove", &untold)
     }
 
     /// It does not run: removes everything.

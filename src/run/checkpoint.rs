@@ -1,11 +1,12 @@
 //! Saves a run, processes and files, by the engine.
 //!
 //! The image directory is fsnap's own: in `images` of the state directory, locked while it is written. One that nobody holds and
-//! no checkpoint names is what a killed fsnap left, and goes with the next such checkpoint.
+//! no checkpoint names is what a killed fsnap left, and goes when its checkpoint is undone, with the next one of a run, or by `fsnap recover`.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
@@ -266,14 +267,14 @@ pub(crate) fn remove_images(state: &Path, images: &PathText) -> Result<()> {
         return Ok(());
     }
     match fs::remove_dir_all(images.as_path()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove", images.as_path()),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("remove", images.as_path()),
         _ => Ok(()),
     }
 }
 
-/// Removes the image directories that a killed fsnap left: nobody works on them, and no checkpoint names them.
-pub fn sweep_images(catalog: &Catalog) -> Result<()> {
-    let Ok(entries) = fs::read_dir(directory(catalog.state())) else { return Ok(()) };
+/// Removes the image directories that a killed fsnap left, and tells how many: nobody works on them, and no checkpoint names them.
+pub fn sweep_images(catalog: &Catalog) -> Result<usize> {
+    let Ok(entries) = fs::read_dir(directory(catalog.state())) else { return Ok(0) };
     // Locked before it is asked who needs it: whoever made it may have ended, and sealed its checkpoint, meanwhile.
     let free = entries.flatten().filter_map(|entry| {
         let lock = File::open(entry.path()).ok()?;
@@ -281,9 +282,9 @@ pub fn sweep_images(catalog: &Catalog) -> Result<()> {
     });
     let free: Vec<_> = free.collect();
     if free.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
-    let mut needed: Vec<PathText> = Vec::new();
+    let mut needed: BTreeSet<PathText> = BTreeSet::new();
     let engines = catalog.checkpoints()?.into_iter().map(|checkpoint| checkpoint.engine);
     needed.extend(engines.flatten().map(|engine| engine.images));
     for (_, intent) in catalog.intents()? {
@@ -291,10 +292,16 @@ pub fn sweep_images(catalog: &Catalog) -> Result<()> {
             needed.extend(pending.engine.map(|engine| engine.images));
         }
     }
-    for (dir, _lock) in free {
-        if !needed.iter().any(|images| images.as_path() == dir) {
-            fs::remove_dir_all(&dir).context("remove", &dir)?;
+    let mut removed = 0;
+    for (dir, _lock) in free.into_iter().filter(|(dir, _)| !needed.contains(&PathText(dir.clone()))) {
+        match fs::remove_dir_all(&dir) {
+            // An engine whose caller was killed makes files until it hears of that: the next time is early enough.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+            done => {
+                done.context("remove", &dir)?;
+                removed += 1;
+            }
         }
     }
-    Ok(())
+    Ok(removed)
 }

@@ -17,6 +17,7 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("an_interrupted_copy_is_undone", an_interrupted_copy_is_undone),
+    ("a_killed_copy_is_undone", a_killed_copy_is_undone),
     ("a_copy_whose_name_is_taken_takes_nothing_away", a_copy_whose_name_is_taken_takes_nothing_away),
     ("an_interrupted_restore_is_undone", an_interrupted_restore_is_undone),
     ("one_within_another_has_not_ended", one_within_another_has_not_ended),
@@ -112,6 +113,62 @@ fn an_interrupted_copy_is_undone() {
     kill_process(Pid::from_child(&copying), Signal::HUP).unwrap();
     assert!(copying.wait_with_output().unwrap().status.success());
     running.counts_on("copy");
+}
+
+/// It left a branch and an ended run as well, and the next copy could not have the name.
+fn a_killed_copy_is_undone() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one"]);
+    let left = |of: &str| fs::read_dir(site.path("state").join(of)).into_iter().flatten().count();
+    let has_undone = || {
+        let text = String::from_utf8(site.command(["log"]).output().unwrap().stderr).unwrap();
+        assert_eq!(site.ok(["branches", "--json"]), "[]");
+        assert_eq!((left("runs"), left("log")), (1, 0));
+        site.holds_nothing_but(1);
+        text
+    };
+    // Another branch of the name is not touched.
+    site.ok(["branch", &id, "other"]);
+    let refused = site.command(["branch", &id, "other", "--run"]).output().unwrap();
+    assert!(said(&refused).contains("the branch other exists already"), "{}", said(&refused));
+    site.ok(["rm", "--branch", "other"]);
+    let mut place = 1;
+    loop {
+        let mut command = site.command(["branch", &id, "copy", "--run"]);
+        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        if output.status.success() {
+            assert!(place > 5, "there were only {} places", place - 1);
+            break;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{}", said(&output));
+        has_undone();
+        place += 1;
+    }
+    running.counts_on("copy");
+    site.ok(["stop", "--time", "0", "copy"]);
+    // One that was told of is nobody's to undo.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    assert_eq!(left("runs"), 2);
+    site.ok(["rm", "--branch", "copy"]);
+    site.ok(["rm", "--run", "copy"]);
+    // The restore goes on without its caller, and something in its way never ends.
+    let programs = site.volumes[0].join("programs");
+    fs::create_dir(&programs).unwrap();
+    fs::write(programs.join("tar"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    fs::set_permissions(programs.join("tar"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let mut command = site.command(["branch", &id, "late", "--run"]);
+    let mut copying = command.env("PATH", path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the init", || site.path("state/runs/late/init").exists());
+    // Nobody takes it for abandoned as long as somebody works on it.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    copying.kill().unwrap();
+    copying.wait().unwrap();
+    assert_eq!(has_undone(), "fsnap: recovered: the start of the run late was not finished; it is undone\n");
+    running.counts_on("one");
 }
 
 /// The log of the ended one was gone, or some copies were made and others not.

@@ -540,9 +540,15 @@ fn killed_while_it_is_saved() {
     running.counts_on("one");
     site.holds_nothing_but(0);
     killed_before_scratch_places_are_saved(&site, &running);
-    // What it left goes with the next one.
+    // What it left goes when it is undone.
+    let images = || fs::read_dir(site.path("state/images")).unwrap().count();
+    assert_eq!(images(), 0);
+    // Of what was killed before there was anything to undo, `recover` tells.
+    fs::create_dir(site.path("state/images/0123456789abcdef")).unwrap();
+    assert_eq!(site.ok(["recover"]), "removed: a process image that no checkpoint needs");
+    assert_eq!((images(), site.ok(["recover"])), (0, "nothing is half done".into()));
     let id = site.ok(["checkpoint", "one"]);
-    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
+    assert_eq!((site.ok(["recover"]), images()), ("nothing is half done".into(), 1));
     site.holds_nothing_but(1);
     site.ok(["branch", &id, "copy", "--run"]);
     running.counts_on("copy");

@@ -163,7 +163,12 @@ fn one(
     };
     let what = format!("the copy {name}");
     let run = place.path().to_owned();
-    let restored = coordinator.restore(&request, &|| interrupts.hold(&what, Some(run.clone())));
+    let on_record = || {
+        // Without it, `fsnap branches` and `fsnap ps --all` show what a kill leaves.
+        let _ = place.branch_is_recorded();
+        interrupts.hold(&what, Some(run.clone()));
+    };
+    let restored = coordinator.restore(&request, &on_record);
     let is_interrupted = interrupts.settle();
     match restored {
         Ok((branch, restored)) if is_interrupted => {
