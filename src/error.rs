@@ -289,6 +289,18 @@ pub enum Error {
         /// The image directory.
         images: PathText,
     },
+    /// The engine named another process tree when it was frozen than when the checkpoint was begun: who writes besides would be told wrongly.
+    #[error(
+        "the checkpoint with the images in {images} was begun for the tree of process {begun}, and not of {called}"
+    )]
+    OtherTree {
+        /// The root that was named first.
+        begun: i32,
+        /// The one that was named now.
+        called: i32,
+        /// The image directory.
+        images: PathText,
+    },
     /// An earlier checkpoint was taken for these images, and could not be sealed.
     #[error("an earlier checkpoint with the images in {images} is not sealed yet")]
     Unsealed {
