@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{COPY_RECORD, Run};
+use super::{COPY_RECORD, Run, RunRecord};
 use crate::catalog::{Access, Catalog, Intent};
 use crate::checkpoint::{CheckpointId, EngineImages, PathText};
 use crate::coordinator::Coordinator;
@@ -177,7 +177,16 @@ impl RunCheckpoint<'_> {
     }
 
     fn no_volume(&self) -> String {
-        format!("the run {} can write to no registered volume: start it with `--volume`", self.run.record.name)
+        let RunRecord { name, volumes, .. } = &self.run.record;
+        let what = match &volumes[..] {
+            [] => "start it with `--volume`".to_owned(),
+            // It had one when it was started.
+            seen => {
+                let again = seen.iter().map(|seen| format!("`fsnap init {}`", seen.at));
+                format!("{} tells fsnap again what it writes to", again.collect::<Vec<_>>().join(", "))
+            }
+        };
+        format!("the run {name} can write to no registered volume: {what}")
     }
 
     fn call_hook(

@@ -18,9 +18,6 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("copies_go_on_side_by_side", copies_go_on_side_by_side),
     ("a_copy_is_copied", a_copy_is_copied),
-    ("saved_by_several_at_once", saved_by_several_at_once),
-    ("a_tag_that_is_taken_meanwhile_stays", a_tag_that_is_taken_meanwhile_stays),
-    ("saved_while_others_freeze_it", saved_while_others_freeze_it),
     ("the_settings_name_the_volumes_of_a_run", the_settings_name_the_volumes_of_a_run),
     ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
     ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
@@ -160,67 +157,6 @@ fn copies_go_on_side_by_side() {
     site.holds_nothing_but(0);
 }
 
-/// The checkpoint is worth more than its name.
-fn a_tag_that_is_taken_meanwhile_stays() {
-    let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
-    let first = site.ok(["checkpoint", "one"]);
-    let mut command = site.command(["checkpoint", "one", "--tag", "mine", "--tag", "taken"]);
-    command.env("FSNAP_FAILPOINT", "hook:frozen=sleep:4000").stdout(Stdio::piped()).stderr(Stdio::piped());
-    let images = || fs::read_dir(site.path("state/images")).unwrap().count();
-    let saving = command.spawn().unwrap();
-    // By now it has seen that the tags are free.
-    wait_until("the dump", || images() == 2);
-    site.ok(["tag", &first, "taken"]);
-    let saved = saving.wait_with_output().unwrap();
-    assert!(saved.status.success(), "{}", said(&saved));
-    let second = String::from_utf8(saved.stdout).unwrap().trim_end().to_owned();
-    let warning = format!(
-        "fsnap: warning: the checkpoint has no tag taken: it names checkpoint {} since this one was begun\n",
-        &first[..12]
-    );
-    assert_eq!(String::from_utf8(saved.stderr).unwrap(), warning);
-    for (tag, id) in [("mine", &second), ("taken", &first)] {
-        assert_eq!(site.json(["show", tag, "--json"])["id"], id.as_str());
-    }
-    site.holds_nothing_but(2);
-}
-
-/// Both failed, and the processes were left stopped: a signal stops them for one, and the engine traces them for the other.
-fn saved_while_others_freeze_it() {
-    let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
-    let pid = running.all()[0]["pid"].to_string();
-    let (by_signal, by_engine) = (["checkpoint", "--deadline", "60", "--pid", &pid], ["checkpoint", "one"]);
-    let stands = |states: &str| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        states.chars().any(|state| stat.contains(&format!(") {state} ")))
-    };
-    for (first, place, states, second) in
-        [(&by_signal[..], "take:all", "T", &by_engine[..]), (&by_engine[..], "hook:frozen", "t", &by_signal[..])]
-    {
-        let mut command = site.command(first);
-        command.env("FSNAP_FAILPOINT", format!("{place}=sleep:2000")).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let first = command.spawn().unwrap();
-        // As long as it is looked at, it stands all the time.
-        wait_until("the freeze", || (0..10).all(|_| stands(states)));
-        let second = site.command(second).output().unwrap();
-        let first = first.wait_with_output().unwrap();
-        assert!(first.status.success(), "{}", said(&first));
-        assert!(second.status.success(), "{}", said(&second));
-        running.counts_on("one");
-    }
-    site.holds_nothing_but(4);
-    let log = site.json(["log", "--json"]);
-    let saved = log.as_array().unwrap().iter().find(|one| !one["engine"].is_null()).unwrap();
-    site.ok(["branch", saved["id"].as_str().unwrap(), "copy", "--run"]);
-    running.counts_on("copy");
-}
-
 /// Only those are taken, and the audit names the other; of that one CRIU saves the files without names.
 fn the_settings_name_the_volumes_of_a_run() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
@@ -268,25 +204,6 @@ fn a_copy_is_copied() {
     let log = site.json(["log", "--json"]);
     assert_eq!(log[0]["branch"], "second", "{log}");
     assert_eq!(log[0]["parent"], log[1]["id"], "{log}");
-}
-
-/// The engine can trace a process for one dump at a time: others wait for their turn.
-fn saved_by_several_at_once() {
-    let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
-    let savers: Vec<_> = (0..4)
-        .map(|_| site.command(["checkpoint", "one"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
-        .collect();
-    for saver in savers {
-        let output = saver.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", said(&output));
-    }
-    running.counts_on("one");
-    assert_eq!(site.json(["log", "--json"]).as_array().unwrap().len(), 4);
-    site.ok(["branch", "@latest", "copy", "--run"]);
-    running.counts_on("copy");
 }
 
 fn nothing_but_volumes_can_be_written() {
@@ -603,7 +520,17 @@ fn failing_hooks_leave_the_run_alone() {
     // A run without volumes has nothing that could be kept with it.
     running.start("none", &[], "exec sleep 1000");
     let failed = site.command(["checkpoint", "none"]).output().unwrap();
-    assert!(said(&failed).contains("can write to no registered volume"), "{}", said(&failed));
+    let reason = "can write to no registered volume: start it with `--volume`";
+    assert!(said(&failed).contains(reason), "{}", said(&failed));
+    // One whose volumes were forgotten need not be started anew.
+    for volume in ["v0", "v1"] {
+        site.command(["rm", "--volume", volume]).output().unwrap();
+    }
+    let failed = site.command(["checkpoint", "one"]).output().unwrap();
+    let reason = format!("can write to no registered volume: `fsnap init {}`", site.volumes[0].display());
+    assert!(said(&failed).contains(&reason), "{}", said(&failed));
+    site.ok(["init".as_ref(), site.volumes[0].as_os_str()]);
+    site.ok(["checkpoint", "one"]);
 }
 
 /// `TAR_OPTIONS` of whoever takes the checkpoint left files out, and nobody was told.
