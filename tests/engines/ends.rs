@@ -152,6 +152,12 @@ fn a_killed_copy_is_undone() {
     // One that was told of is nobody's to undo.
     assert_eq!(site.ok(["recover"]), "nothing is half done");
     assert_eq!(left("runs"), 2);
+    // Nor is it when the mark is back, as after a power cut.
+    let mark = site.path("state/runs/copy/untold");
+    fs::write(&mark, r#"{"boot":"another","branch":true}"#).unwrap();
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    assert!(mark.exists());
     site.ok(["rm", "--branch", "copy"]);
     site.ok(["rm", "--run", "copy"]);
     // The restore goes on without its caller, and something in its way never ends.
