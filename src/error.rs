@@ -289,6 +289,18 @@ pub enum Error {
         /// The image directory.
         images: PathText,
     },
+    /// The engine named another process tree when it was frozen than when the checkpoint was begun: who writes besides would be told wrongly.
+    #[error(
+        "the checkpoint with the images in {images} was begun for the tree of process {begun}, and not of {called}"
+    )]
+    OtherTree {
+        /// The root that was named first.
+        begun: i32,
+        /// The one that was named now.
+        called: i32,
+        /// The image directory.
+        images: PathText,
+    },
     /// An earlier checkpoint was taken for these images, and could not be sealed.
     #[error("an earlier checkpoint with the images in {images} is not sealed yet")]
     Unsealed {
@@ -357,6 +369,12 @@ pub enum Error {
         /// The run.
         name: Name,
     },
+    /// The run is the one that fsnap was called in: it cannot see what waits for the processes there, itself among them.
+    #[error("the run {name} is the one that this command is part of")]
+    RunAround {
+        /// The run.
+        name: Name,
+    },
     /// The run has no processes any more.
     #[error("the run {name} has ended")]
     RunEnded {
@@ -376,6 +394,14 @@ pub enum Error {
     NotOfARun {
         /// The checkpoint.
         id: CheckpointId,
+    },
+    /// The processes of the checkpoint were a run: they have files, and places for files, that only a run has.
+    #[error("checkpoint {} holds the run {name}, which goes on as a run and not otherwise", .id.short())]
+    IsOfARun {
+        /// The checkpoint.
+        id: CheckpointId,
+        /// The run that was saved.
+        name: Name,
     },
     /// The record of a run cannot be used.
     #[error("{path} cannot be used: {reason}")]

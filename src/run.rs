@@ -8,6 +8,7 @@
 //! | a lock on it | who starts the run | until it runs, or has failed |
 //! | `run.json`, the [`RunRecord`] | the same | first of all |
 //! | `init`, an [`Init`] | the first stage | before there is any process |
+//! | `untold`, an [`Untold`] | who starts the run | until it runs: whoever finds it without the lock undoes the start |
 //! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
@@ -19,12 +20,13 @@
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
+mod untold;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use fsnap_backend::beneath;
@@ -34,6 +36,7 @@ pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{
     AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
 };
+use untold::{UNTOLD, Untold};
 
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
@@ -153,6 +156,8 @@ pub enum RunState {
     },
     /// It runs in a pid namespace that does not show from here.
     Elsewhere,
+    /// It is the run that this process is one of.
+    Within,
     /// All its processes have ended.
     Ended(Ended),
 }
@@ -213,7 +218,18 @@ impl Runs {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).context("read", &path),
         };
-        Ok(Some(Run { state: state_of(&place), record, place }))
+        let state = match state_of(&place) {
+            RunState::Elsewhere if self.is_within(&place) => RunState::Within,
+            state => state,
+        };
+        Ok(Some(Run { state, record, place }))
+    }
+
+    /// Whether this process is one of the run with the directory `place`: where all runs see their own output, it sees that one's.
+    fn is_within(&self, place: &Path) -> bool {
+        let identity = |path: PathBuf| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+        let outputs = (identity(self.output()), identity(place.join(OUTPUT)));
+        matches!(outputs, (Ok(seen), Ok(its)) if seen == its)
     }
 
     /// The run of that name, which must be there.
@@ -232,10 +248,7 @@ impl Runs {
         }
         let _alone = self.alone()?;
         let path = dir.join(record.name.as_str());
-        if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
-            let by = Some("`fsnap ps` lists the runs".to_owned());
-            return Err(Error::NameTaken { what: "the run", name: record.name.clone(), by });
-        }
+        self.refuse_taken(&record.name)?;
         remove(&path)?;
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
@@ -247,8 +260,20 @@ impl Runs {
         beneath::open_root(&output)
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
+        // First, so that there is no run that looks like one of which somebody was told.
+        place.write(UNTOLD, &Untold::new(false)?)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
+    }
+
+    /// Makes sure that no run of that name has not ended.
+    pub fn refuse_taken(&self, name: &Name) -> Result<()> {
+        let path = self.dir().join(name.as_str());
+        if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
+            let by = Some("`fsnap ps` lists the runs".to_owned());
+            return Err(Error::NameTaken { what: "the run", name: name.clone(), by });
+        }
+        Ok(())
     }
 
     /// Waits for others that make or remove runs: two do not take away what the other has begun under the same name.
@@ -326,9 +351,16 @@ impl Place {
         self.path.join("start.log")
     }
 
-    /// It runs: records the root of its tree, which may have ended already.
+    /// A branch of the run's name is about to be recorded, for it alone.
+    pub fn branch_is_recorded(&self) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(true)?)
+    }
+
+    /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.
     pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
-        self.write(ROOT, &root)
+        self.write(ROOT, &root)?;
+        let untold = self.path.join(UNTOLD);
+        fs::remove_file(&untold).context("remove", &untold)
     }
 
     /// It does not run: removes everything.
@@ -370,6 +402,7 @@ impl Run {
             RunState::Running { root: None, .. } => Err(Error::RunHasNoRoot { name: self.record.name.clone() }),
             RunState::Starting => Err(Error::RunStarting { name: self.record.name.clone() }),
             RunState::Elsewhere => Err(Error::RunElsewhere { name: self.record.name.clone() }),
+            RunState::Within => Err(Error::RunAround { name: self.record.name.clone() }),
             RunState::Ended(_) => Err(Error::RunEnded { name: self.record.name.clone() }),
         }
     }

@@ -169,6 +169,9 @@ pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
         };
     };
     let id = window.pending().id;
+    if let Some(begun) = window.pending().tree.filter(|begun| begun.pid != pid) {
+        return Err(Error::OtherTree { begun: begun.pid, called: pid, images: images.images }.into());
+    }
     if window.taken().is_some() {
         let (mine, pending) = ((ProcessId::of(pid).ok(), call.engine().ok()), window.pending());
         if (pending.tree, pending.owner) != mine {

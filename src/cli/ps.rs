@@ -58,7 +58,7 @@ fn print(runs: Vec<Run>, as_json: bool) -> Outcome {
 fn root(run: &Run) -> Option<i32> {
     match run.state {
         RunState::Running { root, .. } => root.map(|root| root.pid),
-        RunState::Starting | RunState::Elsewhere | RunState::Ended(_) => None,
+        RunState::Starting | RunState::Elsewhere | RunState::Within | RunState::Ended(_) => None,
     }
 }
 
@@ -67,6 +67,7 @@ pub(crate) fn state(run: &Run) -> String {
     match run.state {
         RunState::Starting => "starting".into(),
         RunState::Elsewhere => "running elsewhere".into(),
+        RunState::Within => "running (this one)".into(),
         RunState::Running { root: Some(_), .. } => "running".into(),
         RunState::Running { root: None, .. } => "running without its command".into(),
         RunState::Ended(Ended::Exited(status)) => format!("exited {status}"),
@@ -85,13 +86,13 @@ fn object(run: &Run) -> Value {
     let (init, ended) = match run.state {
         RunState::Running { init, .. } => (Some(init.pid), None),
         RunState::Ended(ended) => (None, Some(ended)),
-        RunState::Starting | RunState::Elsewhere => (None, None),
+        RunState::Starting | RunState::Elsewhere | RunState::Within => (None, None),
     };
     json!({
         "name": record.name,
         "state": match run.state {
             RunState::Starting => "starting",
-            RunState::Running { .. } | RunState::Elsewhere => "running",
+            RunState::Running { .. } | RunState::Elsewhere | RunState::Within => "running",
             RunState::Ended(_) => "ended",
         },
         "pid": root(run),

@@ -2,6 +2,7 @@
 
 use fsnap::catalog::Access;
 use fsnap::coordinator::Recovered;
+use fsnap::run::sweep_images;
 use serde_json::json;
 
 use super::environment::LOST_END;
@@ -9,8 +10,8 @@ use super::{Context, Failure, Outcome, Output};
 
 /// Finish or undo what a killed fsnap or engine left half done
 ///
-/// Every command does the same when it starts; this one says what it did. It also names the snapshots and clones in the
-/// stores that fsnap did not record; they are never touched. Exits with 1 if something had to be left half done.
+/// Every command does the same when it starts; this one says what it did. It also removes process images that no checkpoint
+/// needs, and names the snapshots and clones in the stores that fsnap did not record; they are never touched. Exits with 1 if something had to be left half done.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Print an array of JSON objects
@@ -29,11 +30,17 @@ pub(crate) fn run(args: Args) -> Outcome {
             Recovered::BranchRemoved(name) => ("undone", format!("branch {name}")),
             Recovered::BranchFinished(name) => ("finished", format!("branch {name}")),
             Recovered::Removed => ("finished", "a removal".into()),
+            Recovered::RunUndone(name) => ("undone", format!("run {name}")),
             Recovered::Mounted(name) => ("mounted", format!("branch {name}")),
             Recovered::Forgotten { what } => ("forgotten", format!("{what}: {LOST_END}")),
             Recovered::Postponed { what, error } => ("postponed", format!("{what}: {error}")),
         })
         .collect();
+    match sweep_images(coordinator.catalog())? {
+        0 => {}
+        1 => told.push(("removed", "a process image that no checkpoint needs".into())),
+        several => told.push(("removed", format!("{several} process images that no checkpoint needs"))),
+    }
     told.extend(coordinator.strays()?.iter().map(|stray| ("unknown", stray.to_string())));
     let out = Output::new();
     if args.json {

@@ -6,6 +6,7 @@ use fsnap::branch::Branch;
 use fsnap::coordinator::{Coordinator, RestoreRequest};
 use fsnap::engine::{PidSpace, Restored};
 use fsnap::name::Name;
+use fsnap::run::RunRecord;
 use fsnap::{Error, reference};
 use serde_json::json;
 
@@ -45,8 +46,8 @@ pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.write()?;
     let checkpoint = reference::resolve(coordinator.catalog(), &args.checkpoint)?;
-    if checkpoint.engine.is_none() {
-        return Err(Error::NoProcessImage { id: checkpoint.id }.into());
+    if let Some(run) = RunRecord::of_images(&coordinator.images_of(&checkpoint)?)? {
+        return Err(Error::IsOfARun { id: checkpoint.id, name: run.name }.into());
     }
     let name = match args.branch {
         Some(name) => name,

@@ -62,12 +62,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         Some(name) => name,
         None => free_name(&runs, &coordinator, &args.command)?,
     };
-    if coordinator.catalog().volumes()?.iter().any(|volume| volume.name == name) {
-        let by = Some(
-            "a run of that name would make `fsnap checkpoint NAME` mean either; choose another by --name".to_owned(),
-        );
-        return Err(fsnap::Error::NameTaken { what: "the volume", name, by }.into());
-    }
+    refuse_volume(&coordinator, &name)?;
     let mut scratch: Vec<PathBuf> = SCRATCH.iter().map(PathBuf::from).collect();
     scratch.extend(directories(&args.scratch)?);
     if let Some(dir) = scratch.iter().find(|dir| std::env::join_paths([dir]).is_err()) {
@@ -148,6 +143,15 @@ fn directories(dirs: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
         }
     };
     dirs.iter().map(canonical).collect()
+}
+
+/// Makes sure that a run of that name can be told from the volumes.
+pub(crate) fn refuse_volume(coordinator: &Coordinator, name: &Name) -> fsnap::Result<()> {
+    if coordinator.catalog().volumes()?.iter().all(|volume| volume.name != *name) {
+        return Ok(());
+    }
+    let by = "a run of that name would make `fsnap checkpoint NAME` mean either; choose another".to_owned();
+    Err(fsnap::Error::NameTaken { what: "the volume", name: name.clone(), by: Some(by) })
 }
 
 /// A name that tells what runs, and that nothing has.

@@ -1,14 +1,12 @@
 //! `fsnap stop`
 
 use std::io;
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 use fsnap::Error;
 use fsnap::name::Name;
 use fsnap::processes::ProcessId;
 use fsnap::run::{Run, RunState, Runs};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use super::{Context, Outcome, all_of};
@@ -36,6 +34,7 @@ fn stop(run: &Run, patience: Duration) -> Outcome {
     let (init, root) = match run.state {
         RunState::Running { init, root } => (init, root),
         RunState::Elsewhere => return Err(Error::RunElsewhere { name: run.record.name.clone() }.into()),
+        RunState::Within => return Err(Error::RunAround { name: run.record.name.clone() }.into()),
         RunState::Starting | RunState::Ended(_) => return Ok(()),
     };
     let failed = |source| Error::Io { action: "end", object: format!("the run {}", run.record.name), source };
@@ -51,23 +50,12 @@ fn stop(run: &Run, patience: Duration) -> Outcome {
         signal(root, Signal::TERM).map_err(failed)?;
         // One that was stopped hears nothing before it goes on.
         signal(root, Signal::CONT).map_err(failed)?;
-        if ends_within(init, Some(patience)).map_err(failed)? {
+        if init.ends_within(Some(patience)).map_err(failed)? {
             return Ok(());
         }
     }
     // All others in its pid namespace go with it.
     signal(init, Signal::KILL).map_err(failed)?;
-    ends_within(init, None).map_err(failed)?;
+    init.ends_within(None).map_err(failed)?;
     Ok(())
-}
-
-fn ends_within(process: ProcessId, patience: Option<Duration>) -> io::Result<bool> {
-    let Ok(process) = process.open() else { return Ok(true) };
-    let limit = patience.map(|patience| Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: 0 });
-    loop {
-        match poll(&mut [PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)], limit.as_ref()) {
-            Err(rustix::io::Errno::INTR) => {}
-            polled => return Ok(polled? > 0),
-        }
-    }
 }

@@ -10,6 +10,7 @@ use super::{Begun, Coordinator};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, OtherWriters};
 use crate::name::Name;
+use crate::run::{self, Runs};
 use crate::volume::StoreRecord;
 use crate::{Result, engine};
 
@@ -26,6 +27,8 @@ pub enum Recovered {
     BranchRemoved(Name),
     /// A removal is finished.
     Removed,
+    /// A run that was being started is undone: its processes have ended, and its record and its branch are removed.
+    RunUndone(Name),
     /// A branch whose files were not visible any more, as after a start of the machine, is mounted again.
     Mounted(Name),
     /// It was done, and the catalog has lost the record of it with the end of its log; what it left is left alone.
@@ -66,8 +69,38 @@ impl Coordinator {
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = self.recover_those(|_, _| true)?;
         self.catalog.sweep_intent_files()?;
+        done.extend(self.undo_untold_runs());
+        if done.iter().any(|one| matches!(one, Recovered::Undone(_)))
+            && let Err(error) = run::sweep_images(&self.catalog)
+        {
+            done.push(Recovered::Postponed { what: "the removal of a process image".into(), error });
+        }
         done.extend(self.mount_branches()?);
         Ok(done)
+    }
+
+    /// Undoes the starts of runs whose author was killed before anybody was told.
+    fn undo_untold_runs(&self) -> Vec<Recovered> {
+        let runs = Runs::of(self.catalog.state());
+        let undone = runs.untold().into_iter().filter_map(|name| match self.undo_untold_run(&runs, &name) {
+            Ok(is_undone) => is_undone.then_some(Recovered::RunUndone(name)),
+            Err(error) => Some(Recovered::Postponed { what: format!("the start of the run {name}"), error }),
+        });
+        undone.collect()
+    }
+
+    fn undo_untold_run(&self, runs: &Runs, name: &Name) -> Result<bool> {
+        let Some(abandoned) = runs.take_abandoned(name)? else { return Ok(false) };
+        if let Some((branch, checkpoint, since)) = &abandoned.branch
+            // Another of that name was not made for it.
+            && self.catalog.branch(branch)?.is_some_and(|found| found.checkpoint == *checkpoint && found.time >= *since)
+        {
+            self.remove_branch(branch)?;
+            // Of a restore that was cut short there is nothing to be read.
+            let _ = std::fs::remove_file(self.restore_log(branch));
+        }
+        abandoned.remove()?;
+        Ok(true)
     }
 
     /// Seals the checkpoints that were taken and that nobody works on, and leaves all else that is half done alone.

@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fsnap_backend::MountSpec;
 use fsnap_backend::mounts::{self, Mount};
@@ -92,9 +92,10 @@ impl Coordinator {
             let restrictions = Restrictions::of(&at)?;
             mounts.push(MountPlan { spec, at, restrictions });
         }
-        let logs = self.catalog.state().join("log");
-        std::fs::create_dir_all(&logs).context("make the directory", &logs)?;
-        let log = logs.join(format!("restore-{}.log", branch.name));
+        let log = self.restore_log(&branch.name);
+        if let Some(logs) = log.parent() {
+            std::fs::create_dir_all(logs).context("make the directory", logs)?;
+        }
         let returned = self.returned(request.checkpoint, branch, &mounts)?;
         let restore = Restore {
             criu: request.criu,
@@ -114,6 +115,11 @@ impl Coordinator {
         // Nobody reads what went well, and a branch would leave it behind.
         let _ = std::fs::remove_file(&log);
         Ok(restored)
+    }
+
+    /// Where the engine's log of a restore onto that branch goes.
+    pub(super) fn restore_log(&self, branch: &Name) -> PathBuf {
+        self.catalog.state().join("log").join(format!("restore-{branch}.log"))
     }
 
     /// The files that the engine left to fsnap: each comes back in the directory on the branch that it was in, if that is still there.

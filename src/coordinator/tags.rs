@@ -41,7 +41,58 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::catalog::Access;
+    use crate::catalog::{Access, Intent, PendingCheckpoint};
+    use crate::checkpoint::Checkpoint;
+    use crate::processes::AuditRules;
+
+    /// Records a checkpoint of nothing.
+    fn recorded(coordinator: &Coordinator) -> CheckpointId {
+        let id = CheckpointId::random().unwrap();
+        let pending = PendingCheckpoint {
+            id,
+            branch: None,
+            message: String::new(),
+            tags: Vec::new(),
+            engine: None,
+            owner: None,
+            tree: None,
+            boot: String::new(),
+            freeze: None,
+            members: Vec::new(),
+            pinned: false,
+            audit: AuditRules::default(),
+            external: false,
+        };
+        let (intent, lock) = coordinator.catalog.begin(&Intent::Checkpoint(Box::new(pending))).unwrap();
+        let checkpoint = Checkpoint {
+            id,
+            parent: None,
+            branch: None,
+            time: jiff::Timestamp::now(),
+            message: String::new(),
+            engine: None,
+            members: Vec::new(),
+            pinned: false,
+            kept: Vec::new(),
+        };
+        assert!(coordinator.catalog.seal(intent, &checkpoint, &[], None).unwrap());
+        lock.finish();
+        id
+    }
+
+    /// To take it from one and to give it to another is one step: who fails at the second has not done the first.
+    #[test]
+    fn a_tag_that_cannot_be_moved_stays() {
+        let state = tempfile::tempdir().unwrap();
+        let coordinator = Coordinator::open(state.path(), Access::Create, Duration::ZERO).unwrap();
+        let (tag, [first, second]) = ("name".parse().unwrap(), [(), ()].map(|()| recorded(&coordinator)));
+        assert_eq!(coordinator.tag(&tag, &first, false).unwrap(), None);
+        coordinator.tag(&tag, &CheckpointId::random().unwrap(), true).unwrap_err();
+        assert_eq!(coordinator.catalog.tagged(&tag).unwrap(), Some(first));
+        assert_eq!(coordinator.tag(&tag, &second, false).unwrap(), Some(first));
+        assert_eq!(coordinator.tag(&tag, &second, true).unwrap(), None);
+        assert_eq!(coordinator.catalog.tagged(&tag).unwrap(), Some(second));
+    }
 
     /// Somebody removes it between the look for it and this; the catalog said "FOREIGN KEY constraint failed".
     #[test]

@@ -3,6 +3,10 @@
 //! A log has hundreds of lines, and the reason is in the first of those that begin with `Error`: what follows is the
 //! undoing. A line that is not known is shown as it stands, without its time and its place in CRIU's source.
 
+/// Whoever did that: another fsnap waits for its turn.
+const STOPPED: &str =
+    "somebody stopped a process by a signal meanwhile, or set it running: send it SIGCONT if it stands, and try again";
+
 /// What a line of the log holds, and what it means. The first that fits counts.
 const KNOWN: &[(&str, &str)] = &[
     (
@@ -43,6 +47,8 @@ const KNOWN: &[(&str, &str)] = &[
          run all processes as one user",
     ),
     ("io_uring", "a process uses io_uring, which CRIU cannot save: turn it off in the program's settings"),
+    ("was stopped by", STOPPED),
+    ("task interruption", STOPPED),
     ("is traced by", "a process is being traced by a debugger: end that first"),
     ("Unable to seize", "CRIU may not stop a process: run as root, and end any debugger"),
     ("session leader", "a process belongs to a session whose leader is outside of the run: start it in the run"),
@@ -115,13 +121,18 @@ mod tests {
     }
 
     #[test]
-    fn what_new_kernels_and_missing_rights_do_is_told_in_plain_words() {
+    fn what_new_kernels_missing_rights_and_others_do_is_told_in_plain_words() {
         for (line, told) in [
             (
                 "(criu/sockets.c:628): sockets: Can't get 1:16 opt: Operation not supported",
                 "a process has a network socket",
             ),
             ("(criu/cr-dump.c:380): Can't get rlimit 0: Operation not permitted", "a process of another user"),
+            ("(compel/src/lib/infect.c:350): 301 was stopped by 19 unexpectedly", "somebody stopped a process"),
+            (
+                "(compel/src/lib/infect.c:1460): Unexpected 301 task interruption, aborting",
+                "somebody stopped a process",
+            ),
         ] {
             let reasons = of(&format!("(00.1) Error {line}\n(00.2) Error (criu/cr-dump.c:1681): Dump files failed\n"));
             assert!(reasons.len() == 2 && reasons[0].starts_with(told), "{reasons:?}");

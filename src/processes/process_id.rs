@@ -3,7 +3,9 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +64,18 @@ impl ProcessId {
             return Err(gone());
         }
         Ok(descriptor)
+    }
+
+    /// Waits until the process has ended, at most so long, or for ever; tells whether it has.
+    pub fn ends_within(self, patience: Option<Duration>) -> io::Result<bool> {
+        let Ok(process) = self.open() else { return Ok(true) };
+        let limit = patience.map(|patience| Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: 0 });
+        loop {
+            match poll(&mut [PollFd::new(&process, PollFlags::IN)], limit.as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                polled => return Ok(polled? > 0),
+            }
+        }
     }
 
     /// The states of all threads of the process.

@@ -1,11 +1,12 @@
 //! Saves a run, processes and files, by the engine.
 //!
 //! The image directory is fsnap's own: in `images` of the state directory, locked while it is written. One that nobody holds and
-//! no checkpoint names is what a killed fsnap left, and goes with the next such checkpoint.
+//! no checkpoint names is what a killed fsnap left, and goes when its checkpoint is undone, with the next one of a run, or by `fsnap recover`.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{COPY_RECORD, Run};
+use super::{COPY_RECORD, Run, RunRecord};
 use crate::catalog::{Access, Catalog, Intent};
 use crate::checkpoint::{CheckpointId, EngineImages, PathText};
 use crate::coordinator::Coordinator;
@@ -89,15 +90,19 @@ struct Called {
     rest: bool,
 }
 
-/// How long another fsnap may be at work on what is to be taken back.
+/// How long another fsnap may be at work on what is to be taken back, or keep the processes frozen.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl RunCheckpoint<'_> {
-    /// Takes it, after those that others are taking; the next command seals it. On failure nothing of it is left, and the run goes on.
+    /// Takes it, after those that others are taking, of the run or of its processes; the next command seals it. On failure nothing of it is left, and the run goes on.
     pub fn take(&self) -> Result<CheckpointId> {
         let _turn = self.run.begin_saving()?;
         let (init, root) = self.run.running()?;
         refuse_out_of_reach(root)?;
+        // One that is stopped by a signal meanwhile cannot be saved, and one that is traced cannot be stopped.
+        let catalog = Catalog::open(self.state, Access::Read, PATIENCE)?;
+        let _alone = catalog.turn_to_freeze(&Tree::of_pid(root.pid)?, PATIENCE)?;
+        drop(catalog);
         let (dir, _lock) = self.make_directory()?;
         let mut id = None;
         match self.dump(init, root, &dir, &mut id) {
@@ -172,7 +177,16 @@ impl RunCheckpoint<'_> {
     }
 
     fn no_volume(&self) -> String {
-        format!("the run {} can write to no registered volume: start it with `--volume`", self.run.record.name)
+        let RunRecord { name, volumes, .. } = &self.run.record;
+        let what = match &volumes[..] {
+            [] => "start it with `--volume`".to_owned(),
+            // It had one when it was started.
+            seen => {
+                let again = seen.iter().map(|seen| format!("`fsnap init {}`", seen.at));
+                format!("{} tells fsnap again what it writes to", again.collect::<Vec<_>>().join(", "))
+            }
+        };
+        format!("the run {name} can write to no registered volume: {what}")
     }
 
     fn call_hook(
@@ -210,8 +224,7 @@ impl RunCheckpoint<'_> {
             return Ok(Called { said: None, rest });
         }
         if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(Error::HookFailed { said: said.trim_end().replace("fsnap: error: ", "") });
+            return Err(Error::HookFailed { said: without_labels(&String::from_utf8_lossy(&output.stderr)) });
         }
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(Called { said: said.lines().next().and_then(|line| crate::reference::parse_id(line).ok()), rest })
@@ -234,6 +247,15 @@ impl RunCheckpoint<'_> {
     }
 }
 
+/// What a command of fsnap said, to be said by this one.
+fn without_labels(said: &str) -> String {
+    let lines = said.trim_end().lines().map(|line| {
+        let unlabelled = line.strip_prefix("fsnap: ").unwrap_or(line);
+        unlabelled.strip_prefix("error: ").unwrap_or(unlabelled)
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 /// The engine would find out only while the processes stand.
 fn refuse_out_of_reach(root: ProcessId) -> Result<()> {
     let rules = AuditRules { policy: Policy::Ignore, ..AuditRules::default() };
@@ -254,14 +276,14 @@ pub(crate) fn remove_images(state: &Path, images: &PathText) -> Result<()> {
         return Ok(());
     }
     match fs::remove_dir_all(images.as_path()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context("remove", images.as_path()),
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).context("remove", images.as_path()),
         _ => Ok(()),
     }
 }
 
-/// Removes the image directories that a killed fsnap left: nobody works on them, and no checkpoint names them.
-pub fn sweep_images(catalog: &Catalog) -> Result<()> {
-    let Ok(entries) = fs::read_dir(directory(catalog.state())) else { return Ok(()) };
+/// Removes the image directories that a killed fsnap left, and tells how many: nobody works on them, and no checkpoint names them.
+pub fn sweep_images(catalog: &Catalog) -> Result<usize> {
+    let Ok(entries) = fs::read_dir(directory(catalog.state())) else { return Ok(0) };
     // Locked before it is asked who needs it: whoever made it may have ended, and sealed its checkpoint, meanwhile.
     let free = entries.flatten().filter_map(|entry| {
         let lock = File::open(entry.path()).ok()?;
@@ -269,9 +291,9 @@ pub fn sweep_images(catalog: &Catalog) -> Result<()> {
     });
     let free: Vec<_> = free.collect();
     if free.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
-    let mut needed: Vec<PathText> = Vec::new();
+    let mut needed: BTreeSet<PathText> = BTreeSet::new();
     let engines = catalog.checkpoints()?.into_iter().map(|checkpoint| checkpoint.engine);
     needed.extend(engines.flatten().map(|engine| engine.images));
     for (_, intent) in catalog.intents()? {
@@ -279,10 +301,16 @@ pub fn sweep_images(catalog: &Catalog) -> Result<()> {
             needed.extend(pending.engine.map(|engine| engine.images));
         }
     }
-    for (dir, _lock) in free {
-        if !needed.iter().any(|images| images.as_path() == dir) {
-            fs::remove_dir_all(&dir).context("remove", &dir)?;
+    let mut removed = 0;
+    for (dir, _lock) in free.into_iter().filter(|(dir, _)| !needed.contains(&PathText(dir.clone()))) {
+        match fs::remove_dir_all(&dir) {
+            // An engine whose caller was killed makes files until it hears of that: the next time is early enough.
+            Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => {}
+            done => {
+                done.context("remove", &dir)?;
+                removed += 1;
+            }
         }
     }
-    Ok(())
+    Ok(removed)
 }

@@ -438,9 +438,9 @@ fn recover() {
     assert_snapshot!(help("recover"), @"
     Finish or undo what a killed fsnap or engine left half done
 
-    Every command does the same when it starts; this one says what it did. It also names the snapshots
-    and clones in the stores that fsnap did not record; they are never touched. Exits with 1 if
-    something had to be left half done.
+    Every command does the same when it starts; this one says what it did. It also removes process
+    images that no checkpoint needs, and names the snapshots and clones in the stores that fsnap did not
+    record; they are never touched. Exits with 1 if something had to be left half done.
 
     Usage: fsnap recover [OPTIONS]
 

@@ -17,6 +17,8 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("an_interrupted_copy_is_undone", an_interrupted_copy_is_undone),
+    ("a_killed_copy_is_undone", a_killed_copy_is_undone),
+    ("a_copy_whose_name_is_taken_takes_nothing_away", a_copy_whose_name_is_taken_takes_nothing_away),
     ("an_interrupted_restore_is_undone", an_interrupted_restore_is_undone),
     ("one_within_another_has_not_ended", one_within_another_has_not_ended),
 ];
@@ -113,6 +115,96 @@ fn an_interrupted_copy_is_undone() {
     running.counts_on("copy");
 }
 
+/// It left a branch and an ended run as well, and the next copy could not have the name.
+fn a_killed_copy_is_undone() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0", "--volume", "v1"], &counter(&site));
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one"]);
+    let left = |of: &str| fs::read_dir(site.path("state").join(of)).into_iter().flatten().count();
+    let has_undone = || {
+        let text = String::from_utf8(site.command(["log"]).output().unwrap().stderr).unwrap();
+        assert_eq!(site.ok(["branches", "--json"]), "[]");
+        assert_eq!((left("runs"), left("log")), (1, 0));
+        site.holds_nothing_but(1);
+        text
+    };
+    // Another branch of the name is not touched.
+    site.ok(["branch", &id, "other"]);
+    let refused = site.command(["branch", &id, "other", "--run"]).output().unwrap();
+    assert!(said(&refused).contains("the branch other exists already"), "{}", said(&refused));
+    site.ok(["rm", "--branch", "other"]);
+    let mut place = 1;
+    loop {
+        let mut command = site.command(["branch", &id, "copy", "--run"]);
+        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        if output.status.success() {
+            assert!(place > 5, "there were only {} places", place - 1);
+            break;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{}", said(&output));
+        has_undone();
+        place += 1;
+    }
+    running.counts_on("copy");
+    site.ok(["stop", "--time", "0", "copy"]);
+    // One that was told of is nobody's to undo.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    assert_eq!(left("runs"), 2);
+    // Nor is it when the mark is back, as after a power cut.
+    let mark = site.path("state/runs/copy/untold");
+    fs::write(&mark, r#"{"boot":"another","branch":true}"#).unwrap();
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    assert!(mark.exists());
+    site.ok(["rm", "--branch", "copy"]);
+    site.ok(["rm", "--run", "copy"]);
+    // The restore goes on without its caller, and something in its way never ends.
+    let programs = site.volumes[0].join("programs");
+    fs::create_dir(&programs).unwrap();
+    fs::write(programs.join("tar"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    fs::set_permissions(programs.join("tar"), fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+    let mut command = site.command(["branch", &id, "late", "--run"]);
+    let mut copying = command.env("PATH", path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the init", || site.path("state/runs/late/init").exists());
+    // Nobody takes it for abandoned as long as somebody works on it.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    copying.kill().unwrap();
+    copying.wait().unwrap();
+    assert_eq!(has_undone(), "fsnap: recovered: the start of the run late was not finished; it is undone\n");
+    running.counts_on("one");
+}
+
+/// The log of the ended one was gone, or some copies were made and others not.
+fn a_copy_whose_name_is_taken_takes_nothing_away() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running(&site);
+    running.start("one", &["--volume", "v0"], &counter(&site));
+    running.says("one", "3");
+    let id = site.ok(["checkpoint", "one"]);
+    site.ok(["branch", &id, "copy-2", "--run"]);
+    running.counts_on("copy-2");
+    site.ok(["stop", "copy-2"]);
+    let log = running.said("copy-2");
+    let refused = |args: &[&str], why: &str| {
+        let output = site.command([&["branch", &id], args, &["--run"]].concat()).output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{}", said(&output));
+        assert!(said(&output).contains(why), "{}", said(&output));
+        assert_eq!(running.names(), ["one"]);
+        assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    };
+    refused(&["copy-2"], "the branch copy-2 exists already");
+    refused(&["copy", "--count", "2"], "the branch copy-2 exists already");
+    refused(&["one"], "the run one exists already");
+    refused(&["v0"], "the volume v0 exists already: a run of that name");
+    assert_eq!(running.said("copy-2"), log);
+    site.ok(["rm", "--branch", "copy-2"]);
+    site.ok(["branch", &id, "copy", "--run", "--count", "2"]);
+    running.counts_on("copy-2");
+}
+
 fn an_interrupted_restore_is_undone() {
     let site = Site::new(&[Volume::Btrfs]);
     let oracle = site.oracle(&[Kind::Append], 1000);
@@ -153,11 +245,17 @@ fn one_within_another_has_not_ended() {
     let command = fs::read_to_string(format!("/proc/{}/cmdline", all[0]["pid"])).unwrap();
     assert_eq!(command, "sleep\x001000\x00", "{}", all[0]);
     // From beside it, it cannot be seen; nor can what waits for a run from within that.
-    let look = format!("'{program}' ps; '{program}' stop inner 2>&1; '{program}' rm --run inner 2>&1; echo end");
+    let look = format!(
+        "'{program}' ps; '{program}' stop inner 2>&1; '{program}' rm --run inner 2>&1; '{program}' stop beside 2>&1; echo end"
+    );
     running.start("beside", &options, &look);
     running.says("beside", "end");
     let told = running.said("beside");
-    assert_eq!(told.matches(" running elsewhere ").count(), 3, "{told}");
+    assert_eq!(told.matches(" running elsewhere ").count(), 2, "{told}");
+    // What it is in itself is one of them.
+    let own = told.lines().filter(|line| line.contains(" running (this one) ")).collect::<Vec<_>>();
+    assert!(own.len() == 1 && own[0].starts_with("beside "), "{told}");
+    assert!(told.contains("the run beside is the one that this command is part of"), "{told}");
     assert!(told.contains("lives in a pid namespace that cannot be seen from here"), "{told}");
     assert!(told.contains("the run inner still runs"), "{told}");
     let taken = site.command(["run", "--name", "inner", "--", "true"]).output().unwrap();

@@ -15,6 +15,7 @@ pub(crate) const CASES: &[Case] = &[
     ("another_engine_has_its_checkpoints", another_engine_has_its_checkpoints),
     ("an_engine_that_fails_leaves_none", an_engine_that_fails_leaves_none),
     ("steps_out_of_order_take_nothing", steps_out_of_order_take_nothing),
+    ("another_tree_than_the_one_begun_is_refused", another_tree_than_the_one_begun_is_refused),
     ("a_dump_that_failed_is_taken_back_from_who_seals_it", a_dump_that_failed_is_taken_back_from_who_seals_it),
     ("the_next_dump_waits_for_who_seals_the_last", the_next_dump_waits_for_who_seals_the_last),
 ];
@@ -110,6 +111,26 @@ fn steps_out_of_order_take_nothing() {
     assert_eq!(call("sideways").status.code(), Some(2));
     oracle.goes_on();
     site.holds_nothing_but(0);
+}
+
+/// It was taken for the tree of that one, and the checkpoint called the writers of the other nobody.
+fn another_tree_than_the_one_begun_is_refused() {
+    for site in [Site::new(&[Volume::Rsync]), Site::without_attendant(&[Volume::Rsync])] {
+        let (oracle, images) = (site.small_oracle(), site.images());
+        let own = std::process::id().cast_signed();
+        let call = |step: &str, pid: i32| call(&site, step, pid, &images);
+        assert!(call("starting", oracle.pid).status.success());
+        let refused = call("frozen", own);
+        let reason = format!("was begun for the tree of process {}, and not of {own}", oracle.pid);
+        assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
+        assert_eq!(answer(&images)["ok"], false);
+        // The right one is still to be had.
+        for step in ["frozen", "resumed"] {
+            let done = call(step, oracle.pid);
+            assert!(done.status.success(), "{step}: {}", said(&done));
+        }
+        site.holds_nothing_but(1);
+    }
 }
 
 fn a_dump_that_failed_is_taken_back_from_who_seals_it() {

@@ -25,6 +25,7 @@ mod sandbox;
 mod site;
 #[path = "../support/thin.rs"]
 mod thin;
+mod together;
 mod tour;
 mod unlinked;
 #[path = "../support/volumes.rs"]
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ("hostile", hostile::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
+        ("together", together::CASES),
         ("ends", ends::CASES),
         ("tour", tour::CASES),
         ("unlinked", unlinked::CASES),

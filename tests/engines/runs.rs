@@ -18,7 +18,6 @@ use crate::site::{Site, Volume, said, wait_until};
 pub(crate) const CASES: &[Case] = &[
     ("copies_go_on_side_by_side", copies_go_on_side_by_side),
     ("a_copy_is_copied", a_copy_is_copied),
-    ("saved_by_several_at_once", saved_by_several_at_once),
     ("the_settings_name_the_volumes_of_a_run", the_settings_name_the_volumes_of_a_run),
     ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
     ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
@@ -107,6 +106,11 @@ fn copies_go_on_side_by_side() {
     running.says("one", "3");
     let id = site.ok(["checkpoint", "one", "--tag", "saved", "-m", "while it counts"]);
     running.counts_on("one");
+    // It has files that only a run has: the engine said that it cannot find them.
+    let refused = site.command(["restore", "saved"]).output().unwrap();
+    let reason = format!("checkpoint {} holds the run one, which goes on as a run and not otherwise", &id[..12]);
+    assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
+    assert_eq!(site.ok(["branches", "--json"]), "[]");
     let shown = site.json(["show", "--json", "saved"]);
     assert_eq!(shown["message"], "while it counts");
     let member = &shown["members"];
@@ -202,25 +206,6 @@ fn a_copy_is_copied() {
     assert_eq!(log[0]["parent"], log[1]["id"], "{log}");
 }
 
-/// The engine can trace a process for one dump at a time: others wait for their turn.
-fn saved_by_several_at_once() {
-    let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
-    let savers: Vec<_> = (0..4)
-        .map(|_| site.command(["checkpoint", "one"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
-        .collect();
-    for saver in savers {
-        let output = saver.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", said(&output));
-    }
-    running.counts_on("one");
-    assert_eq!(site.json(["log", "--json"]).as_array().unwrap().len(), 4);
-    site.ok(["branch", "@latest", "copy", "--run"]);
-    running.counts_on("copy");
-}
-
 fn nothing_but_volumes_can_be_written() {
     let site = Site::new(&[Volume::Rsync, Volume::Rsync]);
     let running = Running(&site);
@@ -275,6 +260,7 @@ fn nothing_but_volumes_can_be_written() {
     let strict = ["checkpoint", "cell", "--outside", "refuse"];
     let refused = site.command(strict).output().unwrap();
     let reason = format!("can write to the mount at {} (", texts[0]);
+    assert!(said(&refused).contains("\n    hint: `fsnap audit PID` lists all of it"), "{}", said(&refused));
     assert!(refused.status.code() == Some(1) && said(&refused).contains(&reason), "{}", said(&refused));
     site.holds_nothing_but(0);
     let id = site.ok([&strict[..], &["--ignore", &texts[0]]].concat());
@@ -419,7 +405,11 @@ fn names_and_remains() {
         );
     }
     let volume = site.command(["run", "--name", "v0", "--", "true"]).output().unwrap();
-    assert!(said(&volume).contains("choose another by --name"), "{}", said(&volume));
+    assert!(
+        said(&volume).contains("would make `fsnap checkpoint NAME` mean either; choose another"),
+        "{}",
+        said(&volume)
+    );
     let pid = running.all()[0]["pid"].as_i64().unwrap();
     kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::STOP).unwrap();
     site.ok(["stop", "--time", "60", "job"]);
@@ -467,9 +457,15 @@ fn killed_while_it_is_saved() {
     running.counts_on("one");
     site.holds_nothing_but(0);
     killed_before_scratch_places_are_saved(&site, &running);
-    // What it left goes with the next one.
+    // What it left goes when it is undone.
+    let images = || fs::read_dir(site.path("state/images")).unwrap().count();
+    assert_eq!(images(), 0);
+    // Of what was killed before there was anything to undo, `recover` tells.
+    fs::create_dir(site.path("state/images/0123456789abcdef")).unwrap();
+    assert_eq!(site.ok(["recover"]), "removed: a process image that no checkpoint needs");
+    assert_eq!((images(), site.ok(["recover"])), (0, "nothing is half done".into()));
     let id = site.ok(["checkpoint", "one"]);
-    assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 1);
+    assert_eq!((site.ok(["recover"]), images()), ("nothing is half done".into(), 1));
     site.holds_nothing_but(1);
     site.ok(["branch", &id, "copy", "--run"]);
     running.counts_on("copy");
@@ -524,7 +520,17 @@ fn failing_hooks_leave_the_run_alone() {
     // A run without volumes has nothing that could be kept with it.
     running.start("none", &[], "exec sleep 1000");
     let failed = site.command(["checkpoint", "none"]).output().unwrap();
-    assert!(said(&failed).contains("can write to no registered volume"), "{}", said(&failed));
+    let reason = "can write to no registered volume: start it with `--volume`";
+    assert!(said(&failed).contains(reason), "{}", said(&failed));
+    // One whose volumes were forgotten need not be started anew.
+    for volume in ["v0", "v1"] {
+        site.command(["rm", "--volume", volume]).output().unwrap();
+    }
+    let failed = site.command(["checkpoint", "one"]).output().unwrap();
+    let reason = format!("can write to no registered volume: `fsnap init {}`", site.volumes[0].display());
+    assert!(said(&failed).contains(&reason), "{}", said(&failed));
+    site.ok(["init".as_ref(), site.volumes[0].as_os_str()]);
+    site.ok(["checkpoint", "one"]);
 }
 
 /// `TAR_OPTIONS` of whoever takes the checkpoint left files out, and nobody was told.

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::super::output::processes::tell_lost_locks;
 use super::super::process::interrupt::{Interrupts, undone};
+use super::super::run::refuse_volume;
 use super::super::run::terminal::Terminal;
 use super::super::{Context, Failure, Outcome, Output, environment, internal, json};
 
@@ -30,6 +31,27 @@ pub(crate) struct Wanted {
     pub(crate) json: bool,
     /// Further arguments for the engine.
     pub(crate) args: Vec<OsString>,
+}
+
+impl Wanted {
+    /// The names of the copies; of those that have none yet, one is made up when their turn comes.
+    fn names(&self) -> Result<Vec<Option<Name>>, Failure> {
+        let name = |number| match &self.name {
+            Some(name) if self.count == 1 => Ok(Some(name.clone())),
+            Some(name) => Ok(Some(format!("{name}-{number}").parse::<Name>()?)),
+            None => Ok(None),
+        };
+        (1..=self.count).map(name).collect()
+    }
+}
+
+/// Makes sure that nothing stands in the way of a copy of that name.
+fn refuse_taken(context: &Context, coordinator: &Coordinator, name: &Name) -> fsnap::Result<()> {
+    if coordinator.catalog().branch(name)?.is_some() {
+        return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
+    }
+    refuse_volume(coordinator, name)?;
+    Runs::of(&context.state).refuse_taken(name)
 }
 
 /// Restores copies, each onto a branch of its own and under its name, and prints the names.
@@ -82,11 +104,12 @@ fn make_all(
     interrupts: &Interrupts,
     made: &mut Vec<Made>,
 ) -> Outcome {
-    let out = Output::new();
-    for number in 1..=wanted.count {
-        let name = match &wanted.name {
-            Some(name) if wanted.count == 1 => name.clone(),
-            Some(name) => format!("{name}-{number}").parse::<Name>()?,
+    let (out, names) = (Output::new(), wanted.names()?);
+    // Before the first is made, and before anything of an ended run of such a name goes.
+    names.iter().flatten().try_for_each(|name| refuse_taken(context, coordinator, name))?;
+    for name in names {
+        let name = match name {
+            Some(name) => name,
             None => super::free_name(coordinator, &checkpoint.id)?,
         };
         let terminal = match original.terminal {
@@ -140,7 +163,12 @@ fn one(
     };
     let what = format!("the copy {name}");
     let run = place.path().to_owned();
-    let restored = coordinator.restore(&request, &|| interrupts.hold(&what, Some(run.clone())));
+    let on_record = || {
+        // Without it, `fsnap branches` and `fsnap ps --all` show what a kill leaves.
+        let _ = place.branch_is_recorded();
+        interrupts.hold(&what, Some(run.clone()));
+    };
+    let restored = coordinator.restore(&request, &on_record);
     let is_interrupted = interrupts.settle();
     match restored {
         Ok((branch, restored)) if is_interrupted => {

@@ -78,7 +78,9 @@ impl<'a> Runtime<'a> {
     pub(super) fn container(&self, name: &OsStr) -> fsnap::Result<Container> {
         let output = self.run(self.command().arg("state").arg(name))?;
         if !output.status.success() {
-            return Err(Error::HookFailed { said: text(&output.stderr) });
+            let (runtime, name) = (self.name(), fsnap::printable(name));
+            let said = format!("{runtime} cannot tell of the container {name}: {}", messages_in(&text(&output.stderr)));
+            return Err(Error::HookFailed { said });
         }
         let state: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
         let pid = state["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|&pid| pid > 0);
@@ -130,7 +132,7 @@ impl<'a> Runtime<'a> {
 
     fn refusal(&self, what: &str, log: &Path, said: &[u8]) -> Error {
         let reasons = reasons_in(&text(&read(log)));
-        let said = if reasons.is_empty() { text(said) } else { reasons.join("\n") };
+        let said = if reasons.is_empty() { messages_in(&text(said)) } else { reasons.join("\n") };
         Error::HookFailed { said: format!("{} could not {what} the container:\n{said}", self.name()) }
     }
 }
@@ -153,4 +155,24 @@ fn read(log: &Path) -> Vec<u8> {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim().to_owned()
+}
+
+/// What a runtime says to people: runc wraps it in `time="…" level=error msg="…"`.
+fn messages_in(said: &str) -> String {
+    let message = |line: &str| match line.split_once(" msg=\"").and_then(|(_, rest)| rest.strip_suffix('"')) {
+        Some(message) => message.replace("\\\"", "\""),
+        None => line.to_owned(),
+    };
+    said.lines().map(message).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runc_says_is_unwrapped() {
+        let said = "time=\"2026-11-28T13:54:35Z\" level=error msg=\"container \\\"web\\\" does not exist\"\nerror opening file `status`";
+        assert_eq!(messages_in(said), "container \"web\" does not exist\nerror opening file `status`");
+    }
 }

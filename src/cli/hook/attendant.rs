@@ -157,13 +157,14 @@ impl Attendant<'_> {
         self.images.prepare();
         let _ = window.prepare();
         failpoint::hit("attendant:ready");
-        let Some((caller, tree, ignore)) = self.wait(&engine, window.pending().engine.as_ref()) else { return };
+        let Some((caller, tree, ignore)) = self.wait(&engine, window.pending()) else { return };
         drop(engine);
         self.serve(caller, window, answer, || reader.read(tree, ignore));
     }
 
     /// Waits for the hook of the frozen window; `None` if it will not come.
-    fn wait(&self, engine: &impl AsFd, mine: Option<&EngineImages>) -> Option<(UnixStream, i32, Vec<i32>)> {
+    fn wait(&self, engine: &impl AsFd, pending: &PendingCheckpoint) -> Option<(UnixStream, i32, Vec<i32>)> {
+        let mine = pending.engine.as_ref();
         let limit = Timespec { tv_sec: LONGEST.as_secs().cast_signed(), tv_nsec: 0 };
         loop {
             let mut events = [PollFd::new(self.calls, PollFlags::IN), PollFd::new(engine, PollFlags::IN)];
@@ -175,8 +176,9 @@ impl Attendant<'_> {
             caller.set_read_timeout(Some(AT_ONCE)).ok()?;
             match hear(&caller).ok()? {
                 Call::Take { images, place, tree, ignore, armed } if mine == Some(&images) => {
-                    // The engine may have made another directory under that name.
-                    if place != place_of(self.images).ok()? {
+                    // The engine may have made another directory under that name, or means another tree: the hook, which has the lock then, says so.
+                    let is_other = pending.tree.is_some_and(|begun| begun.pid != tree);
+                    if is_other || place != place_of(self.images).ok()? {
                         return None;
                     }
                     if let Some(spec) = armed {

@@ -144,8 +144,10 @@ fn hint(error: &Error) -> Option<String> {
             "once it has ended, `fsnap rm --run NAME` removes what is left of it"
         }
         Error::RunElsewhere { .. } => "call fsnap where it was started, or outside of that",
+        Error::RunAround { .. } => "call fsnap outside of it",
         Error::RunEnded { .. } => "`fsnap logs NAME` shows what it said",
         Error::RunHasNoRoot { .. } => "start the command so that it stays: servers have an option for the foreground",
+        Error::IsOfARun { .. } => "`fsnap branch CKPT --run` makes a copy of it on a branch",
         Error::NotOfARun { .. } => "`fsnap restore` restores processes that fsnap did not start",
         Error::NameTaken { what: "the run", .. } => "choose another name by --name, or end that one: `fsnap stop NAME`",
         Error::Engine(engine::Error::EngineFailed { .. }) if !is_root() => {
