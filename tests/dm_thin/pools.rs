@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_pool_leaves_the_device_of_another", a_pool_leaves_the_device_of_another),
     ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
     ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
+    ("a_volume_that_others_made_is_known", a_volume_that_others_made_is_known),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
     ("a_branch_survives_a_restart", a_branch_survives_a_restart),
     ("kills_leave_nothing", kills_leave_nothing),
@@ -333,6 +334,33 @@ fn a_volume_that_is_away_is_named() -> Done {
     let said = site.fails(&["pool", "add-volume", "no-such-pool", "db", "--size", "16M"])?;
     ensure(said.contains("no pool \"no-such-pool\"") && said.contains(&site.pool), &said)?;
     ensure(site.fsnap(&["log"])?.lines().count() == 2, "something was recorded")
+}
+
+/// What `recover` cannot explain is told, and a registered volume needs no explanation.
+fn a_volume_that_others_made_is_known() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    let name = format!("{}-others", site.pool);
+    let pool = output(Command::new("dmsetup").args(["info", "-c", "--noheadings", "-o", "major,minor", &site.pool]))?;
+    output(Command::new("dmsetup").args(["message", &site.pool, "0", "create_thin 7"]))?;
+    output(Command::new("dmsetup").args(["create", &name, "--table", &format!("0 204800 thin {} 7", pool.trim())]))?;
+    let tried = || -> Done {
+        let told = site.fsnap(&["recover"])?;
+        ensure(told.contains("unknown: foreign:7 in the dm-thin store"), &told)?;
+        let device = site.node(&name)?;
+        output(Command::new("mkfs.ext4").arg("-q").arg(&device))?;
+        fs::create_dir(site.dir.join("others"))?;
+        rustix::mount::mount(device, site.dir.join("others"), "ext4", MountFlags::empty(), None)?;
+        site.fsnap(&["init", &site.path("others")])?;
+        site.fsnap(&["checkpoint"])?;
+        let told = site.fsnap(&["recover"])?;
+        ensure(told.trim() == "nothing is half done", &told)?;
+        let told = site.fsnap(&["verify"])?;
+        ensure(!told.contains("unknown"), &told)
+    };
+    let done = tried();
+    crate::kernel::unmount_below(&site.dir);
+    let _ = Command::new("dmsetup").args(["remove", "--retry", &name]).output();
+    done
 }
 
 /// A branch is mounted, written independently, captured itself, branched again, and gone when it is removed.

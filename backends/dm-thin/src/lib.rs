@@ -43,7 +43,8 @@
 //! * Only root can use this backend.
 //! * The volume must be the root of its file system, and ext4 or xfs. btrfs on a thin device is refused: suspending the device does
 //!   not freeze it, the kernel confuses two of one UUID, and it takes snapshots of its own, which the btrfs backend uses.
-//! * `list` shows thin devices that others made only while they are in use: the kernel does not tell of those that are not.
+//! * `list` shows thin devices that others made only while they are in use: the kernel does not tell of those that are not. It leaves out
+//!   the volumes that were adopted.
 //! * ext4 and xfs have no checksums of contents: `verify` finds what cannot be read, not what was changed.
 
 mod bring_up;
@@ -214,6 +215,8 @@ impl Backend for Store {
         let mut own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
         own.insert(sign::ID);
         own.extend(self.volumes()?.into_iter().map(|(_, volume)| volume.id));
+        // Others made these, and whoever adopts one knows what it is.
+        own.extend(self.known.ids());
         images.extend(self.foreign(&own)?);
         Ok(images)
     }
