@@ -225,6 +225,16 @@ fn the_history_is_listed_and_branched() -> Done {
         is(&files.join("file"), "first")?;
         fs::write(files.join("file"), name)?;
     }
+    // What others keep as well is not taken for fsnap's alone, when a branch has grown from it.
+    site.fsnap(&["branch", &format!("db@cp:{others}"), "d"])?;
+    let shown = site.fsnap(&["log", "--all", "db"])?;
+    let marked = shown.lines().find(|line| line.starts_with(&format!("cp:{others} "))).unwrap_or_default();
+    ensure(marked.contains(" fsnap and others "), &shown)?;
+    let both = history()?.into_iter().find(|one| one["number"] == others).unwrap_or_default();
+    ensure(both["kept_by"] == "fsnap and others" && both["checkpoints"][0].is_string(), &both.to_string())?;
+    site.fsnap(&["rm", "--branch", "d"])?;
+    let pinned = both["checkpoints"][0].as_str().unwrap_or_default().to_owned();
+    site.fsnap(&["rm", &pinned])?;
     let log = site.fsnap(&["log"])?;
     ensure(log.matches("db@cp:").count() == 1, &format!("one state has several checkpoints: {log}"))?;
     ensure(site.snapshots()? == 3, "it is not pinned once")?;

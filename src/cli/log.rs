@@ -69,7 +69,10 @@ fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {
     moments.truncate(args.limit.unwrap_or(usize::MAX));
     let recorded = coordinator.catalog().checkpoints()?;
     let of = |moment: &Moment| -> Vec<CheckpointId> {
-        let Kept::ByStore(snapshots) = &moment.kept else { return Vec::new() };
+        let snapshots = moment.kept.snapshots();
+        if snapshots.is_empty() {
+            return Vec::new();
+        }
         let holds = |one: &&Checkpoint| one.members.iter().any(|member| snapshots.contains(&member.snapshot.at));
         recorded.iter().filter(holds).map(|one| one.id).collect()
     };
@@ -77,6 +80,7 @@ fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {
         Kept::Not => None,
         Kept::ByStore(_) => Some("fsnap"),
         Kept::ByOthers => Some("others"),
+        Kept::ByBoth(_) => Some("fsnap and others"),
     };
     let out = Output::new();
     if args.json {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, Output, json};
 
-/// Make, list and remove thin pools of device-mapper, for those who have none
+/// Make, list, enlarge and remove thin pools of device-mapper, for those who have none
 ///
 /// A pool holds volumes, file systems on thin devices, and all snapshots and branches of them, which share every block
 /// that does not differ. Pools that LVM or Stratis manage are listed, and never changed.
@@ -36,6 +36,20 @@ enum Command {
         /// Print an array of JSON objects
         #[arg(long)]
         json: bool,
+    },
+    /// Enlarge a pool that fsnap made, while it is in use
+    ///
+    /// A pool of files takes `--size`; one on a block device takes up what was added to the device. The volumes in the pool stay as
+    /// large as they are.
+    Grow {
+        /// The pool
+        pool: String,
+        /// The room for data that it is to have, such as 200G; without it, all of what it stands on
+        #[arg(long, value_parser = bytes)]
+        size: Option<u64>,
+        /// The room for metadata that a pool of files is to have, such as 1G, where the data need no more than before
+        #[arg(long, value_name = "SIZE", value_parser = bytes)]
+        metadata_size: Option<u64>,
     },
     /// Make a volume in a pool that fsnap made, with a file system on it, and print its device, which is to be mounted
     AddVolume {
@@ -94,6 +108,12 @@ pub(crate) fn run(args: Args) -> Outcome {
             out.line(format_args!("pool {}: {} blocks of data are free", store.pool_name(), fill.data.1 - fill.data.0))
         }
         Command::List { json } => list(&out, json),
+        Command::Grow { pool, size, metadata_size } => {
+            let mut store = open(&pool)?;
+            store.grow_pool(size, metadata_size)?;
+            let (data, metadata) = room(&store.fill()?, store.block()?);
+            out.line(format_args!("pool {pool}: data {data}, metadata {metadata}"))
+        }
         Command::AddVolume { pool, volume, size, file_system } => {
             let file_system = if file_system == "xfs" { FileSystem::Xfs } else { FileSystem::Ext4 };
             let node = open(&pool)?.make_volume(&volume, size, file_system)?;

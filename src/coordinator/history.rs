@@ -1,6 +1,6 @@
 //! Past states of a volume that no engine asked for: listing them, and making one a checkpoint.
 
-use fsnap_backend::{Kept, Moment, Source, Volume};
+use fsnap_backend::{Moment, Source, Volume};
 
 use super::checkpoint::{boot_id, new_id};
 use super::{Begun, Coordinator, Target, adopt};
@@ -36,7 +36,8 @@ impl Coordinator {
         let store = self.store(&target.store)?;
         let opened = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
         let moment = choose(store.history(&opened)?, &target, past)?;
-        if let Kept::ByStore(snapshots) = &moment.kept {
+        let snapshots = moment.kept.snapshots();
+        if !snapshots.is_empty() {
             for checkpoint in self.catalog.checkpoints()? {
                 if let [member] = checkpoint.members.as_slice()
                     && member.store == target.store

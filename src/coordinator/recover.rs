@@ -6,7 +6,7 @@ use std::fmt;
 use fsnap_backend::Locator;
 
 use super::checkpoint::{boot_id, is_lost};
-use super::{Begun, Coordinator};
+use super::{Begun, Coordinator, adopt};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, OtherWriters};
 use crate::name::Name;
@@ -160,6 +160,11 @@ impl Coordinator {
             let held = self.catalog.held(&record.identity)?;
             if before.is_subset(&held) {
                 continue;
+            }
+            // A volume that fsnap did not make may be listed for as long as the store does not know it.
+            for volume in self.catalog.volumes()?.iter().filter(|volume| volume.store == record.identity) {
+                // One that is away is no image either way.
+                let _ = adopt(store.as_ref(), &volume.name, &volume.path, &volume.identity);
             }
             // What is being removed by another fsnap has lost its hold, and is gone in a moment.
             let after = listed(store.as_ref())?;

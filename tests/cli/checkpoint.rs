@@ -335,7 +335,7 @@ fn wrong_usage_is_told_from_failure() {
     !  overlay  Write to a directory copy-on-write
     !  umount  Unmount what fsnap serves
     !  verify  Read checkpoints again and name what is damaged
-    !  pool  Make, list and remove thin pools of device-mapper, for those who have none
+    !  pool  Make, list, enlarge and remove thin pools of device-mapper, for those who have none
     !  recover  Finish or undo what a killed fsnap or engine left half done
     !  doctor  Tell what this machine can do, and why not: every backend, every engine, fsnap's
     !  own state

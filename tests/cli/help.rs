@@ -53,7 +53,7 @@ fn all() {
       overlay        Write to a directory copy-on-write
       umount         Unmount what fsnap serves
       verify         Read checkpoints again and name what is damaged
-      pool           Make, list and remove thin pools of device-mapper, for those who have none
+      pool           Make, list, enlarge and remove thin pools of device-mapper, for those who have none
       recover        Finish or undo what a killed fsnap or engine left half done
       doctor         Tell what this machine can do, and why not: every backend, every engine, fsnap's
                      own state
@@ -457,7 +457,7 @@ fn recover() {
 #[test]
 fn pool() {
     assert_snapshot!(help("pool"), @"
-    Make, list and remove thin pools of device-mapper, for those who have none
+    Make, list, enlarge and remove thin pools of device-mapper, for those who have none
 
     A pool holds volumes, file systems on thin devices, and all snapshots and branches of them, which
     share every block that does not differ. Pools that LVM or Stratis manage are listed, and never
@@ -469,6 +469,7 @@ fn pool() {
       create         Make a pool on a block device, or in sparse files in a directory
       list           List the pools of this machine: how full each is, and the volumes that fsnap made
                      in it
+      grow           Enlarge a pool that fsnap made, while it is in use
       add-volume     Make a volume in a pool that fsnap made, with a file system on it, and print its
                      device, which is to be mounted
       remove-volume  Remove a volume that fsnap made, and all its files; its snapshots stay
@@ -500,6 +501,34 @@ fn pool_create() {
           --name <NAME>  What device-mapper is to call it [default: fsnap]
           --size <SIZE>  The room for data in it, such as 20G; all of a device, if not given
       -h, --help         Print help
+    ");
+}
+
+#[cfg(feature = "dm-thin")]
+#[test]
+fn pool_grow() {
+    assert_snapshot!(help("pool grow"), @"
+    Enlarge a pool that fsnap made, while it is in use
+
+    A pool of files takes `--size`; one on a block device takes up what was added to the device. The
+    volumes in the pool stay as large as they are.
+
+    Usage: fsnap pool grow [OPTIONS] <POOL>
+
+    Arguments:
+      <POOL>
+              The pool
+
+    Options:
+          --size <SIZE>
+              The room for data that it is to have, such as 200G; without it, all of what it stands on
+
+          --metadata-size <SIZE>
+              The room for metadata that a pool of files is to have, such as 1G, where the data need no
+              more than before
+
+      -h, --help
+              Print help (see a summary with '-h')
     ");
 }
 

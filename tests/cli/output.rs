@@ -249,6 +249,7 @@ fn every_command_has_a_manual_page() {
     fsnap-overlay.1
     fsnap-pool-add-volume.1
     fsnap-pool-create.1
+    fsnap-pool-grow.1
     fsnap-pool-list.1
     fsnap-pool-remove-volume.1
     fsnap-pool-remove.1

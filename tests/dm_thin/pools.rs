@@ -15,9 +15,13 @@ use crate::site::{Site, pretend};
 pub(crate) const CASES: &[Case] = &[
     ("a_pool_is_made_shown_and_removed", a_pool_is_made_shown_and_removed),
     ("a_device_that_holds_something_is_refused", a_device_that_holds_something_is_refused),
+    ("a_full_pool_is_enlarged_in_use", a_full_pool_is_enlarged_in_use),
+    ("an_enlargement_is_whole_or_undone", an_enlargement_is_whole_or_undone),
+    ("a_pool_on_a_device_has_the_size_that_was_asked_for", a_pool_on_a_device_has_the_size_that_was_asked_for),
     ("a_pool_leaves_the_device_of_another", a_pool_leaves_the_device_of_another),
     ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
     ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
+    ("a_volume_that_others_made_is_known", a_volume_that_others_made_is_known),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
     ("a_branch_survives_a_restart", a_branch_survives_a_restart),
     ("kills_leave_nothing", kills_leave_nothing),
@@ -119,6 +123,149 @@ fn a_device_that_holds_something_is_refused() -> Done {
     done
 }
 
+/// What takes no snapshots since it fills up takes them again, and nothing in it has to be unmounted.
+fn a_full_pool_is_enlarged_in_use() -> Done {
+    let site = Site::with_volume("128M", "ext4")?;
+    let config = site.dir.join("config.toml");
+    fs::write(&config, "[dm-thin]\nfree_data = 50\n")?;
+    let checkpoint = || {
+        let mut command = site.command(&["checkpoint"]);
+        command.env("FSNAP_CONFIG", &config);
+        command
+    };
+    fs::write(site.db().join("large"), vec![7; 80 << 20])?;
+    let refused = failure(&mut checkpoint())?;
+    ensure(refused.contains("enlarge it (`fsnap pool grow`, if fsnap made it)"), &refused)?;
+
+    let grow = |arguments: &[&str]| site.fsnap(&[&["pool", "grow", &site.pool], arguments].concat());
+    let refuses = |arguments: &[&str]| site.fails(&[&["pool", "grow", &site.pool], arguments].concat());
+    let smaller = refuses(&["--size", "100M"])?;
+    ensure(smaller.contains(&format!("a pool smaller: the pool {} has 128 MiB of data", site.pool)), &smaller)?;
+    let smaller = refuses(&["--metadata-size", "16M"])?;
+    ensure(smaller.contains("has 32 MiB of metadata"), &smaller)?;
+    let nothing = refuses(&[])?;
+    ensure(nothing.contains("pool/data has become no larger; say how large it is to be, with --size"), &nothing)?;
+    let said = refuses(&["--metadata-size", "16G"])?;
+    ensure(said.contains("no pool can use more than 15 GiB of metadata"), &said)?;
+
+    let said = grow(&["--size", "600M"])?;
+    ensure(said.contains("% of 600.00 MiB, metadata "), &said)?;
+    grow(&["--size", "600M"])?;
+    let total = |what: &str| -> Result<Option<u64>, Failed> { Ok(site.listed()?[what]["total"].as_u64()) };
+    ensure(total("data")? == Some(600 << 20) && total("metadata")? == Some(32 << 20), "it has not grown to that")?;
+    output(&mut checkpoint())?;
+    // More than it had room for.
+    fs::write(site.db().join("larger"), vec![9; 150 << 20])?;
+    File::open(site.db().join("larger"))?.sync_all()?;
+    grow(&["--metadata-size", "64M"])?;
+    ensure(total("data")? == Some(600 << 20) && total("metadata")? == Some(64 << 20), "the metadata have not grown")?;
+    // Somebody else made the file larger.
+    File::options().write(true).open(site.dir.join("pool/data"))?.set_len(700 << 20)?;
+    grow(&[])?;
+    ensure(total("data")? == Some(700 << 20), "it does not use what there is")?;
+
+    // What holds many blocks holds much about them.
+    grow(&["--size", "100G"])?;
+    ensure(total("metadata")? == Some(100 << 20), "the metadata have not grown with the data")?;
+    site.fsnap(&["verify"])?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(total("data")? == Some(100 << 30) && total("metadata")? == Some(100 << 20), "it came up smaller")?;
+    site.mount("db", "ext4")?;
+    ensure(fs::read(site.db().join("larger"))? == vec![9; 150 << 20], "what was written is not there")
+}
+
+/// What cannot be taken up is given back, and a killed call is completed by the next, or by the next start.
+fn an_enlargement_is_whole_or_undone() -> Done {
+    let site = Site::with_volume("128M", "ext4")?;
+    let total = || -> Result<Option<u64>, Failed> { Ok(site.listed()?["data"]["total"].as_u64()) };
+    let length = |file: &str| -> Result<u64, Failed> { Ok(fs::metadata(site.dir.join("pool").join(file))?.len()) };
+    let usual = std::env::var("PATH")?;
+    let grow = |losetup: &str, size: &str| -> Result<Command, Failed> {
+        let programs = pretend(&site, "losetup", losetup)?.display().to_string();
+        let mut command = site.command(&["pool", "grow", &site.pool, "--size", size]);
+        command.env("PATH", format!("{programs}:{usual}"));
+        Ok(command)
+    };
+    let said = failure(&mut grow("exit 1", "100G")?)?;
+    ensure(said.contains("cannot run losetup"), &said)?;
+    ensure(length("data")? == 128 << 20 && length("metadata")? == 32 << 20, "a file is longer")?;
+    ensure(total()? == Some(128 << 20), "the pool is larger")?;
+    // It answers, and nothing has become larger.
+    let said = failure(&mut grow("exit 0", "256M")?)?;
+    ensure(said.contains(&format!("cannot enlarge the pool {}", site.pool)), &said)?;
+    ensure(length("data")? == 128 << 20 && total()? == Some(128 << 20), "it is larger")?;
+    site.fsnap(&["checkpoint"])?;
+
+    let kill = "kill -9 $PPID";
+    ensure(!grow(kill, "200M")?.status()?.success(), "it was not killed")?;
+    ensure(length("data")? == 128 << 20 || total()? == Some(128 << 20), "it was killed too late")?;
+    site.fsnap(&["pool", "grow", &site.pool, "--size", "200M"])?;
+    ensure(total()? == Some(200 << 20), "the next call did not complete it")?;
+    // At the metadata it calls the first time, which have not become larger.
+    let later = format!("test -e {0} && {kill}; : >{0}; exec /sbin/losetup \"$@\"", site.path("called"));
+    ensure(!grow(&later, "300M")?.status()?.success(), "it was not killed")?;
+    ensure(length("data")? == 300 << 20 && total()? == Some(200 << 20), "it was killed elsewhere")?;
+    fs::write(site.db().join("file"), "second")?;
+    site.unmount("db")?;
+    site.fsnap(&["pool", "stop", &site.pool])?;
+    site.fsnap(&["pool", "start", &site.pool])?;
+    ensure(total()? == Some(300 << 20), "the next start did not complete it")?;
+    site.mount("db", "ext4")?;
+    is(&site.db().join("file"), "second")
+}
+
+/// The rest of the device is left alone until the pool is enlarged by it.
+fn a_pool_on_a_device_has_the_size_that_was_asked_for() -> Done {
+    let site = Site::without_pool()?;
+    let image = site.dir.join("image");
+    let device = loop_device(&image, 256 << 20)?;
+    let total = || -> Result<Option<u64>, Failed> { Ok(site.listed()?["data"]["total"].as_u64()) };
+    let tried = || -> Done {
+        let grow = |arguments: &[&str]| site.fsnap(&[&["pool", "grow", &site.pool], arguments].concat());
+        let refuses = |arguments: &[&str]| site.fails(&[&["pool", "grow", &site.pool], arguments].concat());
+        let create = ["pool", "create", &device, "--name", &site.pool, "--size"];
+        let said = site.fails(&[&create[..], &["10G"]].concat())?;
+        ensure(said.contains("it has room for 224 MiB of data; give a smaller --size"), &said)?;
+        site.fsnap(&[&create[..], &["100M"]].concat())?;
+        ensure(total()? == Some(100 << 20), "it has another size")?;
+        grow(&["--size", "150M"])?;
+        ensure(total()? == Some(150 << 20), "it has not grown to that")?;
+        site.fsnap(&["pool", "stop", &site.pool])?;
+        site.fsnap(&["pool", "start", &site.pool])?;
+        ensure(total()? == Some(150 << 20), "it came up in another size")?;
+        let said = refuses(&["--size", "300M"])?;
+        ensure(said.contains("has room for 224 MiB of data: enlarge it first"), &said)?;
+        let said = refuses(&["--size", "200M", "--metadata-size", "64M"])?;
+        ensure(said.contains("the metadata cannot be enlarged"), &said)?;
+        ensure(total()? == Some(150 << 20), "what was refused was done")?;
+        grow(&[])?;
+        ensure(total()? == Some(224 << 20), "it does not use all of the device")?;
+        let said = refuses(&[])?;
+        ensure(said.contains("has become no larger: enlarge it first"), &said)?;
+        File::options().write(true).open(&image)?.set_len(512 << 20)?;
+        output(Command::new("losetup").args(["--set-capacity", &device]))?;
+        site.add_volume("db", "ext4")?;
+        grow(&[])?;
+        ensure(total()? == Some(480 << 20), "it does not use what was added to the device")?;
+        fs::write(site.db().join("large"), vec![7; 300 << 20])?;
+        File::open(site.db().join("large"))?.sync_all()?;
+        site.unmount("db")?;
+        site.fsnap(&["pool", "stop", &site.pool])?;
+        site.fsnap(&["pool", "start", &site.pool])?;
+        ensure(total()? == Some(480 << 20), "it came up in another size")?;
+        site.fsnap(&["pool", "remove", &site.pool, "--with-volumes"]).map(drop)
+    };
+    let done = tried();
+    if done.is_err() {
+        crate::kernel::unmount_below(&site.dir);
+        let _ = site.fsnap(&["pool", "remove", &site.pool, "--with-volumes"]);
+    }
+    detach(&device);
+    done
+}
+
 /// A pool that is called like a part of another is not taken for that.
 fn a_pool_leaves_the_device_of_another() -> Done {
     let site = Site::without_pool()?;
@@ -187,6 +334,33 @@ fn a_volume_that_is_away_is_named() -> Done {
     let said = site.fails(&["pool", "add-volume", "no-such-pool", "db", "--size", "16M"])?;
     ensure(said.contains("no pool \"no-such-pool\"") && said.contains(&site.pool), &said)?;
     ensure(site.fsnap(&["log"])?.lines().count() == 2, "something was recorded")
+}
+
+/// What `recover` cannot explain is told, and a registered volume needs no explanation.
+fn a_volume_that_others_made_is_known() -> Done {
+    let site = Site::with_volume("1G", "ext4")?;
+    let name = format!("{}-others", site.pool);
+    let pool = output(Command::new("dmsetup").args(["info", "-c", "--noheadings", "-o", "major,minor", &site.pool]))?;
+    output(Command::new("dmsetup").args(["message", &site.pool, "0", "create_thin 7"]))?;
+    output(Command::new("dmsetup").args(["create", &name, "--table", &format!("0 204800 thin {} 7", pool.trim())]))?;
+    let tried = || -> Done {
+        let told = site.fsnap(&["recover"])?;
+        ensure(told.contains("unknown: foreign:7 in the dm-thin store"), &told)?;
+        let device = site.node(&name)?;
+        output(Command::new("mkfs.ext4").arg("-q").arg(&device))?;
+        fs::create_dir(site.dir.join("others"))?;
+        rustix::mount::mount(device, site.dir.join("others"), "ext4", MountFlags::empty(), None)?;
+        site.fsnap(&["init", &site.path("others")])?;
+        site.fsnap(&["checkpoint"])?;
+        let told = site.fsnap(&["recover"])?;
+        ensure(told.trim() == "nothing is half done", &told)?;
+        let told = site.fsnap(&["verify"])?;
+        ensure(!told.contains("unknown"), &told)
+    };
+    let done = tried();
+    crate::kernel::unmount_below(&site.dir);
+    let _ = Command::new("dmsetup").args(["remove", "--retry", &name]).output();
+    done
 }
 
 /// A branch is mounted, written independently, captured itself, branched again, and gone when it is removed.

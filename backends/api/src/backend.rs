@@ -213,6 +213,18 @@ pub enum Kept {
     ByStore(Vec<Locator>),
     /// Somebody else wants it to stay.
     ByOthers,
+    /// These snapshots of the store are of it, and somebody else wants it to stay when they are gone.
+    ByBoth(Vec<Locator>),
+}
+
+impl Kept {
+    /// The snapshots of the store that are of it.
+    pub fn snapshots(&self) -> &[Locator] {
+        match self {
+            Self::ByStore(snapshots) | Self::ByBoth(snapshots) => snapshots,
+            Self::Not | Self::ByOthers => &[],
+        }
+    }
 }
 
 /// Where two states of a volume can differ: what [`Backend::differences`] found out.

@@ -31,7 +31,7 @@ use crate::sign::{self, Superblock};
 use crate::store::{FILE, Settings, Store, VOLUMES, is_made, make, read, write, write_json};
 use crate::superblock::FileSystem;
 
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// The blocks that a pool shares and copies, in sectors: 64 KiB.
 pub(crate) const BLOCK: u64 = 128;
@@ -53,6 +53,9 @@ pub enum Backing {
         device: PathBuf,
         /// So many sectors hold the metadata.
         metadata: u64,
+        /// And so many after them the data; all that are left, if not given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        data: Option<u64>,
     },
 }
 
@@ -100,7 +103,7 @@ impl PoolVolume {
 }
 
 /// The metadata that so much data wants: 64 bytes for each block, and room for snapshots.
-fn metadata_for(data: u64) -> u64 {
+pub(crate) fn metadata_for(data: u64) -> u64 {
     const MIB: u64 = 1 << 20;
     let bytes = data / (BLOCK * SECTOR) * 64;
     bytes.next_multiple_of(MIB).clamp(32 * MIB, 15 << 30)
@@ -170,7 +173,7 @@ impl Store {
         undo(&self.mapper, &self.place, &self.settings, &backing)
     }
 
-    fn check_made_here(&self, action: &'static str) -> Result<&Backing> {
+    pub(crate) fn check_made_here(&self, action: &'static str) -> Result<&Backing> {
         self.settings.backing.as_ref().ok_or_else(|| {
             let reason = format!("fsnap did not make {}: do it by what made it", self.pool);
             Error::Unsupported { kind: KIND, action, reason }
@@ -328,10 +331,7 @@ fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Setting
         Err(error) => return Err(error.and_undo(remove_pool(mapper, settings))),
     };
     let blocks = parts.data_length / BLOCK;
-    let table = |blocks: u64| {
-        let text = format!("{} {} {BLOCK} {} 1 error_if_no_space", parts.metadata, parts.data, blocks / 20);
-        Target { length: blocks * BLOCK, kind: "thin-pool".into(), text }
-    };
+    let table = |blocks: u64| pool_table(parts.metadata, parts.data, blocks);
     if let Some(superblock) = superblock {
         let data = backing.data();
         let checked = if blocks < superblock.blocks {
@@ -355,6 +355,12 @@ fn start_locked(mapper: &Mapper, dir: &OwnedFd, place: &Path, settings: &Setting
     }
     let pool = Pool::named(mapper, name)?.ok_or_else(|| Error::NotFound { what: By::Name(name).to_string() })?;
     start_volumes(mapper, &pool, settings, &volumes(dir, place)?)
+}
+
+/// The table of a pool with so many blocks of data.
+pub(crate) fn pool_table(metadata: Number, data: Number, blocks: u64) -> Target {
+    let text = format!("{metadata} {data} {BLOCK} {} 1 error_if_no_space", blocks / 20);
+    Target { length: blocks * BLOCK, kind: "thin-pool".into(), text }
 }
 
 /// Refuses to bring up a pool on what does not hold its metadata, and reads them.
@@ -403,9 +409,10 @@ impl Parts {
                 parts.data_length = fs::metadata(data).context("look at", data)?.len() / SECTOR;
                 Ok(parts)
             }
-            Backing::Device { device, metadata } => {
+            Backing::Device { device, metadata, data: wanted } => {
                 let all = length_of(device)?;
-                let Some(data) = all.checked_sub(*metadata) else {
+                // No more than there is: how much the pool needs is compared later.
+                let Some(data) = all.checked_sub(*metadata).map(|rest| wanted.unwrap_or(rest).min(rest)) else {
                     let shrunk = io::Error::other("it has become smaller than the pool's metadata");
                     return Err(shrunk).context("use", device);
                 };
@@ -441,7 +448,7 @@ impl Drop for Parts {
 }
 
 /// Runs losetup(8) and returns what it prints.
-fn losetup(arguments: &[&OsStr]) -> Result<PathBuf> {
+pub(crate) fn losetup(arguments: &[&OsStr]) -> Result<PathBuf> {
     run(Command::new("losetup").args(arguments)).map(PathBuf::from)
 }
 
@@ -458,7 +465,7 @@ fn run(command: &mut Command) -> Result<String> {
     Err(io::Error::other(format!("{}: {said}", output.status))).context("run", program)
 }
 
-fn length_of(device: &Path) -> Result<u64> {
+pub(crate) fn length_of(device: &Path) -> Result<u64> {
     use std::io::{Seek, SeekFrom};
     let bytes = File::open(device).and_then(|mut file| file.seek(SeekFrom::End(0))).context("measure", device)?;
     Ok(bytes / SECTOR)
@@ -503,9 +510,17 @@ fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
         return Err(refused(format!("it holds {found}; empty it by `wipefs` if that is no longer needed")));
     }
     let all = length_of(&device)? * SECTOR;
+    let data = size.map(|size| size.next_multiple_of(BLOCK * SECTOR) / SECTOR);
     let metadata = metadata_for(size.unwrap_or(all)) / SECTOR;
-    if all / SECTOR < metadata + BLOCK {
-        return Err(refused("it is too small for a pool".to_owned()));
+    let room = (all / SECTOR).saturating_sub(metadata);
+    if room < data.unwrap_or(BLOCK) {
+        return Err(refused(match data {
+            None => "it is too small for a pool".to_owned(),
+            Some(_) => {
+                let has = (room * SECTOR) >> 20;
+                format!("besides the metadata of such a pool it has room for {has} MiB of data; give a smaller --size")
+            }
+        }));
     }
     // The kernel makes new metadata where it finds nothing but zeroes.
     let file = match OpenOptions::new().write(true).custom_flags(libc_excl()).open(&device) {
@@ -515,7 +530,7 @@ fn divide(device: &Path, size: Option<u64>) -> Result<Backing> {
         file => file.context("open", &device)?,
     };
     file.write_all_at(&[0; 4096], 0).and_then(|()| file.sync_all()).context("write to", &device)?;
-    Ok(Backing::Device { device, metadata })
+    Ok(Backing::Device { device, metadata, data })
 }
 
 /// A path that leads to the device after a restart as well, as far as there is one: numbers like that of `/dev/dm-3` are given anew.

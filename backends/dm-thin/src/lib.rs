@@ -36,19 +36,21 @@
 //! * `suspend`: a device that stands still while a snapshot is made; `guard`: the process that resumes it when this one cannot.
 //! * `images`: putting the thin devices of images to use, and removing them; `verify`: reading one; `delta`: where two can differ.
 //! * `pool`: what is in a pool, and the messages that it takes; `survey`: which pools there are; `bring_up`: making one for those who have none;
-//!   `sign`: what its data and metadata are known by.
+//!   `grow`: enlarging it; `sign`: what its data and metadata are known by.
 //! * `dm`: devices and tables of device-mapper; `sys`: what the crate for that lacks.
 //! # Limits
 //!
 //! * Only root can use this backend.
 //! * The volume must be the root of its file system, and ext4 or xfs. btrfs on a thin device is refused: suspending the device does
 //!   not freeze it, the kernel confuses two of one UUID, and it takes snapshots of its own, which the btrfs backend uses.
-//! * `list` shows thin devices that others made only while they are in use: the kernel does not tell of those that are not.
+//! * `list` shows thin devices that others made only while they are in use: the kernel does not tell of those that are not. It leaves out
+//!   the volumes that were adopted.
 //! * ext4 and xfs have no checksums of contents: `verify` finds what cannot be read, not what was changed.
 
 mod bring_up;
 mod delta;
 mod dm;
+mod grow;
 mod guard;
 mod images;
 mod pool;
@@ -213,6 +215,8 @@ impl Backend for Store {
         let mut own: BTreeSet<_> = recorded.keys().filter_map(Form::of).map(|form| form.id).collect();
         own.insert(sign::ID);
         own.extend(self.volumes()?.into_iter().map(|(_, volume)| volume.id));
+        // Others made these, and whoever adopts one knows what it is.
+        own.extend(self.known.ids());
         images.extend(self.foreign(&own)?);
         Ok(images)
     }

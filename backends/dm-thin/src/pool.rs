@@ -109,7 +109,8 @@ impl Fill {
     pub fn refusal(&self, limits: &Limits) -> Option<Refusal> {
         let short = |what, free: u64, least: u8| {
             (free < u64::from(least)).then(|| {
-                let how = "remove checkpoints, enlarge it, or set another limit by `[dm-thin]` in the settings";
+                let how = "remove checkpoints, enlarge it (`fsnap pool grow`, if fsnap made it), or set another limit by \
+                           `[dm-thin]` in the settings";
                 Refusal::NoRoom(format!("{free} % of its {what} space is free, less than {least} %: {how}"))
             })
         };
@@ -119,7 +120,10 @@ impl Fill {
         match self.mode {
             Mode::Works => short("metadata", self.free_metadata(), limits.free_metadata)
                 .or_else(|| short("data", self.free_data(), limits.free_data)),
-            Mode::OutOfData => Some(Refusal::NoRoom("it is out of data space: enlarge it, or remove images".into())),
+            Mode::OutOfData => Some(Refusal::NoRoom(
+                "it is out of data space: enlarge it (`fsnap pool grow`, if fsnap made it), or remove checkpoints"
+                    .into(),
+            )),
             Mode::ReadOnly => Some(Refusal::Broken(
                 "its metadata cannot be written, or are full, so that images can be read, and neither made nor removed: \
                  bring it down, enlarge what its metadata lie on if they are full, run `thin_check`, and bring it up again",

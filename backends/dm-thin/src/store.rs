@@ -176,6 +176,11 @@ impl Store {
         self.pool.fill(&self.mapper, true)
     }
 
+    /// The bytes of one of its pool's data blocks.
+    pub fn block(&self) -> Result<u64> {
+        self.pool.block(&self.mapper)
+    }
+
     /// How much must be free in its pool before an image is made.
     pub fn limits(&self) -> Limits {
         self.settings.limits

@@ -10,7 +10,7 @@ use fsnap_backend::{Error, Identity, IoContext, Result, Volume, beneath};
 
 use crate::KIND;
 use crate::dm::{Mapper, Number};
-use crate::pool::{Pool, ThinDevice, owner};
+use crate::pool::{Pool, ThinDevice, ThinId, owner};
 use crate::superblock::FileSystem;
 use crate::suspend::Notes;
 
@@ -99,6 +99,11 @@ impl Known {
     /// Remembers a volume that is adopted.
     pub(crate) fn keep(&self, identity: Identity, live: Live) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(identity, live);
+    }
+
+    /// The numbers of the volumes' devices.
+    pub(crate) fn ids(&self) -> Vec<ThinId> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().map(|live| live.thin.id).collect()
     }
 
     /// Tells what is known of the volume, if its path still leads there.

@@ -212,10 +212,12 @@ impl Backend for Store {
 
     fn history(&self, volume: &Volume) -> Result<Vec<Moment>> {
         let uuid = check(volume)?;
-        let mut ours: BTreeMap<(Number, u64), Vec<Locator>> = BTreeMap::new();
+        let mut ours: BTreeMap<(Number, u64), (Vec<Locator>, bool)> = BTreeMap::new();
         for (at, record) in self.records()? {
             if record.uuid == uuid {
-                ours.entry((record.number, record.created)).or_default().push(at);
+                let (snapshots, found) = ours.entry((record.number, record.created)).or_default();
+                snapshots.push(at);
+                *found |= record.found;
             }
         }
         let found = sys::checkpoints(volume).context("list the checkpoints of", volume.dir())?;
@@ -224,7 +226,8 @@ impl Backend for Store {
             seconds: one.created,
             same: one.is_minor,
             kept: match ours.remove(&(one.number, one.created)) {
-                Some(snapshots) if one.is_snapshot => Kept::ByStore(snapshots),
+                Some((snapshots, true)) if one.is_snapshot => Kept::ByBoth(snapshots),
+                Some((snapshots, false)) if one.is_snapshot => Kept::ByStore(snapshots),
                 _ if one.is_snapshot => Kept::ByOthers,
                 _ => Kept::Not,
             },

@@ -131,6 +131,7 @@ fn marks_of_others_stay() -> Done {
     for _ in 0..2 {
         let at = site.reserve()?;
         site.store.pin(&site.volume, number, &at)?;
+        ensure(site.kept(number)? == Kept::ByBoth(vec![at.clone()]), "the mark of another is not seen beside fsnap's")?;
         site.store.delete(&at)?;
         ensure(site.kept(number)? == Kept::ByOthers, "the mark of another is gone")?;
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 
-use fsnap_backend::{ErrorKind, ImageKind, Kept, Locator, Moment, Source};
+use fsnap_backend::{ErrorKind, ImageKind, Locator, Moment, Source};
 
 use crate::failure::{During, Failure, Verdict, ensure, refused};
 use crate::op::Op;
@@ -40,10 +40,7 @@ fn pin(site: &mut Site<'_>, live: &LiveVolume, number: u64) -> Verdict<Locator> 
 /// The snapshots of this store that are named as the reason why the state stays.
 fn kept(site: &Site<'_>, live: &LiveVolume, number: u64) -> Verdict<BTreeSet<Locator>> {
     let moment = history(site, live)?.into_iter().find(|moment| moment.number == number);
-    Ok(match moment.map(|moment| moment.kept) {
-        Some(Kept::ByStore(snapshots)) => snapshots.into_iter().collect(),
-        Some(Kept::Not | Kept::ByOthers) | None => BTreeSet::new(),
-    })
+    Ok(moment.map(|moment| moment.kept.snapshots().iter().cloned().collect()).unwrap_or_default())
 }
 
 pub(super) fn history_is_in_order(site: &mut Site<'_>) -> Verdict {
