@@ -8,7 +8,7 @@
 //! | a lock on it | who starts the run | until it runs, or has failed |
 //! | `run.json`, the [`RunRecord`] | the same | first of all |
 //! | `init`, an [`Init`] | the first stage | before there is any process |
-//! | `untold`, an [`Untold`] | who starts the run | until it runs: whoever finds it without the lock undoes the start |
+//! | `untold`, an `Untold` | who starts the run | until it runs: whoever finds it without the lock undoes the start |
 //! | `start.log` | the stages | what they complain of |
 //! | `root` | who starts the run | when it runs |
 //! | `output/log` | the processes | all they say |
