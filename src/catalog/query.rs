@@ -441,7 +441,8 @@ impl Catalog {
         })
     }
 
-    /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile.
+    /// Replaces an intent by the branch that came of it; `false` if the name was taken meanwhile. Unless it is to be durable, a power cut
+    /// may leave the intent in its place.
     pub(crate) fn add_branch(&self, id: IntentId, branch: &Branch, durable: bool) -> Result<bool> {
         let change =
             |tx: &Transaction<'_>| Ok(self.add_branch_in(tx, branch)? && self.drop_intent_in(tx, id).map(|_| true)?);

@@ -134,6 +134,7 @@ impl Coordinator {
         }
         Ok(Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members })
     }
+
     /// The branch that grew before a power cut took the record of it away; `None` if a clone is missing, or has to be mounted.
     pub(super) fn grown_before_the_power_cut(
         &self,

@@ -193,18 +193,16 @@ impl Coordinator {
                 lock.finish();
                 Ok(Recovered::Removed)
             }
-            // In the boot in which it was begun, the record would be there.
-            Intent::Branch { name, boot, images, checkpoint: Some(checkpoint), .. } if boot != boot_id()? => {
-                if let Some(branch) = self.grown_before_the_power_cut(&name, &checkpoint, &images)?
+            Intent::Branch { name, boot, images, checkpoint, .. } => {
+                // In the boot in which it was begun, the record would be there.
+                if boot != boot_id()?
+                    && let Some(checkpoint) = checkpoint
+                    && let Some(branch) = self.grown_before_the_power_cut(&name, &checkpoint, &images)?
                     && self.catalog.add_branch(id, &branch, true)?
                 {
                     lock.finish();
                     return Ok(Recovered::BranchFinished(name));
                 }
-                self.undo(id, lock)?;
-                Ok(Recovered::BranchRemoved(name))
-            }
-            Intent::Branch { name, .. } => {
                 self.undo(id, lock)?;
                 Ok(Recovered::BranchRemoved(name))
             }

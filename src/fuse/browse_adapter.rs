@@ -47,7 +47,7 @@ impl BrowseAdapter {
     fn names(&self, ino: u64, handle: FileHandle, offset: u64) -> Result<Arc<Vec<Listed>>, Errno> {
         let found = self.readers.get(handle.0);
         let Some(Reader::Dir(names)) = found.as_deref() else { return Err(Errno::EBADF) };
-        names.at(offset, || self.browse.list(ino).map_err(errno))
+        names.at(offset, |_| self.browse.list(ino).map(Arc::new).map_err(errno))
     }
 
     fn dots(&self, ino: u64) -> Dots {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use fuser::{BackingId, FopenFlags};
 
-use super::open::{Table, locked};
+use super::open::{List, Names, Table, locked};
 use super::overlay::{Ino, OpenFile};
 use super::sys;
 
@@ -42,42 +42,34 @@ pub(super) struct FileHandle {
 #[derive(Debug)]
 pub(super) struct DirHandle {
     ino: Ino,
-    /// What it is read from, since it was read from the beginning.
-    names: Mutex<Option<List>>,
+    names: Names<OsString>,
     /// What those read that the kernel has one list for, if this is one of them.
     shared: Option<Arc<Mutex<Weak<Vec<OsString>>>>>,
     opened: Instant,
 }
-
-/// The names of a directory at one moment.
-type List = Arc<Vec<OsString>>;
 
 /// Who begins to read within this time after the opening may be told what was there at the opening.
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 impl DirHandle {
     /// The names for a reading that goes on at `offset`; `read` reads them anew.
-    pub(super) fn names<E>(&self, offset: u64, read: impl FnOnce() -> Result<Vec<OsString>, E>) -> Result<List, E> {
-        let mut own = locked(&self.names);
-        if let Some(names) = own.as_ref().filter(|_| offset != 0) {
-            return Ok(names.clone());
-        }
-        let names = match &self.shared {
-            None => Arc::new(read()?),
-            Some(shared) => {
-                let mut last = locked(shared);
-                // What the kernel told before may come from the others' list.
-                let joins = own.is_none() && (offset != 0 || self.opened.elapsed() < AT_ONCE);
-                let names = match last.upgrade().filter(|_| joins) {
-                    Some(names) => names,
-                    None => Arc::new(read()?),
-                };
-                *last = Arc::downgrade(&names);
-                names
-            }
-        };
-        *own = Some(names.clone());
-        Ok(names)
+    pub(super) fn names<E>(
+        &self,
+        offset: u64,
+        read: impl FnOnce() -> Result<Vec<OsString>, E>,
+    ) -> Result<List<OsString>, E> {
+        self.names.at(offset, |is_first| {
+            let Some(shared) = &self.shared else { return read().map(Arc::new) };
+            let mut last = locked(shared);
+            // What the kernel told before may come from the others' list.
+            let joins = is_first && (offset != 0 || self.opened.elapsed() < AT_ONCE);
+            let names = match last.upgrade().filter(|_| joins) {
+                Some(names) => names,
+                None => Arc::new(read()?),
+            };
+            *last = Arc::downgrade(&names);
+            Ok(names)
+        })
     }
 
     /// Whether the kernel may tell others what this one is told.
@@ -212,7 +204,7 @@ impl Handles {
             Some(_) => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
             None => FopenFlags::FOPEN_KEEP_CACHE,
         };
-        (self.open.add(Handle::Dir(DirHandle { ino, names: Mutex::default(), shared, opened })), flags)
+        (self.open.add(Handle::Dir(DirHandle { ino, names: Names::default(), shared, opened })), flags)
     }
 
     /// A name in these directories has come or gone. Called before whoever did that is answered.

@@ -66,7 +66,10 @@ impl<H> Table<H> {
 
 /// The names of an open directory, as they were when it was read from the beginning.
 #[derive(Debug)]
-pub(super) struct Names<T>(Mutex<Option<Arc<Vec<T>>>>);
+pub(super) struct Names<T>(Mutex<Option<List<T>>>);
+
+/// The names of a directory at one moment.
+pub(super) type List<T> = Arc<Vec<T>>;
 
 impl<T> Default for Names<T> {
     fn default() -> Self {
@@ -75,13 +78,13 @@ impl<T> Default for Names<T> {
 }
 
 impl<T> Names<T> {
-    /// The names for a reading that goes on at `offset`; `read` reads them where it begins.
-    pub(super) fn at<E>(&self, offset: u64, read: impl FnOnce() -> Result<Vec<T>, E>) -> Result<Arc<Vec<T>>, E> {
+    /// The names for a reading that goes on at `offset`; `read` reads them where it begins, and is told whether that is for the first time.
+    pub(super) fn at<E>(&self, offset: u64, read: impl FnOnce(bool) -> Result<List<T>, E>) -> Result<List<T>, E> {
         let mut names = locked(&self.0);
         match &*names {
             Some(names) if offset != 0 => Ok(names.clone()),
             _ => {
-                let fresh = Arc::new(read()?);
+                let fresh = read(names.is_none())?;
                 *names = Some(fresh.clone());
                 Ok(fresh)
             }

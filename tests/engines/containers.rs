@@ -1,6 +1,6 @@
 //! Containers: what is installed by `fsnap install-hooks` is called by the real runc, and a second container stands beside the first.
 //!
-//! What is changed in /etc and /usr/libexec is laid over the machine's own, and seen in the sandbox only.
+//! What is changed in /etc and /usr/libexec is laid over the machine's own, and seen by the case only.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -70,9 +70,7 @@ fn has_undone(site: &Site, copying: Child, what: &str) {
 /// It left a branch and an ended run, of which nobody was told.
 fn an_interrupted_copy_is_undone() {
     let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
+    let running = Running::counting(&site);
     let id = site.ok(["checkpoint", "one"]);
     let runs = || fs::read_dir(site.path("state/runs")).unwrap().count();
     let copy = |name: &str, variable: &str, value: &str| {
@@ -180,9 +178,7 @@ fn a_killed_copy_is_undone() {
 /// The log of the ended one was gone, or some copies were made and others not.
 fn a_copy_whose_name_is_taken_takes_nothing_away() {
     let site = Site::new(&[Volume::Rsync]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
+    let running = Running::counting(&site);
     let id = site.ok(["checkpoint", "one"]);
     site.ok(["branch", &id, "copy-2", "--run"]);
     running.counts_on("copy-2");

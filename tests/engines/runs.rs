@@ -45,7 +45,15 @@ impl Drop for Running<'_> {
     }
 }
 
-impl Running<'_> {
+impl<'a> Running<'a> {
+    /// With the run `one` that counts in the first volume, and has begun to.
+    pub(crate) fn counting(site: &'a Site) -> Self {
+        let running = Self(site);
+        running.start("one", &["--volume", "v0"], &counter(site));
+        running.says("one", "3");
+        running
+    }
+
     pub(crate) fn all(&self) -> Vec<Value> {
         self.0.json(["ps", "--json"]).as_array().unwrap().clone()
     }

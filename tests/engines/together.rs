@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Stdio;
 
 use crate::Case;
-use crate::runs::{Running, counter};
+use crate::runs::Running;
 use crate::site::{Site, Volume, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
@@ -16,9 +16,7 @@ pub(crate) const CASES: &[Case] = &[
 /// The engine can trace a process for one dump at a time: others wait for their turn.
 fn saved_by_several_at_once() {
     let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
+    let running = Running::counting(&site);
     let savers: Vec<_> = (0..4)
         .map(|_| site.command(["checkpoint", "one"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
         .collect();
@@ -35,9 +33,7 @@ fn saved_by_several_at_once() {
 /// Both failed, and the processes were left stopped: a signal stops them for one, and the engine traces them for the other.
 fn saved_while_others_freeze_it() {
     let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
+    let running = Running::counting(&site);
     let pid = running.all()[0]["pid"].to_string();
     let (by_signal, by_engine) = (["checkpoint", "--deadline", "60", "--pid", &pid], ["checkpoint", "one"]);
     let stands = |states: &str| {
@@ -68,9 +64,7 @@ fn saved_while_others_freeze_it() {
 /// The checkpoint is worth more than its name.
 fn a_tag_that_is_taken_meanwhile_stays() {
     let site = Site::new(&[Volume::Btrfs]);
-    let running = Running(&site);
-    running.start("one", &["--volume", "v0"], &counter(&site));
-    running.says("one", "3");
+    let _running = Running::counting(&site);
     let first = site.ok(["checkpoint", "one"]);
     let mut command = site.command(["checkpoint", "one", "--tag", "mine", "--tag", "taken"]);
     command.env("FSNAP_FAILPOINT", "hook:frozen=sleep:4000").stdout(Stdio::piped()).stderr(Stdio::piped());
