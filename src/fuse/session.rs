@@ -240,10 +240,17 @@ fn serve_by(
     let noted = note_server(source, &shown);
     let signals = end_on_signals(shown.clone(), noted.clone()).map_err(failed("wait for signals for", dir))?;
     ready(&shown);
-    let served = session.run().map_err(failed("serve", dir));
+    let served = session.run().or_else(ended_while_reading).map_err(failed("serve", dir));
     signals.close();
     noted.iter().for_each(|noted| drop(std::fs::remove_file(noted)));
     served
+}
+
+/// Takes for its end what the kernel says at the end of a session to a thread that it was just handing a request: that the
+/// connection was aborted, where a thread that asks a moment later is told that there is no device (`fuse_dev_do_read` in the
+/// kernel's `fs/fuse/dev.c`). The session knows only the second answer for an end.
+fn ended_while_reading(error: io::Error) -> io::Result<()> {
+    if error.raw_os_error() == Some(Errno::CONNABORTED.raw_os_error()) { Ok(()) } else { Err(error) }
 }
 
 /// How long processes that use what is served keep a server that is to end.
