@@ -7,10 +7,16 @@ use std::path::{Path, PathBuf};
 
 use fsnap_backend::mounts::{self, Place};
 
+use crate::sys;
+
 /// Whether the file system that `file` lies on is mounted so that contents are written with checksums.
 pub(crate) fn with_checksums(file: impl AsFd) -> bool {
     let without = |option: &[u8]| matches!(option, b"nodatasum" | b"nodatacow");
-    matches!(mounts::of_file(file), Ok(Some(mount)) if !mount.options().any(without))
+    match sys::mount_options(&file) {
+        Ok(options) => !options.split(|&byte| byte == b',').any(without),
+        // The kernel is older, or shows that mount in its table only.
+        Err(_) => matches!(mounts::of_file(file), Ok(Some(mount)) if !mount.options().any(without)),
+    }
 }
 
 /// Says where the directory `path`, counted from the top of the file system of `file`, or something in it is mounted.

@@ -12,7 +12,9 @@ use std::mem::{offset_of, size_of};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
-use linux_raw_sys::btrfs as raw;
+use linux_raw_sys::{btrfs as raw, general};
+use nix::libc;
+use rustix::fs::{AtFlags, StatxFlags};
 use rustix::io::Errno;
 
 mod call {
@@ -89,6 +91,42 @@ pub(crate) fn file_system(file: impl AsFd) -> io::Result<Uuid> {
     // SAFETY: the descriptor is open for the call, and the kernel writes one such structure.
     unsafe { call::fs_info(file.as_fd().as_raw_fd(), &mut found) }?;
     Ok(found.fsid)
+}
+
+/// The options of the file system as the mount shows them through which `file` was opened, as [statmount(2)] has them since Linux 6.11.
+///
+/// Unlike a look into the table of mounts, its price does not grow with their number.
+///
+/// [statmount(2)]: https://man7.org/linux/man-pages/man2/statmount.2.html
+pub(crate) fn mount_options(file: impl AsFd) -> io::Result<Vec<u8>> {
+    let unique = StatxFlags::from_bits_retain(general::STATX_MNT_ID_UNIQUE);
+    let found = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, unique)?;
+    if found.stx_mask & unique.bits() == 0 {
+        return Err(Errno::NOSYS.into());
+    }
+    let wanted = general::STATMOUNT_MNT_OPTS;
+    let size = general::MNT_ID_REQ_SIZE_VER0;
+    let request = general::mnt_id_req { size, spare: 0, mnt_id: found.stx_mnt_id, param: wanted.into(), mnt_ns_id: 0 };
+    // SAFETY: the structure is plain integers and bytes, for which all zeroes is a value.
+    let mut answer: MountAnswer = unsafe { std::mem::zeroed() };
+    let call = libc::c_long::from(general::__NR_statmount);
+    // SAFETY: the kernel reads a request of the size that is told it, and writes no more than the answer's size.
+    let done = unsafe { libc::syscall(call, &raw const request, &raw mut answer, size_of::<MountAnswer>(), 0) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if answer.head.mask & u64::from(wanted) == 0 {
+        return Err(Errno::NOSYS.into());
+    }
+    let options = answer.text.get(answer.head.mnt_opts as usize..).ok_or(Errno::INVAL)?;
+    Ok(options.iter().copied().take_while(|&byte| byte != 0).collect())
+}
+
+/// What statmount(2) answers, with room for the options of btrfs: names, numbers, and a path.
+#[repr(C)]
+struct MountAnswer {
+    head: general::statmount,
+    text: [u8; 4096],
 }
 
 /// Makes a snapshot of the subvolume `source` as `name` in `dir`, and commits the transaction that made it.
@@ -306,5 +344,18 @@ mod tests {
     fn a_name_that_btrfs_cannot_hold_is_refused() {
         assert!(by_name(OsStr::new(&"x".repeat(255))).is_ok());
         assert!(by_name(OsStr::new(&"x".repeat(256))).is_err());
+    }
+
+    #[test]
+    fn options_of_a_mount_are_those_of_the_table() {
+        let root = std::fs::File::open("/").unwrap();
+        let Ok(options) = mount_options(&root) else {
+            // Before Linux 6.11.
+            return;
+        };
+        let mount = fsnap_backend::mounts::of_file(&root).unwrap().unwrap();
+        // There, a word on writing stands before them.
+        let table: Vec<&[u8]> = mount.options().skip(1).collect();
+        assert_eq!(options, table.join(&b','));
     }
 }
