@@ -26,6 +26,7 @@ mod tree;
 mod turn;
 mod wal;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -154,6 +155,9 @@ pub struct Catalog {
 /// catalog next, at a gigabyte per second or so.
 const LEFT_AT_MOST: u64 = 256 << 10;
 
+/// Records of fewer bytes, with their holds, fill less of the log than SQLite takes for a reason to put it into the catalog.
+const SMALL: usize = 256 << 10;
+
 impl Catalog {
     /// Opens the catalog in the directory `state`.
     ///
@@ -172,6 +176,9 @@ impl Catalog {
         let how = how | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let read_only = if access == Access::Read { format::read_only(&path) } else { None };
         let alone = read_only.is_some();
+        if !alone {
+            format::make_log_if_missing(&path)?;
+        }
         let opened = match read_only {
             Some(uri) => Connection::open_with_flags(uri, how | OpenFlags::SQLITE_OPEN_URI),
             None => Connection::open_with_flags(&path, how),
@@ -193,12 +200,12 @@ impl Catalog {
         }
         self.db.busy_timeout(self.patience)?;
         self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-        self.db.pragma_update(None, "trusted_schema", false)?;
+        self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
         match self.access {
             Access::Read => {}
             Access::Write | Access::Create => {
                 self.db.pragma_update(None, "synchronous", "FULL")?;
-                self.db.pragma_update(None, "foreign_keys", true)?;
+                self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, true)?;
                 // An empty log that stays is cheaper than one that each command makes and removes: its name need not be made durable.
                 self.db.pragma_update(None, "journal_size_limit", 0)?;
                 sys::keep_log(&self.db)?;
@@ -250,10 +257,36 @@ impl Catalog {
     ///
     /// The next durable change makes it durable, too.
     fn transact_unsynced<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
-        let sync = |how: &str| self.db.pragma_update(None, "synchronous", how).map_err(|source| self.failed(source));
-        sync("NORMAL")?;
-        let done = self.transact(change);
-        sync("FULL")?;
+        self.with_synchronous("NORMAL", || self.transact(change))
+    }
+
+    /// The same as [`transact`](Self::transact), with one sync instead of two where the log is empty.
+    ///
+    /// SQLite syncs the header of a log that it begins anew before it writes what follows: behind a header that came late, old frames
+    /// could be taken for new ones. A file that was empty has no old ones.
+    ///
+    /// A change that could not be made durable was made, and is an error all the same: for an intent, which recovery undoes then. It must
+    /// be smaller than what SQLite would put into the catalog by itself, which it would not sync either.
+    fn transact_in_one_sync<T>(&self, change: impl Fn(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let log = format::log(&self.path());
+        let is_empty = || log.metadata().is_ok_and(|log| log.len() == 0);
+        if is_empty() {
+            // Nobody else can write to it from the beginning of the transaction on; somebody may have before that.
+            let change = |tx: &Transaction<'_>| if is_empty() { change(tx).map(Some) } else { Ok(None) };
+            if let Some(value) = self.with_synchronous("OFF", || self.transact(change))? {
+                let synced = File::open(&log).and_then(|log| log.sync_data());
+                return synced.map(|()| value).map_err(|source| Error::Io { action: "sync", path: log, source });
+            }
+        }
+        self.transact(change)
+    }
+
+    /// What SQLite waits for in `work`: a level of [`PRAGMA synchronous`](https://www.sqlite.org/pragma.html#pragma_synchronous).
+    fn with_synchronous<T>(&self, level: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let set = |level| self.db.pragma_update(None, "synchronous", level).map_err(|source| self.failed(source));
+        set(level)?;
+        let done = work();
+        set("FULL")?;
         done
     }
 

@@ -111,8 +111,8 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     if path.symlink_metadata().is_ok() {
         return Ok(());
     }
-    // SQLite would add the changes of that log to whatever catalog is there.
-    if log(&path).symlink_metadata().is_ok() {
+    // SQLite would add the changes of that log to whatever catalog is there. An empty one is left from a call that was cut short here.
+    if log(&path).symlink_metadata().is_ok_and(|log| !log.is_file() || log.len() > 0) {
         let reason = "it is gone, and its log catalog.db-wal is not; remove that, too, to begin a new catalog";
         return Err(Error::Damaged { path, reason: reason.into() });
     }
@@ -132,8 +132,25 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     db.close().map_err(|(_, source)| database(source))?;
     let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all()).map_err(io("sync", path));
     sync(&fresh)?;
+    // With the catalog, the name of its log becomes durable, and stays (`design/catalog`).
+    let log = log(&path);
+    File::create(&log).map_err(io("make", &log))?;
     std::fs::rename(&fresh, &path).map_err(io("rename", &fresh))?;
     sync(state)
+}
+
+/// Makes the log again, if somebody has removed it, and its name durable: SQLite is built to leave that to us, for it would sync the
+/// directory once in each command.
+///
+/// Who may not make it is told so by SQLite.
+pub(super) fn make_log_if_missing(path: &Path) -> Result<()> {
+    let log = log(path);
+    if log.symlink_metadata().is_ok() || File::create_new(&log).is_err() {
+        return Ok(());
+    }
+    let state = path.parent().unwrap_or(path);
+    let synced = File::open(state).and_then(|dir| dir.sync_all());
+    synced.map_err(|source| Error::Io { action: "sync", path: state.to_owned(), source })
 }
 
 /// Makes directories that no other user may enter.

@@ -21,7 +21,9 @@ pub(super) fn digest(body: &str) -> [u8; 16] {
 }
 
 /// A record as it is stored: its JSON and the digest of that.
-pub(super) fn encode<T: Serialize>(record: &T) -> (String, [u8; 16]) {
+type Encoded = (String, [u8; 16]);
+
+pub(super) fn encode<T: Serialize>(record: &T) -> Encoded {
     let body = serde_json::to_string(record).expect("a record has string keys and no failing serializer");
     let digest = digest(&body);
     (body, digest)
@@ -331,11 +333,21 @@ impl Catalog {
 
     /// Records an intent and locks it.
     pub fn begin(&self, intent: &Intent) -> Result<(IntentId, IntentLock)> {
-        self.transact(|tx| self.begin_in(tx, intent))
+        let record = encode(intent);
+        let change = |tx: &Transaction<'_>| self.begin_as(tx, intent, &record);
+        if record.0.len() < super::SMALL { self.transact_in_one_sync(change) } else { self.transact(change) }
     }
 
     fn begin_in(&self, tx: &Transaction<'_>, intent: &Intent) -> Result<(IntentId, IntentLock)> {
-        let (body, digest) = encode(intent);
+        self.begin_as(tx, intent, &encode(intent))
+    }
+
+    fn begin_as(
+        &self,
+        tx: &Transaction<'_>,
+        intent: &Intent,
+        (body, digest): &Encoded,
+    ) -> Result<(IntentId, IntentLock)> {
         tx.execute("INSERT INTO intent (body, digest) VALUES (?1, ?2)", params![body, digest])
             .map_err(|e| self.failed(e))?;
         let id = IntentId(tx.last_insert_rowid());

@@ -264,6 +264,10 @@ fn what_is_no_log_is_refused() {
     let told = site.fail("fsnap init web");
     assert!(told.contains("it is gone, and its log catalog.db-wal is not; remove that, too"), "{told}");
     assert!(!catalog.exists());
+    // An empty one has nothing to add: a first command that was cut short has left it.
+    fs::write(&log, "").unwrap();
+    site.run("mkdir web && fsnap init web");
+    assert!(catalog.exists());
     fs::rename(site.path("away"), &catalog).unwrap();
     assert_eq!(site.run("fsnap verify"), "verified the catalog and 1 checkpoint: 0 damaged");
 }
