@@ -20,6 +20,7 @@
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
+mod restores;
 mod untold;
 
 use std::collections::BTreeSet;
@@ -36,8 +37,11 @@ pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{
     AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
 };
+pub use restores::Restores;
+pub(crate) use untold::Abandoned;
 use untold::{UNTOLD, Untold};
 
+use crate::branch::Branch;
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
     Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
@@ -172,7 +176,7 @@ pub struct Run {
     place: PathBuf,
 }
 
-/// The directory of a run that is being started, locked.
+/// The directory of a run that is being started, or of a restore that is under way, locked.
 #[derive(Debug)]
 pub struct Place {
     path: PathBuf,
@@ -261,7 +265,7 @@ impl Runs {
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
         // First, so that there is no run that looks like one of which somebody was told.
-        place.write(UNTOLD, &Untold::new(false)?)?;
+        place.write(UNTOLD, &Untold::new(None)?)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
     }
@@ -351,20 +355,25 @@ impl Place {
         self.path.join("start.log")
     }
 
-    /// A branch of the run's name is about to be recorded, for it alone.
-    pub fn branch_is_recorded(&self) -> Result<()> {
-        self.write(UNTOLD, &Untold::new(true)?)
+    /// That branch is about to be recorded, for it alone.
+    pub fn branch_is_recorded(&self, branch: &Branch) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(Some(branch))?)
     }
 
     /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.
     pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
         self.write(ROOT, &root)?;
+        self.told()
+    }
+
+    /// Somebody was told of it: from now on it is not undone when this program is killed.
+    pub fn told(&self) -> Result<()> {
         let untold = self.path.join(UNTOLD);
         fs::remove_file(&untold).context("remove", &untold)
     }
 
-    /// It does not run: removes everything.
-    pub fn discard(self) -> Result<()> {
+    /// It does not run, or is no run and was told of: removes everything.
+    pub fn discard(&self) -> Result<()> {
         remove(&self.path)
     }
 

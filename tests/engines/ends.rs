@@ -206,14 +206,9 @@ fn an_interrupted_restore_is_undone() {
     let oracle = site.oracle(&[Kind::Append], 1000);
     let (id, _) = site.checkpoint(oracle.pid);
     // The engine has restored everything when the signal comes.
-    let (engine, go_on) = (site.path("engine"), site.path("go-on"));
-    let script = format!(
-        "#!/bin/sh\n'{}' \"$@\" || exit 1\n[ \"$1\" = restore ] || exit 0\n: >'{go_on}.here'\nuntil [ -e '{go_on}' ]; do sleep 0.01; done\n",
-        fsnap_oracle::criu::Criu::find().program().display(),
-        go_on = go_on.display(),
-    );
-    fs::write(&engine, script).unwrap();
-    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+    let go_on = site.path("go-on");
+    let wait = format!(": >'{go_on}.here'\nuntil [ -e '{go_on}' ]; do sleep 0.01; done", go_on = go_on.display());
+    let engine = site.engine("", &wait);
     let mut command = site.command(["restore", &id, "--branch", "b"]);
     command.env("FSNAP_CRIU", &engine).stdout(Stdio::piped()).stderr(Stdio::piped());
     let restoring = command.spawn().unwrap();
