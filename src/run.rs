@@ -273,6 +273,7 @@ impl Runs {
     /// Makes sure that no run of that name has not ended.
     pub fn refuse_taken(&self, name: &Name) -> Result<()> {
         let path = self.dir().join(name.as_str());
+        refuse_half_done(&path, name)?;
         if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
             let by = Some("`fsnap ps` lists the runs".to_owned());
             return Err(Error::NameTaken { what: "the run", name: name.clone(), by });
@@ -288,7 +289,7 @@ impl Runs {
         Ok(all)
     }
 
-    /// Removes what is left of a run that has ended.
+    /// Removes what is left of a run that has ended; one whose start was cut short is for recovery to undo.
     pub fn remove(&self, name: &Name) -> Result<()> {
         // One whose record cannot be read is removed like any other.
         let is_there = || match self.get(name) {
@@ -300,9 +301,17 @@ impl Runs {
         is_there()?;
         let place = self.dir().join(name.as_str());
         match state_of(&place) {
-            RunState::Ended(_) => remove(&place),
+            RunState::Ended(_) => refuse_half_done(&place, name).and_then(|()| remove(&place)),
             _ => Err(Error::RunLives { name: name.clone() }),
         }
+    }
+}
+
+/// Makes sure that what is left in `place` is not of a start that was cut short: the mark knows the branch that was made for it.
+fn refuse_half_done(place: &Path, name: &Name) -> Result<()> {
+    match Untold::read(place)? {
+        Some(_) if !is_locked(place) => Err(Error::RunHalfDone { name: name.clone() }),
+        _ => Ok(()),
     }
 }
 
