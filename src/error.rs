@@ -357,6 +357,12 @@ pub enum Error {
         /// The run.
         name: Name,
     },
+    /// The start of the run was cut short, and recovery could not undo it.
+    #[error("the start of the run {name} was cut short, and is not undone yet")]
+    RunHalfDone {
+        /// The run.
+        name: Name,
+    },
     /// The run has no processes yet.
     #[error("the run {name} is still being started: try again in a moment")]
     RunStarting {

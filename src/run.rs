@@ -20,6 +20,7 @@
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
+mod restores;
 mod untold;
 
 use std::collections::BTreeSet;
@@ -36,8 +37,11 @@ pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{
     AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
 };
+pub use restores::Restores;
+pub(crate) use untold::Abandoned;
 use untold::{UNTOLD, Untold};
 
+use crate::branch::Branch;
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
     Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
@@ -172,7 +176,7 @@ pub struct Run {
     place: PathBuf,
 }
 
-/// The directory of a run that is being started, locked.
+/// The directory of a run that is being started, or of a restore that is under way, locked.
 #[derive(Debug)]
 pub struct Place {
     path: PathBuf,
@@ -261,7 +265,7 @@ impl Runs {
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
         // First, so that there is no run that looks like one of which somebody was told.
-        place.write(UNTOLD, &Untold::new(false)?)?;
+        place.write(UNTOLD, &Untold::new(None)?)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
     }
@@ -269,6 +273,7 @@ impl Runs {
     /// Makes sure that no run of that name has not ended.
     pub fn refuse_taken(&self, name: &Name) -> Result<()> {
         let path = self.dir().join(name.as_str());
+        refuse_half_done(&path, name)?;
         if path.exists() && !matches!(state_of(&path), RunState::Ended(_)) {
             let by = Some("`fsnap ps` lists the runs".to_owned());
             return Err(Error::NameTaken { what: "the run", name: name.clone(), by });
@@ -284,7 +289,7 @@ impl Runs {
         Ok(all)
     }
 
-    /// Removes what is left of a run that has ended.
+    /// Removes what is left of a run that has ended; one whose start was cut short is for recovery to undo.
     pub fn remove(&self, name: &Name) -> Result<()> {
         // One whose record cannot be read is removed like any other.
         let is_there = || match self.get(name) {
@@ -296,9 +301,17 @@ impl Runs {
         is_there()?;
         let place = self.dir().join(name.as_str());
         match state_of(&place) {
-            RunState::Ended(_) => remove(&place),
+            RunState::Ended(_) => refuse_half_done(&place, name).and_then(|()| remove(&place)),
             _ => Err(Error::RunLives { name: name.clone() }),
         }
+    }
+}
+
+/// Makes sure that what is left in `place` is not of a start that was cut short: the mark knows the branch that was made for it.
+fn refuse_half_done(place: &Path, name: &Name) -> Result<()> {
+    match Untold::read(place)? {
+        Some(_) if !is_locked(place) => Err(Error::RunHalfDone { name: name.clone() }),
+        _ => Ok(()),
     }
 }
 
@@ -351,20 +364,25 @@ impl Place {
         self.path.join("start.log")
     }
 
-    /// A branch of the run's name is about to be recorded, for it alone.
-    pub fn branch_is_recorded(&self) -> Result<()> {
-        self.write(UNTOLD, &Untold::new(true)?)
+    /// That branch is about to be recorded, for it alone.
+    pub fn branch_is_recorded(&self, branch: &Branch) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(Some(branch))?)
     }
 
     /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.
     pub fn started(&self, root: Option<ProcessId>) -> Result<()> {
         self.write(ROOT, &root)?;
+        self.told()
+    }
+
+    /// Somebody was told of it: from now on it is not undone when this program is killed.
+    pub fn told(&self) -> Result<()> {
         let untold = self.path.join(UNTOLD);
         fs::remove_file(&untold).context("remove", &untold)
     }
 
-    /// It does not run: removes everything.
-    pub fn discard(self) -> Result<()> {
+    /// It does not run, or is no run and was told of: removes everything.
+    pub fn discard(&self) -> Result<()> {
         remove(&self.path)
     }
 

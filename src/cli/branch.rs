@@ -10,6 +10,7 @@ use fsnap::checkpoint::{Checkpoint, CheckpointId};
 use fsnap::coordinator::Coordinator;
 use fsnap::name::Name;
 use fsnap::reference;
+use fsnap::run::Restores;
 use fsnap_backend::{Backend, ErrorKind};
 use jiff::tz::TimeZone;
 
@@ -102,11 +103,11 @@ fn are_copied(coordinator: &Coordinator, checkpoint: &Checkpoint) -> bool {
 
 /// A name that tells where the branch came from and that no branch has.
 pub(crate) fn free_name(coordinator: &Coordinator, id: &CheckpointId) -> fsnap::Result<Name> {
-    let taken = coordinator.catalog().branches()?;
+    let (taken, restores) = (coordinator.catalog().branches()?, Restores::of(coordinator.catalog().state()));
     let mut number = 1;
     loop {
         let name: Name = format!("{}-{number}", id.short()).parse()?;
-        if taken.iter().all(|branch| branch.name != name) {
+        if taken.iter().all(|branch| branch.name != name) && !restores.is_taken(&name) {
             return Ok(name);
         }
         number += 1;

@@ -119,6 +119,9 @@ pub(crate) fn tell(recovered: &[Recovered]) {
             Recovered::RunUndone(name) => {
                 say("recovered", &format!("the start of the run {name} was not finished; it is undone"))
             }
+            Recovered::RestoreUndone(name) => {
+                say("recovered", &format!("the restore onto branch {name} was not finished; it is undone"))
+            }
             Recovered::Mounted(name) => say("recovered", &format!("branch {name} is mounted again")),
             Recovered::Forgotten { what } => {
                 say("warning", &format!("{what} was done, and its record is lost: {LOST_END}"))

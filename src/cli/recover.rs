@@ -31,6 +31,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             Recovered::BranchFinished(name) => ("finished", format!("branch {name}")),
             Recovered::Removed => ("finished", "a removal".into()),
             Recovered::RunUndone(name) => ("undone", format!("run {name}")),
+            Recovered::RestoreUndone(name) => ("undone", format!("restore onto branch {name}")),
             Recovered::Mounted(name) => ("mounted", format!("branch {name}")),
             Recovered::Forgotten { what } => ("forgotten", format!("{what}: {LOST_END}")),
             Recovered::Postponed { what, error } => ("postponed", format!("{what}: {error}")),

@@ -6,7 +6,7 @@ use fsnap::branch::Branch;
 use fsnap::coordinator::{Coordinator, RestoreRequest};
 use fsnap::engine::{PidSpace, Restored};
 use fsnap::name::Name;
-use fsnap::run::RunRecord;
+use fsnap::run::{Restores, RunRecord};
 use fsnap::{Error, reference};
 use serde_json::json;
 
@@ -54,6 +54,8 @@ pub(crate) fn run(args: Args) -> Outcome {
         None => free_name(&coordinator, &checkpoint.id)?,
     };
     let criu = environment::find_criu(&context.config)?;
+    let interrupts = Interrupts::new()?;
+    let place = Restores::of(&context.state).create(&name)?;
     let request = RestoreRequest {
         checkpoint: &checkpoint,
         branch: &name,
@@ -61,9 +63,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         args: &args.args,
         stage: &internal::stage_command(),
         pids: if args.host_pids { PidSpace::Host } else { PidSpace::New },
+        place: &place,
         run: None,
     };
-    let interrupts = Interrupts::new()?;
     let restored = restore(&coordinator, &request, &interrupts, args.json);
     interrupts.release();
     let restored = restored?;
@@ -81,16 +83,25 @@ fn restore(
     as_json: bool,
 ) -> Result<Restored, Failure> {
     let what = format!("the branch {}", request.branch);
-    let (branch, mut restored) = coordinator.restore(request, &|| interrupts.hold(&what, None))?;
+    let (branch, mut restored) = match coordinator.restore(request, &|| interrupts.hold(&what, None)) {
+        Ok(restored) => restored,
+        // The next command tries again to remove the branch.
+        Err(error @ Error::Several(_)) => return Err(error.into()),
+        Err(error) => return Err(error.and_undo(request.place.discard()).into()),
+    };
     if interrupts.waits() {
         let ended = restored.kill();
         ended.map_err(|source| Error::Io { action: "end", object: "the restored processes".into(), source })?;
         coordinator.remove_branch(&branch.name)?;
+        request.place.discard()?;
         return Err(undone(&what));
     }
     let told = tell(coordinator, &branch, &restored, as_json);
-    // Not before it was told which processes those are.
+    // Not before it was told which processes those are. When they go on, nobody undoes them.
+    request.place.told()?;
     restored.keep()?;
+    // What cannot be removed now goes with the next command.
+    let _ = request.place.discard();
     told?;
     Ok(restored)
 }

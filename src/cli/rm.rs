@@ -1,5 +1,6 @@
 //! `fsnap rm`
 
+use fsnap::Error;
 use fsnap::name::Name;
 use fsnap::reference;
 use fsnap::run::Runs;
@@ -30,7 +31,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     if let Some(name) = &args.run {
-        return Ok(Runs::of(&context.state).remove(name)?);
+        return remove_run(&context, name);
     }
     let coordinator = context.write()?;
     // All are looked up before the first is removed: a typing error removes nothing, and `@latest` means one thing.
@@ -51,4 +52,15 @@ pub(crate) fn run(args: Args) -> Outcome {
         coordinator.unregister(name)?;
     }
     Ok(())
+}
+
+fn remove_run(context: &Context, name: &Name) -> Outcome {
+    let runs = Runs::of(&context.state);
+    let was_there = !matches!(runs.get(name), Err(Error::NoSuchRun { .. }));
+    // One whose start was cut short has a branch as well: both go now, and that is said.
+    context.write()?;
+    match runs.remove(name) {
+        Err(Error::NoSuchRun { .. }) if was_there => Ok(()),
+        removed => Ok(removed?),
+    }
 }

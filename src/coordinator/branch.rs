@@ -29,11 +29,16 @@ impl Coordinator {
     ///
     /// All of it or nothing: when one clone fails, the others are deleted.
     pub fn branch(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
-        self.branch_and_tell(checkpoint, name, &|| {})
+        self.branch_and_tell(checkpoint, name, &|_| {})
     }
 
     /// The same, and calls `on_record` when nothing is left to do but to record it.
-    pub(super) fn branch_and_tell(&self, checkpoint: &Checkpoint, name: &Name, on_record: &dyn Fn()) -> Result<Branch> {
+    pub(super) fn branch_and_tell(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &Name,
+        on_record: &dyn Fn(&Branch),
+    ) -> Result<Branch> {
         if self.catalog.branch(name)?.is_some() {
             return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
         }
@@ -43,8 +48,7 @@ impl Coordinator {
             let can = store.store().capabilities;
             if !can.clones && !can.mountable {
                 // The kernel can lay nothing over it.
-                on_record();
-                return self.branch_to_write(checkpoint, name);
+                return self.branch_to_write_and_tell(checkpoint, name, on_record);
             }
             let (at, overlay) = match can.clones {
                 true => (self.reserve(store.as_ref(), Source::Snapshot(&member.snapshot))?, None),
@@ -61,7 +65,7 @@ impl Coordinator {
         failpoint::hit("branch:recorded");
         let grown = self.grow(checkpoint, name, &planned, (id, &mut intent)).and_then(|branch| {
             failpoint::hit("branch:grown");
-            on_record();
+            on_record(&branch);
             // A power cut that takes the record away leaves the intent and every clone, and with them the branch.
             let durable = !branch.members.iter().all(|member| member.form == Form::Clone);
             // Between the look above and this transaction, the name or the checkpoint may have gone.

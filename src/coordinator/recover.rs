@@ -10,7 +10,7 @@ use super::{Begun, Coordinator, adopt};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, OtherWriters};
 use crate::name::Name;
-use crate::run::{self, Runs};
+use crate::run::{self, Abandoned, Restores, Runs};
 use crate::volume::StoreRecord;
 use crate::{Result, engine};
 
@@ -29,6 +29,8 @@ pub enum Recovered {
     Removed,
     /// A run that was being started is undone: its processes have ended, and its record and its branch are removed.
     RunUndone(Name),
+    /// A restore onto a branch of that name is undone: the processes have ended, and the branch is removed.
+    RestoreUndone(Name),
     /// A branch whose files were not visible any more, as after a start of the machine, is mounted again.
     Mounted(Name),
     /// It was done, and the catalog has lost the record of it with the end of its log; what it left is left alone.
@@ -69,7 +71,7 @@ impl Coordinator {
     pub fn recover(&self) -> Result<Vec<Recovered>> {
         let mut done = self.recover_those(|_, _| true)?;
         self.catalog.sweep_intent_files()?;
-        done.extend(self.undo_untold_runs());
+        done.extend(self.undo_untold());
         if done.iter().any(|one| matches!(one, Recovered::Undone(_)))
             && let Err(error) = run::sweep_images(&self.catalog)
         {
@@ -79,25 +81,37 @@ impl Coordinator {
         Ok(done)
     }
 
-    /// Undoes the starts of runs whose author was killed before anybody was told.
-    fn undo_untold_runs(&self) -> Vec<Recovered> {
-        let runs = Runs::of(self.catalog.state());
-        let undone = runs.untold().into_iter().filter_map(|name| match self.undo_untold_run(&runs, &name) {
-            Ok(is_undone) => is_undone.then_some(Recovered::RunUndone(name)),
-            Err(error) => Some(Recovered::Postponed { what: format!("the start of the run {name}"), error }),
-        });
-        undone.collect()
+    /// Undoes the starts of runs, and the restores, whose author was killed before anybody was told.
+    fn undo_untold(&self) -> Vec<Recovered> {
+        let state = self.catalog.state();
+        let (runs, restores) = (Runs::of(state), Restores::of(state));
+        let mut done = Vec::new();
+        let mut add = |undone: Result<bool>, recovered: Recovered, what: String| match undone {
+            Ok(true) => done.push(recovered),
+            Ok(false) => {}
+            Err(error) => done.push(Recovered::Postponed { what, error }),
+        };
+        for name in runs.untold() {
+            let undone = runs.take_abandoned(&name).and_then(|abandoned| self.undo_abandoned(abandoned));
+            add(undone, Recovered::RunUndone(name.clone()), format!("the start of the run {name}"));
+        }
+        for name in restores.names() {
+            let undone = restores.take_abandoned(&name).and_then(|abandoned| self.undo_abandoned(abandoned));
+            add(undone, Recovered::RestoreUndone(name.clone()), format!("the restore onto branch {name}"));
+        }
+        done
     }
 
-    fn undo_untold_run(&self, runs: &Runs, name: &Name) -> Result<bool> {
-        let Some(abandoned) = runs.take_abandoned(name)? else { return Ok(false) };
-        if let Some((branch, checkpoint, since)) = &abandoned.branch
+    /// Removes the branch that was made for it, and what is left of itself; tells whether there was anything.
+    fn undo_abandoned(&self, abandoned: Option<Abandoned>) -> Result<bool> {
+        let Some(abandoned) = abandoned else { return Ok(false) };
+        if let Some(made) = &abandoned.branch
             // Another of that name was not made for it.
-            && self.catalog.branch(branch)?.is_some_and(|found| found.checkpoint == *checkpoint && found.time >= *since)
+            && self.catalog.branch(&made.name)?.is_some_and(|found| made.is(&found))
         {
-            self.remove_branch(branch)?;
+            self.remove_branch(&made.name)?;
             // Of a restore that was cut short there is nothing to be read.
-            let _ = std::fs::remove_file(self.restore_log(branch));
+            let _ = std::fs::remove_file(self.restore_log(&made.name));
         }
         abandoned.remove()?;
         Ok(true)

@@ -17,7 +17,7 @@ use crate::error::IoContext;
 use crate::mount::Restrictions;
 use crate::name::Name;
 use crate::progress::Work;
-use crate::run::RunRecord;
+use crate::run::{Place, RunRecord};
 use crate::{Error, Result, failpoint};
 
 /// What is to be restored, and how.
@@ -35,7 +35,9 @@ pub struct RestoreRequest<'a> {
     pub stage: &'a StageCommand,
     /// Where the restored pids are valid.
     pub pids: PidSpace,
-    /// The run that the processes shall be, and its directory.
+    /// The directory of the run that the processes shall be, or of the restore.
+    pub place: &'a Place,
+    /// The run that the processes shall be.
     pub run: Option<RunRequest<'a>>,
 }
 
@@ -44,8 +46,6 @@ pub struct RestoreRequest<'a> {
 pub struct RunRequest<'a> {
     /// What it is.
     pub record: &'a RunRecord,
-    /// Its directory.
-    pub place: &'a Path,
     /// The terminal that was saved, and the one that stands in its place.
     pub terminal: Option<(TerminalId, &'a Path)>,
 }
@@ -55,10 +55,15 @@ impl Coordinator {
     ///
     /// Always a fresh one: the engine changes files in it while it restores. If the restore fails, the branch is
     /// removed. Calls `on_record` when the branch is about to be recorded: whoever ends this process before leaves nothing that stays.
+    /// Whoever kills it later leaves what the next recovery undoes, until the caller has [told](Place::told) of it.
     pub fn restore(&self, request: &RestoreRequest<'_>, on_record: &dyn Fn()) -> Result<(Branch, Restored)> {
         let checkpoint = request.checkpoint;
         let images = self.images_of(checkpoint)?;
-        let branch = self.branch_and_tell(checkpoint, request.branch, on_record)?;
+        let branch = self.branch_and_tell(checkpoint, request.branch, &|branch| {
+            // Without it, `fsnap branches` shows what a kill leaves.
+            let _ = request.place.branch_is_recorded(branch);
+            on_record();
+        })?;
         match self.restore_onto(request, &branch, &images) {
             Ok(restored) => Ok((branch, restored)),
             Err(error) => Err(error.and_undo(self.remove_branch(&branch.name))),
@@ -106,7 +111,8 @@ impl Coordinator {
             pids: request.pids,
             log: &log,
             stage: request.stage,
-            cell: request.run.map(|run| (&run.record.confinement, run.place)),
+            place: request.place.path(),
+            confinement: request.run.map(|run| &run.record.confinement),
             terminal: request.run.and_then(|run| run.terminal),
         };
         let _work = self.begin_work(Work::Restoring, None);

@@ -28,6 +28,16 @@ const LAYERS_STORE: &str = ".layers";
 impl Coordinator {
     /// Records the branch `name` of `checkpoint`, to be written through `fsnap mount`.
     pub fn branch_to_write(&self, checkpoint: &Checkpoint, name: &Name) -> Result<Branch> {
+        self.branch_to_write_and_tell(checkpoint, name, &|_| {})
+    }
+
+    /// The same, and calls `on_record` when nothing is left to do but to record it.
+    pub(super) fn branch_to_write_and_tell(
+        &self,
+        checkpoint: &Checkpoint,
+        name: &Name,
+        on_record: &dyn Fn(&Branch),
+    ) -> Result<Branch> {
         if self.catalog.branch(name)?.is_some() {
             return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
         }
@@ -54,6 +64,7 @@ impl Coordinator {
         };
         let members = checkpoint.members.iter().map(member).collect();
         let branch = Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members };
+        on_record(&branch);
         if self.catalog.add_unmade_branch(&branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
     }
 

@@ -131,6 +131,11 @@ impl Init {
         }
     }
 
+    /// Whether it, which was [found](Self::find) here, is the init of a pid namespace, all of whose processes end with it.
+    pub(crate) fn is_first_in_its_space(&self, found: ProcessId) -> bool {
+        self.space != processes::pid_space(&found.pid.to_string()).ok()
+    }
+
     fn is_of_this_boot(&self) -> bool {
         crate::boot_id().is_ok_and(|boot| boot == self.boot)
     }
@@ -141,9 +146,17 @@ pub(crate) fn is_locked(path: &Path) -> bool {
     File::open(path).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
-/// Tells all namespaces, for as long as what is returned is there, that the init of the run with the directory `place` lives.
-pub(super) fn show_life(place: &OwnedFd) -> io::Result<File> {
-    let init = beneath::open_file(place, INIT.as_ref())?;
+/// Notes in the directory `place` who waits for the processes, before there are any.
+pub(super) fn note_init(place: &Path, id: ProcessId) -> io::Result<()> {
+    let init = Init { id, boot: crate::boot_id()?, space: Some(processes::pid_space("self")?) };
+    let (unfinished, path) = (place.join("init.new"), place.join(INIT));
+    fs::write(&unfinished, serde_json::to_vec(&init)?)?;
+    fs::rename(unfinished, path)
+}
+
+/// Tells all namespaces, for as long as what is returned is there, that the init noted in the directory `place` lives.
+pub(super) fn show_life(place: &Path) -> io::Result<File> {
+    let init = beneath::open_file(beneath::open_root(place)?, INIT.as_ref())?;
     // Who only asks lets go of it at once.
     init.lock()?;
     Ok(init)
@@ -154,14 +167,6 @@ fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 }
 
 impl Cell {
-    /// Notes who waits for the processes, before there are any.
-    pub(super) fn note_init(&self, id: ProcessId) -> io::Result<()> {
-        let init = Init { id, boot: crate::boot_id()?, space: Some(processes::pid_space("self")?) };
-        let (unfinished, path) = (self.place.as_path().join("init.new"), self.place.as_path().join(INIT));
-        fs::write(&unfinished, serde_json::to_vec(&init)?)?;
-        fs::rename(unfinished, path)
-    }
-
     /// Takes hold of everything that the processes shall see, before it is covered; `given` tells whether they have a terminal of this machine.
     pub(super) fn open(&self, given: bool) -> Result<Opened, Failure> {
         let bind = |dir: &Path, at: &Path, read_only| {

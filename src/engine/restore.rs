@@ -89,8 +89,10 @@ pub struct Restore<'a> {
     pub log: &'a Path,
     /// How to start the stages.
     pub stage: &'a StageCommand,
+    /// Where it is noted who waits for the processes.
+    pub place: &'a Path,
     /// What the processes are put in, if they shall be a run.
-    pub cell: Option<(&'a Confinement, &'a Path)>,
+    pub confinement: Option<&'a Confinement>,
     /// The terminal that was saved, and the one that stands in its place.
     pub terminal: Option<(TerminalId, &'a Path)>,
 }
@@ -166,7 +168,8 @@ impl Restore<'_> {
             returned: self.returned.iter().map(PlannedFile::new).collect(),
             args: self.args.to_vec(),
             stage: self.stage.clone(),
-            cell: self.cell.map(cell),
+            place: PathText(self.place.into()),
+            cell: self.confinement.map(|confinement| cell((confinement, self.place))),
             program: None,
             terminal: self.terminal.map(|(id, path)| (id, path.into())),
         })
@@ -190,6 +193,7 @@ impl Start<'_> {
             returned: Vec::new(),
             args: Vec::new(),
             stage: self.stage.clone(),
+            place: PathText(self.cell.1.into()),
             cell: Some(cell(self.cell)),
             program: Some((program, self.last_stage.clone())),
             terminal: None,

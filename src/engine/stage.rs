@@ -22,6 +22,7 @@ use super::given_back::{self, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
 use super::{Error, Images, Result, os_text};
+use crate::checkpoint::PathText;
 use crate::mount::{Prepared, Restrictions};
 use crate::processes::{ProcessId, own_descendants};
 
@@ -42,6 +43,8 @@ pub(super) struct Plan {
     #[serde(with = "os_text::list")]
     pub(super) args: Vec<OsString>,
     pub(super) stage: StageCommand,
+    /// Where it is noted who waits for the processes.
+    pub(super) place: PathText,
     /// What the processes are put in, if they are a run.
     pub(super) cell: Option<Cell>,
     /// A program to start, in the place of CRIU, and what becomes it.
@@ -230,10 +233,8 @@ fn map_user((user, group): (u32, u32)) -> io::Result<()> {
 
 fn start_second_stage(plan: &Plan, output: &mut impl Write) -> io::Result<()> {
     let mut child = Command::new(&plan.stage.program).args(&plan.stage.args).stdin(Stdio::piped()).spawn()?;
-    if let Some(cell) = &plan.cell {
-        // Durable before a process of the run exists: the second stage waits for its plan.
-        cell.note_init(ProcessId::of(child.id().cast_signed()).map_err(io::Error::other)?)?;
-    }
+    // Before any other process exists: the second stage waits for its plan.
+    confine::note_init(plan.place.as_path(), ProcessId::of(child.id().cast_signed()).map_err(io::Error::other)?)?;
     // Before the second stage has its plan, so that this report comes first.
     send(output, &Report::Init { pid: child.id().cast_signed() })?;
     let plan = serde_json::to_vec(plan)?;
@@ -247,9 +248,8 @@ fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure>
     };
     // What is mounted may cover it.
     let contents = given_back::open_all(&plan.returned)?;
+    let _life = confine::show_life(plan.place.as_path()).map_err(Failure::step("lock the record of the restore"))?;
     let place = set_up(plan, images.as_ref())?;
-    let _life =
-        place.as_ref().map(confine::show_life).transpose().map_err(Failure::step("lock the record of the run"))?;
     let root = match (&plan.program, images) {
         (Some((program, stage)), _) => {
             keep_low_pids()?;
@@ -257,7 +257,12 @@ fn second_stage(plan: &Plan, mut connection: &UnixStream) -> Result<(), Failure>
             Some(start_program(program, stage)?)
         }
         (None, Some(images)) => {
-            let root = restore(plan, images, contents)?;
+            let root = restore(plan, images, contents).inspect_err(|_| {
+                // An engine that was killed leaves behind what it has forked; in a namespace the kernel ends it.
+                if plan.pids == PidSpace::Host {
+                    end_descendants();
+                }
+            })?;
             if plan.cell.is_some() {
                 keep_low_pids()?;
                 confine::protect_settings()?;

@@ -69,7 +69,10 @@ impl ProcessId {
     /// Waits until the process has ended, at most so long, or for ever; tells whether it has.
     pub fn ends_within(self, patience: Option<Duration>) -> io::Result<bool> {
         let Ok(process) = self.open() else { return Ok(true) };
-        let limit = patience.map(|patience| Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: 0 });
+        let limit = patience.map(|patience| Timespec {
+            tv_sec: patience.as_secs().cast_signed(),
+            tv_nsec: patience.subsec_nanos().into(),
+        });
         loop {
             match poll(&mut [PollFd::new(&process, PollFlags::IN)], limit.as_ref()) {
                 Err(rustix::io::Errno::INTR) => {}

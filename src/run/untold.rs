@@ -1,49 +1,90 @@
-//! Runs whose start was cut short: whoever began it was killed before the run could be told of.
+//! Runs and restores whose start was cut short: whoever began it was killed before it could be told of.
 //!
 //! The processes of such a run end by themselves, or are ended here; its record and the branch that was made for it are of use to nobody.
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use super::{RUN_RECORD, RunRecord, Runs, remove};
+use super::{Runs, remove};
 use crate::Result;
+use crate::branch::Branch;
 use crate::checkpoint::CheckpointId;
 use crate::engine::{Init, Whereabouts};
 use crate::error::IoContext;
 use crate::name::Name;
-use crate::processes::ProcessId;
+use crate::processes::{ProcessId, Tree};
 
 /// The file that says so.
 pub(super) const UNTOLD: &str = "untold";
 /// Longer than a killed process takes to end on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What there is of a run that nobody was told of.
+/// How long what an engine forks may live before it is looked for again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What there is of a run or a restore that nobody was told of.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Untold {
     /// The boot in which it was started. After a power cut the file may be there again, of a run that has worked for long.
     boot: String,
-    /// Whether a branch may have been recorded for it.
-    branch: bool,
+    /// The branch that may have been recorded for it.
+    #[serde(default)]
+    made: Option<Made>,
 }
 
-impl Untold {
-    pub(super) fn new(branch: bool) -> Result<Self> {
-        let boot = crate::boot_id().context("read", "the boot's id")?;
-        Ok(Self { boot, branch })
+/// A branch that was made for a run or a restore alone.
+///
+/// Its time tells it from another that somebody made meanwhile under the same name, and from the same checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Made {
+    /// Its name.
+    pub(crate) name: Name,
+    checkpoint: CheckpointId,
+    time: jiff::Timestamp,
+}
+
+impl Made {
+    /// Whether this is it, as the catalog records it.
+    pub(crate) fn is(&self, found: &Branch) -> bool {
+        *self == Self::from(found)
     }
 }
 
-/// A run that nobody was told of, and that nobody starts any more. Nobody else begins one of its name as long as this is there.
+impl From<&Branch> for Made {
+    fn from(branch: &Branch) -> Self {
+        Self { name: branch.name.clone(), checkpoint: branch.checkpoint, time: branch.time }
+    }
+}
+
+impl Untold {
+    pub(super) fn new(branch: Option<&Branch>) -> Result<Self> {
+        let boot = crate::boot_id().context("read", "the boot's id")?;
+        Ok(Self { boot, made: branch.map(Made::from) })
+    }
+
+    /// Reads the mark in the directory `place`; `None` if there is none of this boot.
+    pub(super) fn read(place: &Path) -> Result<Option<Self>> {
+        let path = place.join(UNTOLD);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).context("read", path),
+        };
+        let now = Self::new(None)?;
+        Ok(serde_json::from_slice::<Self>(&bytes).ok().filter(|untold| untold.boot == now.boot))
+    }
+}
+
+/// A run or a restore that nobody was told of, and that nobody starts any more. Nobody else begins one of its name as long as this is there.
 #[derive(Debug)]
 pub(crate) struct Abandoned {
-    /// The branch that may have been made for it: its name, the checkpoint that it grew from, and a time after which it was made.
-    pub(crate) branch: Option<(Name, CheckpointId, jiff::Timestamp)>,
+    /// The branch that may have been made for it.
+    pub(crate) branch: Option<Made>,
     place: PathBuf,
     _lock: File,
 }
@@ -51,44 +92,53 @@ pub(crate) struct Abandoned {
 impl Runs {
     /// The names of those that were not told of: they are being started, or were abandoned.
     pub(crate) fn untold(&self) -> Vec<Name> {
-        let names = fs::read_dir(self.dir()).into_iter().flatten().flatten().filter_map(|entry| {
-            let is_untold = entry.path().join(UNTOLD).symlink_metadata().is_ok();
-            entry.file_name().to_str()?.parse::<Name>().ok().filter(|_| is_untold)
-        });
-        let mut names: Vec<Name> = names.collect();
-        names.sort();
-        names
+        names_in(&self.dir(), |place| place.join(UNTOLD).symlink_metadata().is_ok())
     }
 
     /// Takes the run of that name, if it was abandoned, and ends what there still is of its processes.
     pub(crate) fn take_abandoned(&self, name: &Name) -> Result<Option<Abandoned>> {
         let place = self.dir().join(name.as_str());
         // One that has gone meanwhile, or that somebody starts, is none.
-        let Some(lock) = File::open(&place).ok().filter(|place| place.try_lock().is_ok()) else { return Ok(None) };
-        let read = |name: &str| match fs::read(place.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).context("read", place.join(name)),
-        };
-        let Some(untold) = read(UNTOLD)?.and_then(|bytes| serde_json::from_slice::<Untold>(&bytes).ok()) else {
-            return Ok(None);
-        };
-        if untold.boot != Untold::new(false)?.boot {
-            return Ok(None);
-        }
-        match Init::read(&place).map(|init| init.find(&place)) {
-            Some(Whereabouts::Here(init)) => end(init).context("end", format!("the run {name}"))?,
-            // Whoever sees it ends it.
-            Some(Whereabouts::Elsewhere) => return Ok(None),
-            Some(Whereabouts::Nowhere) | None => {}
-        }
-        let record = read(RUN_RECORD)?.map(|bytes| RunRecord::parse(&bytes, &place.join(RUN_RECORD))).transpose()?;
-        let branch = record.filter(|_| untold.branch).and_then(|r| Some((r.branch?, r.checkpoint?, r.since)));
-        Ok(Some(Abandoned { branch, place, _lock: lock }))
+        let Some(lock) = lock_idle(&place) else { return Ok(None) };
+        let Some(untold) = Untold::read(&place)? else { return Ok(None) };
+        Abandoned::take(place, lock, untold)
     }
 }
 
+/// Those that have a directory in `dir` of which `is_wanted` holds.
+pub(super) fn names_in(dir: &Path, is_wanted: impl Fn(&Path) -> bool) -> Vec<Name> {
+    let names = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<Name>().ok().filter(|_| is_wanted(&entry.path())));
+    let mut names: Vec<Name> = names.collect();
+    names.sort();
+    names
+}
+
+/// Locks the directory, unless it has gone or somebody has locked it.
+pub(super) fn lock_idle(place: &Path) -> Option<File> {
+    File::open(place).ok().filter(|place| place.try_lock().is_ok())
+}
+
 impl Abandoned {
+    /// Ends what there is of the processes; `None` if they cannot be seen from here.
+    pub(super) fn take(place: PathBuf, lock: File, untold: Untold) -> Result<Option<Self>> {
+        if let Some(init) = Init::read(&place) {
+            match init.find(&place) {
+                Whereabouts::Here(found) => {
+                    let ended = if init.is_first_in_its_space(found) { end(found) } else { end_below(found) };
+                    ended.context("end the processes of", &place)?;
+                }
+                // Whoever sees it ends it.
+                Whereabouts::Elsewhere => return Ok(None),
+                Whereabouts::Nowhere => {}
+            }
+        }
+        Ok(Some(Self { branch: untold.made, place, _lock: lock }))
+    }
+
     /// Removes what is left of the run itself.
     pub(crate) fn remove(self) -> Result<()> {
         remove(&self.place)
@@ -103,4 +153,23 @@ fn end(init: ProcessId) -> io::Result<()> {
         Err(error) => return Err(error.into()),
     }
     init.ends_within(Some(PATIENCE))?.then_some(()).ok_or_else(|| io::ErrorKind::TimedOut.into())
+}
+
+/// Ends what the init restores onto the pids of this machine, and waits until the init, which nobody listens to any more, has ended by itself.
+///
+/// Were it killed, nobody would see what it leaves behind.
+fn end_below(init: ProcessId) -> io::Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        // What is forked meanwhile is found by the next look.
+        let tree = Tree::of_pid(init.pid).ok().filter(|tree| tree.contains(init));
+        for member in tree.iter().flat_map(Tree::members).filter(|member| member.id != init) {
+            // One that has ended needs no signal.
+            let _ = member.id.open().and_then(|process| Ok(pidfd_send_signal(process, Signal::KILL)?));
+        }
+        if init.ends_within(Some(LOOK_AGAIN))? {
+            return Ok(());
+        }
+    }
+    Err(io::ErrorKind::TimedOut.into())
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use fsnap_oracle::Kind;
@@ -18,6 +18,7 @@ pub(crate) const CASES: &[Case] = &[
     ("how_a_killed_one_ended_is_known", how_a_killed_one_ended_is_known),
     ("an_interrupted_copy_is_undone", an_interrupted_copy_is_undone),
     ("a_killed_copy_is_undone", a_killed_copy_is_undone),
+    ("a_killed_copy_is_removed_with_its_branch", a_killed_copy_is_removed_with_its_branch),
     ("a_copy_whose_name_is_taken_takes_nothing_away", a_copy_whose_name_is_taken_takes_nothing_away),
     ("an_interrupted_restore_is_undone", an_interrupted_restore_is_undone),
     ("one_within_another_has_not_ended", one_within_another_has_not_ended),
@@ -175,6 +176,54 @@ fn a_killed_copy_is_undone() {
     running.counts_on("one");
 }
 
+/// `fsnap rm --run` took the mark away, and left the branch to nobody.
+fn a_killed_copy_is_removed_with_its_branch() {
+    let site = Site::new(&[Volume::Rsync]);
+    let running = Running::counting(&site);
+    let id = site.ok(["checkpoint", "one"]);
+    let kill = || {
+        let mut command = site.command(["branch", &id, "copy", "--run"]);
+        command.env("FSNAP_FAILPOINT", "restore:reported=sleep:60000").stdout(Stdio::null()).stderr(Stdio::null());
+        let (mut copying, mut path) = (command.spawn().unwrap(), None);
+        wait_until("the branch", || {
+            let branches = site.json(["branches", "--json"]);
+            path = branches[0]["members"][0]["path"].as_str().map(str::to_owned);
+            path.is_some() && running.names().contains(&"copy".to_owned())
+        });
+        let user = Command::new("sleep").arg("1000").current_dir(path.unwrap()).spawn().unwrap();
+        copying.kill().unwrap();
+        copying.wait().unwrap();
+        user
+    };
+    let end = |mut user: Child| {
+        user.kill().unwrap();
+        user.wait().unwrap();
+    };
+    let remove = || site.command(["rm", "--run", "copy"]).output().unwrap();
+    let is_removed = |removed: Output| {
+        let undone = "fsnap: recovered: the start of the run copy was not finished; it is undone\n";
+        let told = String::from_utf8_lossy(&removed.stderr).into_owned();
+        assert_eq!((removed.status.code(), told), (Some(0), undone.into()));
+        assert_eq!(site.ok(["branches", "--json"]), "[]");
+        assert_eq!(fs::read_dir(site.path("state/runs")).unwrap().count(), 1);
+        site.holds_nothing_but(1);
+    };
+    end(kill());
+    is_removed(remove());
+    // With somebody in the branch it cannot be removed, and nothing of the run that knows of it is.
+    let user = kill();
+    for args in [&["rm", "--run", "copy"][..], &["run", "--name", "copy", "--", "true"]] {
+        let refused = site.command(args).output().unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+        assert!(said(&refused).contains("the branch copy is in use"), "{}", said(&refused));
+        assert!(said(&refused).contains("run copy was cut short, and is not undone yet"), "{}", said(&refused));
+    }
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    end(user);
+    is_removed(remove());
+    running.counts_on("one");
+}
+
 /// The log of the ended one was gone, or some copies were made and others not.
 fn a_copy_whose_name_is_taken_takes_nothing_away() {
     let site = Site::new(&[Volume::Rsync]);
@@ -206,14 +255,9 @@ fn an_interrupted_restore_is_undone() {
     let oracle = site.oracle(&[Kind::Append], 1000);
     let (id, _) = site.checkpoint(oracle.pid);
     // The engine has restored everything when the signal comes.
-    let (engine, go_on) = (site.path("engine"), site.path("go-on"));
-    let script = format!(
-        "#!/bin/sh\n'{}' \"$@\" || exit 1\n[ \"$1\" = restore ] || exit 0\n: >'{go_on}.here'\nuntil [ -e '{go_on}' ]; do sleep 0.01; done\n",
-        fsnap_oracle::criu::Criu::find().program().display(),
-        go_on = go_on.display(),
-    );
-    fs::write(&engine, script).unwrap();
-    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+    let go_on = site.path("go-on");
+    let wait = format!(": >'{go_on}.here'\nuntil [ -e '{go_on}' ]; do sleep 0.01; done", go_on = go_on.display());
+    let engine = site.engine("", &wait);
     let mut command = site.command(["restore", &id, "--branch", "b"]);
     command.env("FSNAP_CRIU", &engine).stdout(Stdio::piped()).stderr(Stdio::piped());
     let restoring = command.spawn().unwrap();

@@ -3,11 +3,13 @@
 //! For N = 1, 2, … it dies at the N-th of the places that `fsnap::failpoint` marks, until it comes through.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::process::Stdio;
 
+use fsnap::processes::ProcessId;
 use fsnap_oracle::Kind;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Case;
 use crate::oracle::Oracle;
@@ -20,6 +22,10 @@ pub(crate) const CASES: &[Case] = &[
     ("a_checkpoint_without_an_engine", a_checkpoint_without_an_engine),
     ("a_restore", a_restore),
     ("a_restore_on_the_pids_of_this_machine", a_restore_on_the_pids_of_this_machine),
+    ("a_restore_whose_engine_goes_on", a_restore_whose_engine_goes_on),
+    ("a_restore_and_who_waits_for_it", a_restore_and_who_waits_for_it),
+    ("the_engine_of_a_restore", the_engine_of_a_restore),
+    ("a_restore_beside_another_branch", a_restore_beside_another_branch),
 ];
 
 /// More places than there ever are.
@@ -104,15 +110,15 @@ fn a_restore() {
         if output.status.success() {
             assert!(place > 3, "there were only {} places", place - 1);
             let restored: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            // One that was told of is nobody's to undo.
+            assert_eq!(site.ok(["recover"]), "nothing is half done");
+            assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+            assert!(is_alive(restored["pid"].as_i64().unwrap()), "{restored}");
             crate::site::end(i32::try_from(restored["init"].as_i64().unwrap()).unwrap());
             return;
         }
         assert_eq!(output.status.signal(), Some(9), "{output:?}");
-        // What was recorded as a branch is one; anything else is gone.
-        if site.json(["branches", "--json"]).as_array().is_some_and(|branches| !branches.is_empty()) {
-            site.ok(["rm", "--branch", "b"]);
-        }
-        site.holds_nothing_but(1);
+        nothing_is_left_of_it(&site);
     }
     panic!("it never came through");
 }
@@ -124,17 +130,15 @@ fn a_restore_on_the_pids_of_this_machine() {
     let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
     drop(oracle);
     // An engine that has restored everything when its caller is killed, and ends after that.
-    let (engine, caller, restored) = (site.path("engine"), site.path("caller"), site.path("restored"));
+    let (caller, restored) = (site.path("caller"), site.path("restored"));
     let script = format!(
-        "#!/bin/sh\n'{}' \"$@\" || exit 1\n[ \"$1\" = restore ] || exit 0\ncaller=$(cat '{}')\n\
+        "caller=$(cat '{}')\n\
          kill -0 {pid} && : >'{}' && kill -9 $caller\n\
-         until ! [ -e /proc/$caller ] || grep -q '^State:.Z' /proc/$caller/status; do sleep 0.01; done\n",
-        fsnap_oracle::criu::Criu::find().program().display(),
+         until ! [ -e /proc/$caller ] || grep -q '^State:.Z' /proc/$caller/status; do sleep 0.01; done",
         caller.display(),
         restored.display()
     );
-    fs::write(&engine, script).unwrap();
-    fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+    let engine = site.engine("", &script);
     let mut command = site.command_of(Path::new("sh"));
     command.args(["-c", r#"echo $$ >"$0" && exec "$@""#]).arg(&caller).arg(env!("CARGO_BIN_EXE_fsnap"));
     let output = command.args(["restore", &id, "--branch", "b", "--host-pids"]).env("FSNAP_CRIU", &engine).output();
@@ -143,11 +147,134 @@ fn a_restore_on_the_pids_of_this_machine() {
     assert!(restored.exists(), "{output:?}");
     let ended = || !Path::new(&format!("/proc/{pid}")).exists();
     wait_until("the end of what was restored", ended);
-    site.ok(["rm", "--branch", "b"]);
+    nothing_is_left_of_it(&site);
     let mut command = site.command(["restore", &id, "--branch", "c", "--host-pids"]);
     let output = command.env("FSNAP_FAILPOINT", "restore:reported=kill").output().unwrap();
     assert_eq!(output.status.signal(), Some(9), "{output:?}");
     wait_until("the end of what was restored", ended);
-    site.ok(["rm", "--branch", "c"]);
+    nothing_is_left_of_it(&site);
+}
+
+fn is_alive(pid: i64) -> bool {
+    ProcessId::of(pid.try_into().unwrap()).is_ok_and(ProcessId::is_alive)
+}
+
+/// The branch was, until somebody removed it.
+fn nothing_is_left_of_it(site: &Site) {
+    assert_eq!(site.ok(["branches", "--json"]), "[]");
+    for dir in ["state/restores", "state/log"] {
+        let names = fs::read_dir(site.path(dir)).into_iter().flatten().map(|entry| entry.unwrap().file_name());
+        assert_eq!(names.collect::<Vec<_>>(), [""; 0], "{dir}");
+    }
     site.holds_nothing_but(1);
+}
+
+/// What the next command says of its own accord.
+fn told_by_the_next(site: &Site) -> String {
+    String::from_utf8(site.command(["log"]).output().unwrap().stderr).unwrap()
+}
+
+const UNDONE: &str = "fsnap: recovered: the restore onto branch b was not finished; it is undone\n";
+
+/// Begins a restore onto the branch `b`, and kills it when the engine says that it is `here`; returns the pid of who waits for the processes.
+fn restore_and_kill(site: &Site, id: &str, engine: &Path, here: &Path, args: &[&str]) -> i64 {
+    let mut command = site.command(["restore", id, "--branch", "b"]);
+    command.args(args).env("FSNAP_CRIU", engine).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut restoring = command.spawn().unwrap();
+    wait_until("the engine", || here.exists());
+    let init = fs::read(site.path("state/restores/b/init")).unwrap();
+    let init: serde_json::Value = serde_json::from_slice(&init).unwrap();
+    // Nobody takes it for abandoned as long as somebody works on it.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    restoring.kill().unwrap();
+    restoring.wait().unwrap();
+    fs::remove_file(here).unwrap();
+    init["id"]["pid"].as_i64().unwrap()
+}
+
+/// The engine is stuck, before it has restored anything or after that, and would never hear that its caller is gone.
+fn a_restore_whose_engine_goes_on() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let oracle = oracle(&site);
+    let (pid, (id, _)) = (i64::from(oracle.pid), site.checkpoint(oracle.pid));
+    drop(oracle);
+    let here = site.path("here");
+    let wait = format!(": >'{}'; sleep 1000", here.display());
+    for (engine, has_restored) in [(site.engine(&wait, ""), false), (site.engine("", &wait), true)] {
+        for args in [&[][..], &["--host-pids"]] {
+            let init = restore_and_kill(&site, &id, &engine, &here, args);
+            assert!(is_alive(init), "{args:?}");
+            assert_eq!(is_alive(pid), has_restored && !args.is_empty(), "{args:?}");
+            assert_eq!(told_by_the_next(&site), UNDONE, "{args:?}");
+            assert!(!is_alive(init) && !is_alive(pid), "{args:?}");
+            nothing_is_left_of_it(&site);
+        }
+    }
+}
+
+/// Nobody ends what was restored onto the pids of this machine: as long as it lives, its branch stays.
+fn a_restore_and_who_waits_for_it() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = oracle(&site);
+    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
+    drop(oracle);
+    let here = site.path("here");
+    let engine = site.engine("", &format!(": >'{}'", here.display()));
+    let stuck_pid = site.path("stuck");
+    let stuck = format!("echo $$ >'{}'; : >'{}'; exec sleep 1000", stuck_pid.display(), here.display());
+    let stuck = site.engine("", &stuck);
+    let init = restore_and_kill(&site, &id, &stuck, &here, &["--host-pids"]);
+    kill_process(Pid::from_raw(init.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+    wait_until("the end of who waits", || !is_alive(init));
+    let told = told_by_the_next(&site);
+    let half_done = "fsnap: warning: the restore onto branch b is half done and stays so: the branch b is in use";
+    assert!(told.starts_with(half_done), "{told}");
+    assert!(is_alive(pid.into()));
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    // Nor does another restore take its place.
+    let refused = site.command(["restore", &id, "--branch", "b"]).env("FSNAP_CRIU", &engine).output().unwrap();
+    assert!(crate::site::said(&refused).contains("the branch b exists already"), "{refused:?}");
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    wait_until("the end of what was restored", || !is_alive(pid.into()));
+    crate::site::end(fs::read_to_string(stuck_pid).unwrap().trim().parse().unwrap());
+    assert_eq!(told_by_the_next(&site), UNDONE);
+    nothing_is_left_of_it(&site);
+}
+
+/// What it had restored onto the pids of this machine lived on, on a branch that was removed.
+fn the_engine_of_a_restore() {
+    let site = Site::new(&[Volume::Btrfs]);
+    let oracle = oracle(&site);
+    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
+    drop(oracle);
+    let engine = site.engine("", "kill -9 $$");
+    let mut command = site.command(["restore", &id, "--branch", "b", "--host-pids"]);
+    let output = command.env("FSNAP_CRIU", &engine).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(crate::site::said(&output).contains("signal: 9"), "{output:?}");
+    assert!(!is_alive(pid.into()));
+    assert_eq!(site.ok(["branches", "--json"]), "[]");
+    site.holds_nothing_but(1);
+}
+
+/// Somebody has made one of the same name, from the same checkpoint, or the restore was of another boot.
+fn a_restore_beside_another_branch() {
+    let site = Site::new(&[Volume::Rsync]);
+    let oracle = site.oracle(&[Kind::Append], 1000);
+    let (id, _) = site.checkpoint(oracle.pid);
+    site.ok(["branch", &id, "b"]);
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let time = site.json(["branches", "--json"])[0]["time"].as_str().unwrap().to_owned();
+    for (boot, time, told) in [(boot.trim(), "1970-01-01T00:00:00Z", UNDONE), ("another", time.as_str(), "")] {
+        fs::create_dir_all(site.path("state/restores/b")).unwrap();
+        let made = serde_json::json!({ "name": "b", "checkpoint": id, "time": time });
+        let mark = serde_json::json!({ "boot": boot, "made": made });
+        fs::write(site.path("state/restores/b/untold"), mark.to_string()).unwrap();
+        assert_eq!(told_by_the_next(&site), told);
+        assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+        assert!(!site.path("state/restores/b").exists());
+    }
+    site.ok(["rm", "--branch", "b"]);
+    oracle.goes_on();
 }

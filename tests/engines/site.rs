@@ -214,6 +214,18 @@ impl Site {
         self.oracle(&[Kind::Append, Kind::Overwrite, Kind::Rename, Kind::Volumes], 1000)
     }
 
+    /// A program that is CRIU, with further lines of shell before and after a restore.
+    pub(crate) fn engine(&self, before: &str, after: &str) -> PathBuf {
+        let (engine, criu) = (self.new_path("engine"), Criu::find());
+        let criu = criu.program().display();
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = restore ] || exec '{criu}' \"$@\"\n{before}\n'{criu}' \"$@\" || exit 1\n{after}\n"
+        );
+        fs::write(&engine, script).unwrap();
+        fs::set_permissions(&engine, fs::Permissions::from_mode(0o755)).unwrap();
+        engine
+    }
+
     /// CRIU, with the environment of this site.
     pub(crate) fn criu(&self) -> Criu {
         self.environment().into_iter().fold(Criu::find(), |criu, (name, value)| criu.env(name, value))

@@ -87,7 +87,8 @@ impl Dumped {
             restrictions: Restrictions::default(),
         };
         let images = Images::open(&self.path(images)).unwrap();
-        let log = branch.with_extension("log");
+        let (log, place) = (branch.with_extension("log"), branch.with_extension("place"));
+        fs::create_dir_all(&place).unwrap();
         Restore {
             returned: &[],
             criu,
@@ -97,7 +98,8 @@ impl Dumped {
             pids,
             log: &log,
             stage: &stage(),
-            cell: None,
+            place: &place,
+            confinement: None,
             terminal: None,
         }
         .run()

@@ -159,16 +159,12 @@ fn one(
         args: &all_args,
         stage: &internal::stage_command(),
         pids: PidSpace::New,
-        run: Some(RunRequest { record: &record, place: place.path(), terminal: terminals }),
+        place: &place,
+        run: Some(RunRequest { record: &record, terminal: terminals }),
     };
     let what = format!("the copy {name}");
     let run = place.path().to_owned();
-    let on_record = || {
-        // Without it, `fsnap branches` and `fsnap ps --all` show what a kill leaves.
-        let _ = place.branch_is_recorded();
-        interrupts.hold(&what, Some(run.clone()));
-    };
-    let restored = coordinator.restore(&request, &on_record);
+    let restored = coordinator.restore(&request, &|| interrupts.hold(&what, Some(run.clone())));
     let is_interrupted = interrupts.settle();
     match restored {
         Ok((branch, restored)) if is_interrupted => {

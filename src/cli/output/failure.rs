@@ -139,6 +139,7 @@ fn hint(error: &Error) -> Option<String> {
         }
         Error::NoSuchRun { .. } => "`fsnap ps --all` lists the runs",
         Error::NoHooks { .. } => "`fsnap engine runc checkpoint` does without hooks",
+        Error::RunHalfDone { .. } => "`fsnap recover` undoes it, or says what stands in the way",
         Error::RunLives { .. } => "end it first: `fsnap stop NAME`",
         Error::BadRun { path, .. } if path.as_path().ends_with("run.json") => {
             "once it has ended, `fsnap rm --run NAME` removes what is left of it"
