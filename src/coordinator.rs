@@ -128,9 +128,28 @@ impl Coordinator {
         let record = self.catalog.store(identity)?.ok_or_else(|| {
             Error::Backend(fsnap_backend::Error::NotFound { what: format!("the store {identity}, in the catalog,") })
         })?;
-        let backend = stores::open(&record, &self.options)?;
+        let backend = stores::open(&record, &self.options).map_err(|error| self.away(identity, error))?;
         self.stores.borrow_mut().insert(identity.clone(), Arc::clone(&backend));
         Ok(backend)
+    }
+
+    /// Says whose snapshots are out of reach when their store is not where it was: its path alone may tell a user nothing.
+    fn away(&self, store: &Identity, error: Error) -> Error {
+        use ErrorKind::{NotAStore, NotFound, WrongIdentity};
+        let source = match error {
+            Error::Backend(source) if matches!(source.kind(), NotFound | NotAStore | WrongIdentity) => source,
+            other => return other,
+        };
+        let registered = self.catalog.volumes().unwrap_or_default().into_iter();
+        let mut volumes: Vec<_> =
+            registered.filter(|volume| volume.store == *store).map(|volume| volume.name).collect();
+        if volumes.is_empty() {
+            // They are forgotten, and their snapshots are not.
+            let members = self.catalog.checkpoints().unwrap_or_default().into_iter().flat_map(|found| found.members);
+            let names = members.filter(|member| member.store == *store).map(|member| member.volume);
+            volumes = names.collect::<BTreeSet<_>>().into_iter().collect();
+        }
+        if volumes.is_empty() { source.into() } else { Error::StoreAway { volumes, source } }
     }
 
     /// Unmounts and deletes overlays and images; goes on after a failure, and returns all failures as one.

@@ -165,6 +165,22 @@ pub enum Error {
         /// What its backend says.
         source: fsnap_backend::Error,
     },
+    /// The backend failed at a member of a checkpoint.
+    #[error("no snapshot of {volume}: {source}")]
+    NoSnapshot {
+        /// The volume.
+        volume: Name,
+        /// What its backend says.
+        source: fsnap_backend::Error,
+    },
+    /// The store of a volume's snapshots is not where it was.
+    #[error("the snapshots of {} are out of reach: {source}", list(&.volumes.iter().map(Name::to_string).collect::<Vec<_>>()))]
+    StoreAway {
+        /// Those whose snapshots it holds.
+        volumes: Vec<Name>,
+        /// What its backend says.
+        source: fsnap_backend::Error,
+    },
     /// The processes can write to no registered volume.
     #[error("{why}")]
     NothingReached {
@@ -475,6 +491,24 @@ impl Error {
             0 => None,
             1 => errors.pop(),
             _ => Some(Self::Several(errors)),
+        }
+    }
+
+    /// What a backend said, if one did and it is left to stand by itself.
+    pub fn backend(&self) -> Option<&fsnap_backend::Error> {
+        match self {
+            Self::Backend(error) | Self::NoSnapshot { source: error, .. } | Self::StoreAway { source: error, .. } => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
+
+    /// Says which member of a checkpoint it was that a backend failed at.
+    pub(crate) fn at_member(self, volume: &Name) -> Self {
+        match self {
+            Self::Backend(source) => Self::NoSnapshot { volume: volume.clone(), source },
+            other => other,
         }
     }
 

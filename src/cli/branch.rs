@@ -92,7 +92,7 @@ pub(crate) fn run(args: Args) -> Outcome {
 }
 
 fn is_no_space(error: &Error) -> bool {
-    matches!(error, Error::Backend(error) if error.kind() == ErrorKind::NoSpace)
+    error.backend().is_some_and(|error| error.kind() == ErrorKind::NoSpace)
 }
 
 /// Whether the store copies files to make a branch.

@@ -97,8 +97,9 @@ impl Coordinator {
         let mut members = Vec::with_capacity(targets.len());
         for target in targets {
             let store = self.store(&target.store)?;
-            let volume = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)?;
-            let at = self.reserve(store.as_ref(), Source::Volume(&volume))?;
+            let at = adopt(store.as_ref(), &target.volume, &target.path, &target.identity)
+                .and_then(|volume| self.reserve(store.as_ref(), Source::Volume(&volume)))
+                .map_err(|error| error.at_member(&target.volume))?;
             members.push(target.planned(at));
         }
         members.sort_by(|a, b| a.volume.cmp(&b.volume));
@@ -150,8 +151,9 @@ impl Coordinator {
         let members = self.open_members(&begun.pending)?;
         let work = self.begin_work(Work::Priming, members.len());
         side_by_side(&members, |(store, member)| {
-            let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
-            store.prime(&volume, &member.at)?;
+            adopt(store.as_ref(), &member.volume, &member.path, &member.identity)
+                .and_then(|volume| Ok(store.prime(&volume, &member.at)?))
+                .map_err(|error| error.at_member(&member.volume))?;
             failpoint::hit("begin:primed");
             work.step();
             Ok(())
@@ -247,7 +249,7 @@ impl Coordinator {
         };
         let work = self.begin_work(Work::Settling, members.len());
         let settled = side_by_side(members, |(store, member)| {
-            let settled = store.settle(&member.at)?;
+            let settled = store.settle(&member.at).map_err(|error| Error::from(error).at_member(&member.volume))?;
             failpoint::hit("seal:settled");
             work.step();
             Ok(settled)
@@ -346,7 +348,9 @@ fn one_line_of_work(targets: &[Target]) -> Result<Option<Name>> {
 pub(super) fn is_lost(error: &Error) -> bool {
     use fsnap_backend::ErrorKind;
     match error {
-        Error::Backend(error) => matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Damaged),
+        Error::Backend(error) | Error::NoSnapshot { source: error, .. } => {
+            matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Damaged)
+        }
         Error::Several(errors) => errors.iter().any(is_lost),
         _ => false,
     }

@@ -87,8 +87,9 @@ impl Window {
         let pending = &self.begun.pending;
         let members: Vec<_> = self.stores.iter().zip(&pending.members).collect();
         let snapshots = side_by_side(&members, |(store, member)| {
-            let volume = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)?;
-            let snapshot = store.snapshot(&volume, &member.at)?;
+            let snapshot = adopt(store.as_ref(), &member.volume, &member.path, &member.identity)
+                .and_then(|volume| Ok(store.snapshot(&volume, &member.at)?))
+                .map_err(|error| error.at_member(&member.volume))?;
             failpoint::hit("take:snapshot");
             Ok(snapshot)
         });

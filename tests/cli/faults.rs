@@ -35,7 +35,7 @@ fn a_full_store_fails_one_checkpoint_and_no_other() {
     $ fsnap checkpoint -m before >/dev/null
     $ for i in 1 2 3 4 5 6; do head -c 4M /dev/urandom >db/big$i; done
     $ fsnap checkpoint -m 'too large' 2>&1 | sed 's/big[1-6]/BIG/'
-    fsnap: error: cannot copy $T/db/BIG: No space left on device (os error 28)
+    fsnap: error: no snapshot of db: cannot copy $T/db/BIG: No space left on device (os error 28)
     fsnap: hint: free some space, then try again; nothing was left behind
     $ fsnap log
     ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
@@ -97,7 +97,7 @@ fn a_full_store_of_btrfs_fails_one_checkpoint_and_no_other() {
     ! cat: write error: No space left on device
     [exit 1]
     $ fsnap checkpoint -m refused
-    ! fsnap: error: cannot make a snapshot of $T/fs/db: No space left on device (os error 28)
+    ! fsnap: error: no snapshot of db: cannot make a snapshot of $T/fs/db: No space left on device (os error 28)
     ! fsnap: hint: free some space, then try again; nothing was left behind
     [exit 1]
     $ fsnap branch @latest refused
@@ -190,7 +190,7 @@ fn a_read_only_store_of_rsync_can_still_be_read() {
     $ echo changed >db/a
     $ mount -o remount,ro small
     $ fsnap checkpoint -m refused
-    ! fsnap: error: cannot make the directory $T/small/store/batches/ID1: Read-only file system (os error 30)
+    ! fsnap: error: no snapshot of db: cannot make the directory $T/small/store/batches/ID1: Read-only file system (os error 30)
     ! fsnap: hint: mount it writable first
     [exit 1]
     $ fsnap branch @latest 2>&1 | sed 's/v-[0-9a-f]*/V/'
@@ -256,7 +256,7 @@ fn a_read_only_store_of_btrfs_can_still_be_read() {
     $ echo changed >db/a
     $ mount -o remount,ro $TOP
     $ fsnap checkpoint -m refused
-    ! fsnap: error: cannot make a snapshot of $T/fs/db: Read-only file system (os error 30)
+    ! fsnap: error: no snapshot of db: cannot make a snapshot of $T/fs/db: Read-only file system (os error 30)
     ! fsnap: hint: mount it writable first
     [exit 1]
     $ fsnap branch @latest
@@ -583,13 +583,61 @@ fn a_store_that_is_away_postpones_the_sealing() {
     $ mkdir ../images
     $ for step in starting frozen; do fsnap hook generic $step --tree $$ --images ../images >/dev/null; done; mv .fsnap away
     $ fsnap log
-    ! fsnap: warning: checkpoint ID1 is half done and stays so: the store $T/fs/.fsnap does not exist
+    ! fsnap: warning: checkpoint ID1 is half done and stays so: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
     $ fsnap recover
-    postponed: checkpoint ID1: the store $T/fs/.fsnap does not exist
+    postponed: checkpoint ID1: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
     [exit 1]
     $ mv away .fsnap
     $ fsnap log
     ID  TIME  PARENT  BRANCH  VOLUMES  MESSAGE
     ID1  TIME  db
+    ");
+}
+
+/// The path of a store says nothing to whoever knows the volumes by their names.
+#[test]
+fn a_file_system_that_is_not_mounted_is_told_by_the_volume() {
+    let mut site = Site::empty();
+    site.mount("fs", 128 << 20, &["mkfs.btrfs", "-q", "--mixed"]);
+    assert_snapshot!(site.session(
+        "btrfs -q subvolume create fs/db && fsnap init fs/db
+         fsnap checkpoint --tag one >/dev/null
+         umount fs
+         fsnap branch one
+         fsnap diff one
+         fsnap verify
+         fsnap checkpoint
+         fsnap rm --volume db
+         fsnap branch one
+         mount -o loop fs.image fs
+         fsnap branch one >/dev/null"
+    ), @"
+    $ btrfs -q subvolume create fs/db && fsnap init fs/db
+    volume db at $T/fs/db: btrfs snapshots in $T/fs/.fsnap
+    $ fsnap checkpoint --tag one >/dev/null
+    $ umount fs
+    $ fsnap branch one
+    ! fsnap: error: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
+    ! fsnap: hint: mount the file system that holds them there again, or move them back
+    [exit 1]
+    $ fsnap diff one
+    ! fsnap: error: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
+    ! fsnap: hint: mount the file system that holds them there again, or move them back
+    [exit 1]
+    $ fsnap verify
+    ID1:db: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
+    verified the catalog and 1 checkpoint: 1 damaged
+    [exit 1]
+    $ fsnap checkpoint
+    ! fsnap: error: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
+    ! fsnap: hint: mount the file system that holds them there again, or move them back
+    [exit 1]
+    $ fsnap rm --volume db
+    $ fsnap branch one
+    ! fsnap: error: the snapshots of db are out of reach: the store $T/fs/.fsnap does not exist
+    ! fsnap: hint: mount the file system that holds them there again, or move them back
+    [exit 1]
+    $ mount -o loop fs.image fs
+    $ fsnap branch one >/dev/null
     ");
 }

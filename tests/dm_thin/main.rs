@@ -7,6 +7,7 @@ mod images;
 #[path = "../support/kernel.rs"]
 mod kernel;
 mod lvm;
+mod mixed;
 mod pools;
 mod site;
 mod standing;
@@ -21,6 +22,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let lacks = "this kernel has no device-mapper; `cargo run -p vm-tests` runs this in a machine that has";
-    let cases = pools::CASES.iter().chain(lvm::CASES).chain(standing::CASES);
+    let cases = pools::CASES.iter().chain(lvm::CASES).chain(standing::CASES).chain(mixed::CASES);
     kernel::run(cases, (!Path::new("/dev/mapper/control").exists()).then_some(lacks))
 }

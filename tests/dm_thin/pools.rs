@@ -21,6 +21,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_pool_leaves_the_device_of_another", a_pool_leaves_the_device_of_another),
     ("a_pool_comes_up_on_its_own_metadata_only", a_pool_comes_up_on_its_own_metadata_only),
     ("a_volume_that_is_away_is_named", a_volume_that_is_away_is_named),
+    ("a_volume_for_which_there_is_no_room_is_told", a_volume_for_which_there_is_no_room_is_told),
     ("a_volume_that_others_made_is_known", a_volume_that_others_made_is_known),
     ("a_branch_is_a_volume", a_branch_is_a_volume),
     ("a_branch_survives_a_restart", a_branch_survives_a_restart),
@@ -334,6 +335,26 @@ fn a_volume_that_is_away_is_named() -> Done {
     let said = site.fails(&["pool", "add-volume", "no-such-pool", "db", "--size", "16M"])?;
     ensure(said.contains("no pool \"no-such-pool\"") && said.contains(&site.pool), &said)?;
     ensure(site.fsnap(&["log"])?.lines().count() == 2, "something was recorded")
+}
+
+/// A file system may be larger than its pool, but not so large that it does not fit while it is empty.
+fn a_volume_for_which_there_is_no_room_is_told() -> Done {
+    let site = Site::new("100M")?;
+    for (file_system, size, mib) in [("ext4", "1T", 1 << 20), ("xfs", "8T", 8 << 20)] {
+        let arguments = ["pool", "add-volume", &site.pool, "big", "--size", size, "--file-system", file_system];
+        let said = site.fails(&arguments)?;
+        let told = format!(
+            "an empty {file_system} of {mib} MiB takes more than the 99 MiB that are free of the 100 MiB of the pool {}",
+            site.pool
+        );
+        ensure(said.contains(&told) && said.contains("nothing was left behind"), &said)?;
+        let pool = site.listed()?;
+        ensure(pool["volumes"] == serde_json::json!([]) && pool["state"] == "works", &pool.to_string())?;
+        // No more than the block that says whose data these are.
+        ensure(pool["data"]["used"] == 1 << 16, &pool.to_string())?;
+        ensure(site.devices()?.0 == 0, "a device is left")?;
+    }
+    site.fsnap(&["pool", "add-volume", &site.pool, "big", "--size", "1G"]).map(drop)
 }
 
 /// What `recover` cannot explain is told, and a registered volume needs no explanation.

@@ -101,7 +101,7 @@ impl Site {
     }
 
     /// Where the pool's store is.
-    fn store(&self) -> PathBuf {
+    pub(crate) fn store(&self) -> PathBuf {
         Path::new(STORES).join(&self.pool)
     }
 }

@@ -21,8 +21,8 @@ pub(crate) const CASES: &[Case] = &[
     ("a_failing_pool_ends_the_standing", a_failing_pool_ends_the_standing),
 ];
 
-/// A pool on a device that can be made slow, or fail; detached when dropped.
-struct Base {
+/// A device for a pool, or for a file system, that can be made slow, or fail; detached when dropped.
+pub(crate) struct Base {
     name: String,
     lower: String,
 }
@@ -33,10 +33,17 @@ const ALL: u64 = (1 << 30) / 512;
 
 impl Base {
     fn new(dir: &Path, name: &str) -> Result<Self, Failed> {
-        let lower = loop_device(&dir.join("image"), ALL * 512)?;
+        let lower = loop_device(&dir.join(name), ALL * 512)?;
         let base = Self { name: name.to_owned(), lower };
         output(Command::new("dmsetup").args(["create", name, "--table", &base.plain()]))?;
         Ok(base)
+    }
+
+    /// One of that name for a site, and its node.
+    pub(crate) fn of(site: &Site, name: &str) -> Result<(Self, PathBuf), Failed> {
+        let base = Self::new(&site.dir, &format!("{}-{name}", site.pool))?;
+        let node = site.node(&base.name)?;
+        Ok((base, node))
     }
 
     /// The name that the device has after a restart as well.
@@ -44,12 +51,12 @@ impl Base {
         Path::new("/dev/mapper").join(&self.name)
     }
 
-    fn plain(&self) -> String {
+    pub(crate) fn plain(&self) -> String {
         format!("0 {ALL} linear {} 0", self.lower)
     }
 
     /// A table of which the metadata, or the data, have another target.
-    fn with(&self, metadata: Option<&str>, data: Option<&str>) -> String {
+    pub(crate) fn with(&self, metadata: Option<&str>, data: Option<&str>) -> String {
         let rest = ALL - METADATA;
         let linear = |from: u64| format!("linear {} {from}", self.lower);
         format!(
@@ -59,12 +66,21 @@ impl Base {
         )
     }
 
+    /// A table by which all can be read, and nothing written.
+    pub(crate) fn unwritable(&self) -> String {
+        format!("0 {ALL} {}", self.flaky())
+    }
+
+    fn flaky(&self) -> String {
+        format!("flakey {} 0 0 1000 1 error_writes", self.lower)
+    }
+
     /// Metadata of which each write takes so many milliseconds.
     fn slow(&self, each: u32) -> String {
         self.with(Some(&format!("delay {0} 0 0 {0} 0 {each}", self.lower)), None)
     }
 
-    fn switch(&self, table: &str) -> Done {
+    pub(crate) fn switch(&self, table: &str) -> Done {
         for arguments in [
             &["suspend", "--noflush", "--nolockfs", &self.name][..],
             &["load", &self.name, "--table", table],
@@ -89,10 +105,9 @@ impl Drop for Base {
 const SLOW: u32 = 300;
 
 /// A registered volume in a pool on such a device.
-fn on_base() -> Result<(Base, Site), Failed> {
+pub(crate) fn on_base() -> Result<(Base, Site), Failed> {
     let site = Site::without_pool()?;
-    let base = Base::new(&site.dir, &format!("{}-base", site.pool))?;
-    let device = site.node(&base.name)?;
+    let (base, device) = Base::of(&site, "base")?;
     // As udev has it, where there is one; a pool is to be found again by this name.
     if !base.named().exists() {
         std::os::unix::fs::symlink(&device, base.named())?;
@@ -128,12 +143,18 @@ fn until_it_stands(site: &Site, by: &mut Child) -> Done {
 
 /// The volume takes writes, and nothing of a checkpoint is left.
 fn goes_on(site: &Site) -> Done {
+    goes_on_after(site, &[])
+}
+
+/// The volume takes writes, and of checkpoints there are no more than those with the given tags.
+fn goes_on_after(site: &Site, checkpoints: &[&str]) -> Done {
     ensure(!site.devices()?.1, "the volume stands")?;
     fs::write(site.db().join("file"), "later")?;
     File::open(site.db().join("file"))?.sync_all()?;
     is(&site.db().join("file"), "later")?;
     let log = site.fsnap(&["log"])?;
-    ensure(log.is_empty(), &log)?;
+    ensure(log.lines().skip(1).count() == checkpoints.len(), &log)?;
+    ensure(checkpoints.iter().all(|tag| log.contains(tag)), &log)?;
     let said = site.fsnap(&["recover"])?;
     ensure(said.trim() == "nothing is half done", &said)?;
     site.fsnap(&["checkpoint"]).map(drop)
@@ -277,31 +298,57 @@ fn the_deadline_ends_the_standing() -> Done {
 
 /// Metadata, or data, that cannot be written any more, in the middle of a checkpoint.
 fn a_failing_pool_ends_the_standing() -> Done {
-    for metadata in [true, false] {
+    for (metadata, reads) in [(true, false), (true, true), (false, false)] {
         let (base, site) = on_base()?;
         site.fsnap(&["checkpoint", "--tag", "before"])?;
-        let error = if metadata { base.with(Some("error"), None) } else { base.with(None, Some("error")) };
-        // In the frozen window, after all that is done ahead; what is dirty has to be written then.
-        let mut taking = site
-            .command(&["checkpoint", "--tag", "meanwhile"])
-            .env("FSNAP_FAILPOINT", "take:opened=stop")
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let pid = Pid::from_child(&taking);
-        let (stopped, stay) = (WaitIdOptions::STOPPED | WaitIdOptions::EXITED, WaitIdOptions::NOWAIT);
-        rustix::process::waitid(WaitId::Pid(pid), stopped | stay)?;
-        fs::write(site.db().join("dirty"), vec![7; 1 << 20])?;
-        base.switch(&error)?;
-        rustix::process::kill_process(pid, Signal::CONT)?;
-        let ended = taking.wait_with_output_within(Duration::from_secs(120))?;
-        let said = String::from_utf8_lossy(&ended.stderr);
-        ensure(ended.status.code() == Some(1), &format!("metadata {metadata}: {}: {said}", ended.status))?;
+        let error = match (metadata, reads) {
+            (true, false) => base.with(Some("error"), None),
+            (true, true) => base.with(Some(&base.flaky()), None),
+            (false, _) => base.with(None, Some("error")),
+        };
+        let said = fails_in_the_window(&site, || {
+            fs::write(site.db().join("dirty"), vec![7; 1 << 20])?;
+            base.switch(&error)
+        })?;
         ensure(!site.devices()?.1, &format!("metadata {metadata}: the volume stands: {said}"))?;
         base.switch(&base.plain())?;
         let log = site.fsnap(&["log"])?;
         ensure(log.contains("before") && !log.contains("meanwhile"), &log)?;
+        site.unmount("db")?;
+        if metadata {
+            let said = site.fails(&["pool", "add-volume", &site.pool, "other", "--size", "16M"])?;
+            ensure(said.contains("unmount what lies in it") && said.contains("`fsnap pool stop`"), &said)?;
+            ensure(said.contains("run `thin_check --clear-needs-check-flag` on what its metadata lie on"), &said)?;
+            site.fsnap(&["pool", "stop", &site.pool])?;
+            output(Command::new("thin_check").arg("--clear-needs-check-flag").arg(base.named()))?;
+            site.fsnap(&["pool", "start", &site.pool])?;
+        }
+        site.mount("db", "ext4")?;
+        goes_on_after(&site, &["before"])?;
     }
     Ok(())
+}
+
+/// What a checkpoint with the tag `meanwhile` says that fails by what happens in the frozen window.
+///
+/// That is after all that is done ahead, so that what is dirty has to be written then.
+pub(crate) fn fails_in_the_window(site: &Site, happens: impl FnOnce() -> Done) -> Result<String, Failed> {
+    let mut taking = site
+        .command(&["checkpoint", "--tag", "meanwhile"])
+        .env("FSNAP_FAILPOINT", "take:opened=stop")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let pid = Pid::from_child(&taking);
+    let (stopped, stay) = (WaitIdOptions::STOPPED | WaitIdOptions::EXITED, WaitIdOptions::NOWAIT);
+    rustix::process::waitid(WaitId::Pid(pid), stopped | stay)?;
+    let happened = happens();
+    rustix::process::kill_process(pid, Signal::CONT)?;
+    let ended = taking.wait_with_output_within(Duration::from_secs(120))?;
+    happened?;
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    ensure(ended.status.code() == Some(1), &format!("{}: {said}", ended.status))?;
+    Ok(said)
 }
 
 /// Waiting that ends.

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::KIND;
 use crate::dm::{By, Mapper, Number, Target};
-use crate::pool::{Pool, ThinId};
+use crate::pool::{Fill, Mode, Pool, ThinId};
 use crate::record::random_id;
 use crate::sign::{self, Superblock};
 use crate::store::{FILE, Settings, Store, VOLUMES, is_made, make, read, write, write_json};
@@ -194,6 +194,9 @@ impl Store {
     }
 
     /// Makes a volume of so many bytes with a file system on it, and returns the node of its device.
+    ///
+    /// Leaves nothing if it fails; with [`ErrorKind::NoSpace`](fsnap_backend::ErrorKind::NoSpace) if the pool has no room for what
+    /// the empty file system writes.
     pub fn make_volume(&self, name: &str, bytes: u64, file_system: FileSystem) -> Result<PathBuf> {
         check_name(name)?;
         let shown = || format!("the volume {name} of {}", self.pool);
@@ -211,8 +214,33 @@ impl Store {
             .context("make", shown())
             .and_then(|()| self.pool.check_commit(&self.mapper))
             .and_then(|()| start_volume(&self.mapper, &self.pool, &self.settings.uuid, name, &volume))
-            .and_then(|node| make_file_system(&node, file_system).map(|()| node));
+            .and_then(|node| {
+                let before = self.fill()?.data;
+                make_file_system(&node, file_system).map_err(|error| self.too_large(name, &volume, before, error))?;
+                Ok(node)
+            });
         made.map_err(|error| error.and_undo(self.remove_volume(name)))
+    }
+
+    /// What is told of an empty file system for which there was no room, of which mkfs says no more than that a write failed.
+    ///
+    /// `before` is what the pool had, in blocks: how many in use, and how many at all.
+    fn too_large(&self, name: &str, volume: &PoolVolume, before: (u64, u64), error: Error) -> Error {
+        let full = |fill: Fill| fill.mode == Mode::OutOfData || fill.data.0 == fill.data.1;
+        if !self.fill().is_ok_and(full) {
+            return error;
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let (used, all) = (before.0 * BLOCK * SECTOR, before.1 * BLOCK * SECTOR);
+        let object = format!(
+            "for the volume {name}: an empty {} of {} MiB takes more than the {} MiB that are free of the {} MiB of {}",
+            volume.file_system.name(),
+            mib(volume.bytes()),
+            mib(all - used),
+            mib(all),
+            self.pool,
+        );
+        Error::Io { action: "make a file system", object, source: Errno::NOSPC.into() }
     }
 
     /// Removes a volume that fsnap made, and its device; its snapshots stay. Busy while it is mounted.

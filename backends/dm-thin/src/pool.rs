@@ -115,7 +115,7 @@ impl Fill {
             })
         };
         if self.needs_check {
-            return Some(Refusal::Broken("its metadata need a check: bring it down and run `thin_check`"));
+            return Some(Refusal::Broken(CHECK));
         }
         match self.mode {
             Mode::Works => short("metadata", self.free_metadata(), limits.free_metadata)
@@ -126,12 +126,21 @@ impl Fill {
             )),
             Mode::ReadOnly => Some(Refusal::Broken(
                 "its metadata cannot be written, or are full, so that images can be read, and neither made nor removed: \
-                 bring it down, enlarge what its metadata lie on if they are full, run `thin_check`, and bring it up again",
+                 take it down, as by `fsnap pool stop`, enlarge what its metadata lie on if they are full, and run `thin_check \
+                 --clear-needs-check-flag` on that before it comes up again",
             )),
-            Mode::Fails => Some(Refusal::Broken("the kernel cannot use its metadata: repair them by `thin_repair`")),
+            Mode::Fails => Some(Refusal::Broken(FAILS)),
         }
     }
 }
+
+/// What is to be done about metadata that could not be written once. The check alone leaves the mark, and the pool as it is.
+const CHECK: &str = "its metadata need a check, because they could not be written: unmount what lies in it, take it down, as by \
+                     `fsnap pool stop`, and run `thin_check --clear-needs-check-flag` on what its metadata lie on";
+
+/// What is to be done about metadata that the kernel could not use. They may be whole, on a device that failed for a while.
+const FAILS: &str = "the kernel cannot use its metadata: unmount what lies in it, take it down, as by `fsnap pool stop`, and run \
+                     `thin_check --clear-needs-check-flag` on what its metadata lie on; what that finds, `thin_repair` repairs";
 
 fn free_percent((used, total): (u64, u64)) -> u64 {
     (100 * total.saturating_sub(used)).checked_div(total).unwrap_or(0)

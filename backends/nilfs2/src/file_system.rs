@@ -190,7 +190,11 @@ pub(crate) fn uuid_of(file: impl AsFd) -> io::Result<Uuid> {
 fn find(uuid: Uuid) -> Result<PathBuf> {
     // What cannot be read (a disk that is gone, a device in use by others alone) holds no file system that can be used.
     let holds = |path: &PathBuf| read_uuid(path).ok().flatten() == Some(uuid);
-    let mut found = devices().context("list", "/proc/partitions")?.into_iter().filter(holds);
+    let all: Vec<_> = devices().context("list", "/proc/partitions")?.into_iter().filter(holds).collect();
+    // One path of several to a disk, or a half of a mirror, shows what the device shows that stands on it. It is no copy, and cannot be
+    // mounted while that device is there.
+    let carries = |path: &PathBuf| all.iter().any(|other| stands_on(other, path));
+    let mut found = all.iter().filter(|path| !carries(path)).cloned();
     let object = format!("the NILFS2 file system {uuid}");
     match (found.next(), found.next()) {
         (Some(device), None) => Ok(device),
@@ -200,6 +204,21 @@ fn find(uuid: Uuid) -> Result<PathBuf> {
             Err(io::Error::other(why)).context("find", object)
         }
     }
+}
+
+/// Whether a device is made of another one, as those of device-mapper and MD are, or of what is made of that
+/// (`slaves` in [sysfs-block]).
+///
+/// [sysfs-block]: https://www.kernel.org/doc/Documentation/ABI/stable/sysfs-block
+fn stands_on(upper: &Path, lower: &Path) -> bool {
+    let Ok(meta) = std::fs::metadata(upper) else { return false };
+    let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+    // None of a partition, and of a device that is gone.
+    let Ok(below) = std::fs::read_dir(format!("/sys/dev/block/{major}:{minor}/slaves")) else { return false };
+    below.flatten().any(|entry| {
+        let below = Path::new("/dev").join(entry.file_name().to_string_lossy().replace('!', "/"));
+        below == lower || stands_on(&below, lower)
+    })
 }
 
 /// The kernel's list of the NILFS2 file systems that are mounted, wherever that is seen ([sysfs-fs-nilfs2]).

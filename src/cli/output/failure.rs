@@ -177,7 +177,8 @@ fn hint(error: &Error) -> Option<String> {
         Error::Catalog(
             catalog::Error::Locked { .. } | catalog::Error::InHand { .. } | catalog::Error::Freezing { .. },
         ) => "try again when the other command is done",
-        Error::Backend(error) => match error.kind() {
+        Error::StoreAway { .. } => "mount the file system that holds them there again, or move them back",
+        Error::Backend(error) | Error::NoSnapshot { source: error, .. } => match error.kind() {
             ErrorKind::NoSpace => "free some space, then try again; nothing was left behind",
             ErrorKind::ReadOnly => "mount it writable first",
             ErrorKind::Permission => "run fsnap as root, or use a directory and a store of your own",

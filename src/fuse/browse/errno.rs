@@ -9,7 +9,9 @@ use crate::{Error, catalog};
 /// The number that says most of what the error says.
 pub(in crate::fuse) fn of(error: &Error) -> Errno {
     match error {
-        Error::Backend(error) => backend(error),
+        Error::Backend(error) | Error::NoSnapshot { source: error, .. } | Error::StoreAway { source: error, .. } => {
+            backend(error)
+        }
         Error::Catalog(error) => catalog(error),
         Error::Fuse(error) => served(error),
         Error::NameTaken { .. } => Errno::EXIST,
