@@ -31,5 +31,5 @@ pub(crate) fn run(args: Args) -> Outcome {
             ]
         })
     });
-    out.table(&["NAME", "CHECKPOINT", "MADE", "VOLUME", "PATH"], rows.collect())
+    out.table(&["NAME", "CHECKPOINT", "MADE", "VOLUME", "PATH"], &rows.collect::<Vec<_>>())
 }

@@ -60,7 +60,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             decorated(&one, tags_of(&one.id), grown(&one.id)),
         ]
     };
-    out.table(&["ID", "TIME", "PARENT", "BRANCH", "VOLUMES", "MESSAGE"], catalog.newest(limit, row)?)
+    out.table(&["ID", "TIME", "PARENT", "BRANCH", "VOLUMES", "MESSAGE"], &catalog.newest(limit, row)?)
 }
 
 fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {
@@ -106,7 +106,7 @@ fn history(coordinator: &Coordinator, volume: &str, args: &Args) -> Outcome {
             note.to_owned(),
         ])
     });
-    out.table(&["STATE", "TIME", "KEPT BY", "CHECKPOINTS", "NOTE"], rows.collect::<fsnap::Result<_>>()?)
+    out.table(&["STATE", "TIME", "KEPT BY", "CHECKPOINTS", "NOTE"], &rows.collect::<fsnap::Result<Vec<_>>>()?)
 }
 
 fn branches_by_checkpoint(coordinator: &Coordinator) -> fsnap::Result<BTreeMap<CheckpointId, Vec<Name>>> {

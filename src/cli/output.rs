@@ -7,11 +7,14 @@ pub(crate) mod progress;
 
 use std::io::{self, IsTerminal, Write};
 
-use comfy_table::{ContentArrangement, Table, presets};
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 pub(crate) use failure::{Failure, Outcome, all_of, plain, say};
+
+/// Blanks between the columns of a table.
+const GAP: usize = 2;
 
 /// Standard output.
 #[derive(Debug)]
@@ -44,21 +47,29 @@ impl Output {
     }
 
     /// Writes a table without borders; nothing at all if it has no rows.
-    pub(crate) fn table(&self, head: &[&str], rows: Vec<Vec<String>>) -> Outcome {
+    pub(crate) fn table(&self, head: &[&str], rows: &[Vec<String>]) -> Outcome {
         if rows.is_empty() {
             return Ok(());
         }
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header(head.to_vec());
-        table.add_rows(rows);
-        for column in table.column_iter_mut() {
-            column.set_padding((0, 2));
+        let mut widths: Vec<usize> = head.iter().map(|title| title.width()).collect();
+        for row in rows {
+            for (widest, cell) in widths.iter_mut().zip(row) {
+                *widest = (*widest).max(cell.width());
+            }
         }
-        for line in table.lines() {
-            self.line(line.trim_end())?;
+        // A write for each line takes longer than the line.
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        let head: Vec<String> = head.iter().copied().map(String::from).collect();
+        let mut line = String::new();
+        for row in std::iter::once(&head).chain(rows) {
+            line.clear();
+            for (cell, width) in row.iter().zip(&widths) {
+                line.push_str(cell);
+                line.extend(std::iter::repeat_n(' ', width - cell.width() + GAP));
+            }
+            writeln!(out, "{}", line.trim_end()).map_err(Failure::Output)?;
         }
-        Ok(())
+        out.flush().map_err(Failure::Output)
     }
 
     /// A time: how long ago on a terminal, RFC 3339 in a pipe.

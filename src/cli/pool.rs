@@ -205,7 +205,7 @@ fn list(out: &Output, as_json: bool) -> Outcome {
         let (data, metadata) = pool.fill.map(|fill| room(&fill, pool.block)).unwrap_or_default();
         vec![pool.name.clone(), state(pool), data, metadata, volumes.join(",")]
     });
-    out.table(&["POOL", "STATE", "DATA", "METADATA", "VOLUMES"], rows.collect())
+    out.table(&["POOL", "STATE", "DATA", "METADATA", "VOLUMES"], &rows.collect::<Vec<_>>())
 }
 
 /// What a pool can do now, in a word or two.

@@ -51,7 +51,7 @@ fn print(runs: Vec<Run>, as_json: bool) -> Outcome {
     };
     out.table(
         &["NAME", "PID", "STATE", "CHECKPOINT", "BRANCH", "SINCE", "COMMAND"],
-        runs.into_iter().map(row).collect(),
+        &runs.into_iter().map(row).collect::<Vec<_>>(),
     )
 }
 

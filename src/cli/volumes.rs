@@ -53,7 +53,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             let backend = store.as_ref().map_or("?", |store| &store.backend);
             vec![volume.name.to_string(), volume.path.to_string(), backend.to_owned(), can]
         };
-    out.table(&["NAME", "PATH", "BACKEND", "CAPABILITIES"], rows.iter().map(row).collect())
+    out.table(&["NAME", "PATH", "BACKEND", "CAPABILITIES"], &rows.iter().map(row).collect::<Vec<_>>())
 }
 
 fn words(can: &Capabilities) -> String {
