@@ -167,7 +167,7 @@ impl Catalog {
         if access == Access::Create {
             format::create_if_missing(state)?;
         }
-        format::check_log(&path)?;
+        let has_log = format::check_log(&path)?;
         format::check_file(&path)?;
         let how = match access {
             Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
@@ -176,8 +176,8 @@ impl Catalog {
         let how = how | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let read_only = if access == Access::Read { format::read_only(&path) } else { None };
         let alone = read_only.is_some();
-        if !alone {
-            format::make_log_if_missing(&path)?;
+        if !alone && !has_log {
+            format::make_log(&path)?;
         }
         let opened = match read_only {
             Some(uri) => Connection::open_with_flags(uri, how | OpenFlags::SQLITE_OPEN_URI),

@@ -139,13 +139,12 @@ pub(super) fn create_if_missing(state: &Path) -> Result<()> {
     sync(state)
 }
 
-/// Makes the log again, if somebody has removed it, and its name durable: SQLite is built to leave that to us, for it would sync the
+/// Makes the log again, which somebody has removed, and its name durable: SQLite is built to leave that to us, for it would sync the
 /// directory once in each command.
 ///
 /// Who may not make it is told so by SQLite.
-pub(super) fn make_log_if_missing(path: &Path) -> Result<()> {
-    let log = log(path);
-    if log.symlink_metadata().is_ok() || File::create_new(&log).is_err() {
+pub(super) fn make_log(path: &Path) -> Result<()> {
+    if File::create_new(log(path)).is_err() {
         return Ok(());
     }
     let state = path.parent().unwrap_or(path);
@@ -257,15 +256,15 @@ fn uri(path: &Path, option: &str) -> OsString {
     OsString::from_vec(uri)
 }
 
-/// Refuses a log that cannot be one: SQLite would block on a fifo.
-pub(super) fn check_log(path: &Path) -> Result<()> {
+/// Refuses a log that cannot be one: SQLite would block on a fifo. Tells whether there is a log.
+pub(super) fn check_log(path: &Path) -> Result<bool> {
     let log = log(path);
     match log.symlink_metadata() {
         Ok(meta) if !meta.is_file() => Err(Error::Damaged {
             path: log,
             reason: "it is not a regular file; the catalog itself may be whole".into(),
         }),
-        _ => Ok(()),
+        found => Ok(found.is_ok()),
     }
 }
 

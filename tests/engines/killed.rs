@@ -36,6 +36,13 @@ fn oracle(site: &Site) -> Oracle {
     site.oracle(&[Kind::Append, Kind::Overwrite, Kind::Rename, Kind::Unlinked, Kind::Volumes], 1000)
 }
 
+/// The pid of one that was saved and has ended, and the checkpoint.
+fn saved(site: &Site) -> (i32, String) {
+    let oracle = oracle(site);
+    let (id, _) = site.checkpoint(oracle.pid);
+    (oracle.pid, id)
+}
+
 fn the_hook(action: &str, places: usize) {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
     let oracle = oracle(&site);
@@ -126,9 +133,7 @@ fn a_restore() {
 /// No namespace ends the processes of which the killed fsnap never heard, or never told: whoever restored them does.
 fn a_restore_on_the_pids_of_this_machine() {
     let site = Site::new(&[Volume::Btrfs]);
-    let oracle = oracle(&site);
-    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
-    drop(oracle);
+    let (pid, id) = saved(&site);
     // An engine that has restored everything when its caller is killed, and ends after that.
     let (caller, restored) = (site.path("caller"), site.path("restored"));
     let script = format!(
@@ -196,9 +201,8 @@ fn restore_and_kill(site: &Site, id: &str, engine: &Path, here: &Path, args: &[&
 /// The engine is stuck, before it has restored anything or after that, and would never hear that its caller is gone.
 fn a_restore_whose_engine_goes_on() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = oracle(&site);
-    let (pid, (id, _)) = (i64::from(oracle.pid), site.checkpoint(oracle.pid));
-    drop(oracle);
+    let (pid, id) = saved(&site);
+    let pid = i64::from(pid);
     let here = site.path("here");
     let wait = format!(": >'{}'; sleep 1000", here.display());
     for (engine, has_restored) in [(site.engine(&wait, ""), false), (site.engine("", &wait), true)] {
@@ -216,9 +220,7 @@ fn a_restore_whose_engine_goes_on() {
 /// Nobody ends what was restored onto the pids of this machine: as long as it lives, its branch stays.
 fn a_restore_and_who_waits_for_it() {
     let site = Site::new(&[Volume::Btrfs]);
-    let oracle = oracle(&site);
-    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
-    drop(oracle);
+    let (pid, id) = saved(&site);
     let here = site.path("here");
     let engine = site.engine("", &format!(": >'{}'", here.display()));
     let stuck_pid = site.path("stuck");
@@ -245,9 +247,7 @@ fn a_restore_and_who_waits_for_it() {
 /// What it had restored onto the pids of this machine lived on, on a branch that was removed.
 fn the_engine_of_a_restore() {
     let site = Site::new(&[Volume::Btrfs]);
-    let oracle = oracle(&site);
-    let (pid, (id, _)) = (oracle.pid, site.checkpoint(oracle.pid));
-    drop(oracle);
+    let (pid, id) = saved(&site);
     let engine = site.engine("", "kill -9 $$");
     let mut command = site.command(["restore", &id, "--branch", "b", "--host-pids"]);
     let output = command.env("FSNAP_CRIU", &engine).output().unwrap();

@@ -8,10 +8,10 @@ use crate::{Error, catalog};
 
 /// The number that says most of what the error says.
 pub(in crate::fuse) fn of(error: &Error) -> Errno {
+    if let Some(error) = error.backend() {
+        return backend(error);
+    }
     match error {
-        Error::Backend(error) | Error::NoSnapshot { source: error, .. } | Error::StoreAway { source: error, .. } => {
-            backend(error)
-        }
         Error::Catalog(error) => catalog(error),
         Error::Fuse(error) => served(error),
         Error::NameTaken { .. } => Errno::EXIST,
