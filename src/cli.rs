@@ -60,7 +60,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue};
-use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub(crate) use environment::Context;
 pub(crate) use output::{Failure, Outcome, Output, all_of, json, say};
@@ -74,75 +74,78 @@ pub(crate) use output::{Failure, Outcome, Output, all_of, json, say};
 /// Begin with `fsnap init DIR`, then `fsnap checkpoint`, `fsnap log`, `fsnap branch @latest`.
 #[derive(Debug, Parser)]
 #[command(name = "fsnap", version, max_term_width = 100, after_help = CKPT_HELP)]
-struct Cli<const LATE: bool> {
+struct Cli {
     #[command(subcommand)]
-    command: Command<LATE>,
-}
-
-/// The arguments of a command; put together, if `LATE`, only when that command is the one that was typed.
-///
-/// To put those of all commands together takes longer than most commands do, and only the help has a use for them.
-#[derive(Debug)]
-struct Typed<T, const LATE: bool>(T);
-
-impl<T: Args, const LATE: bool> Args for Typed<T, LATE> {
-    fn augment_args(command: clap::Command) -> clap::Command {
-        if LATE { command.defer(T::augment_args) } else { T::augment_args(command) }
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        if LATE { command.defer(T::augment_args_for_update) } else { T::augment_args_for_update(command) }
-    }
-}
-
-impl<T: FromArgMatches, const LATE: bool> FromArgMatches for Typed<T, LATE> {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        T::from_arg_matches(matches).map(Self)
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        self.0.update_from_arg_matches(matches)
-    }
+    command: Command,
 }
 
 const CKPT_HELP: &str = "CKPT is an id, a unique prefix of one (4 digits or more), a tag, @latest, or X~N, the N-th \
                          checkpoint before X.\n\nExit codes: 0 done, 1 failed, 2 wrong usage.";
 
-#[derive(Debug, Subcommand)]
-enum Command<const LATE: bool> {
-    Init(Typed<init::Args, LATE>),
-    Volumes(Typed<volumes::Args, LATE>),
-    Checkpoint(Typed<checkpoint::Args, LATE>),
-    Audit(Typed<audit::Args, LATE>),
-    Log(Typed<log::Args, LATE>),
-    Show(Typed<show::Args, LATE>),
-    Diff(Typed<diff::Args, LATE>),
-    Branch(Typed<branch::Args, LATE>),
-    Branches(Typed<branches::Args, LATE>),
-    Restore(Typed<restore::Args, LATE>),
-    Run(Typed<run::Args, LATE>),
-    Ps(Typed<ps::Args, LATE>),
-    Logs(Typed<logs::Args, LATE>),
-    Stop(Typed<stop::Args, LATE>),
-    Rm(Typed<rm::Args, LATE>),
-    Tag(Typed<tag::Args, LATE>),
+/// The commands, in the order of the help: what is typed, and the module that knows what to do.
+macro_rules! commands {
+    ($($(#[$when:meta])? $name:literal => $variant:ident($module:ident),)*) => {
+        #[derive(Debug, Subcommand)]
+        enum Command {
+            $($(#[$when])? #[command(name = $name)] $variant($module::Args),)*
+        }
+
+        fn run(command: Command) -> Outcome {
+            match command {
+                $($(#[$when])? Command::$variant(args) => self::$module::run(args),)*
+            }
+        }
+
+        /// The command that was typed, put together without the others.
+        fn typed(arguments: &[OsString]) -> Option<Command> {
+            match arguments.first()?.to_str()? {
+                $($(#[$when])? $name => read::<$module::Args>($name, arguments).map(Command::$variant),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+commands! {
+    "init" => Init(init),
+    "volumes" => Volumes(volumes),
+    "checkpoint" => Checkpoint(checkpoint),
+    "audit" => Audit(audit),
+    "log" => Log(log),
+    "show" => Show(show),
+    "diff" => Diff(diff),
+    "branch" => Branch(branch),
+    "branches" => Branches(branches),
+    "restore" => Restore(restore),
+    "run" => Run(run),
+    "ps" => Ps(ps),
+    "logs" => Logs(logs),
+    "stop" => Stop(stop),
+    "rm" => Rm(rm),
+    "tag" => Tag(tag),
     #[cfg(feature = "fuse")]
-    Mount(Typed<mount::Args, LATE>),
+    "mount" => Mount(mount),
     #[cfg(feature = "fuse")]
-    Overlay(Typed<overlay::Args, LATE>),
+    "overlay" => Overlay(overlay),
     #[cfg(feature = "fuse")]
-    Umount(Typed<umount::Args, LATE>),
-    Verify(Typed<verify::Args, LATE>),
+    "umount" => Umount(umount),
+    "verify" => Verify(verify),
     #[cfg(feature = "dm-thin")]
-    Pool(Typed<pool::Args, LATE>),
-    Recover(Typed<recover::Args, LATE>),
-    Doctor(Typed<doctor::Args, LATE>),
-    InstallHooks(Typed<install_hooks::Args, LATE>),
-    Engine(Typed<engine::Args, LATE>),
-    Hook(Typed<hook::Args, LATE>),
-    CriuArgs(Typed<criu_args::Args, LATE>),
-    Completions(Typed<completions::Args, LATE>),
-    Man(Typed<man::Args, LATE>),
+    "pool" => Pool(pool),
+    "recover" => Recover(recover),
+    "doctor" => Doctor(doctor),
+    "install-hooks" => InstallHooks(install_hooks),
+    "engine" => Engine(engine),
+    "hook" => Hook(hook),
+    "criu-args" => CriuArgs(criu_args),
+    "completions" => Completions(completions),
+    "man" => Man(man),
+}
+
+/// The arguments of one command; `None` if that is not what was typed.
+fn read<T: Args>(name: &'static str, arguments: &[OsString]) -> Option<T> {
+    let command = T::augment_args(clap::Command::new(name));
+    T::from_arg_matches(&command.try_get_matches_from(arguments).ok()?).ok()
 }
 
 /// The exit code of a command that did what it was called for.
@@ -174,9 +177,10 @@ pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
     let parsed = if arguments.get(1).is_some_and(|command| command == internal::NAME) {
         internal::Args::try_parse_from(&arguments[1..]).map(internal::run)
     } else {
-        // What it says of wrong usage, or as help, it says of all commands.
-        let parsed = Cli::<true>::try_parse_from(&arguments).map(|cli| run(cli.command));
-        parsed.or_else(|_| Cli::<false>::try_parse_from(&arguments).map(|cli| run(cli.command)))
+        // To put all commands together takes longer than most commands do, and only the help, and what is said of wrong usage, have a use
+        // for them.
+        let command = typed(&arguments[1..]).map_or_else(|| Cli::try_parse_from(&arguments).map(|cli| cli.command), Ok);
+        command.map(run)
     };
     match parsed {
         Ok(outcome) => finish(outcome),
@@ -204,42 +208,9 @@ fn quote(error: &mut clap::Error) {
     }
 }
 
-fn run<const LATE: bool>(command: Command<LATE>) -> Outcome {
-    match command {
-        Command::Init(Typed(args)) => init::run(args),
-        Command::Volumes(Typed(args)) => volumes::run(args),
-        Command::Checkpoint(Typed(args)) => checkpoint::run(args),
-        Command::Audit(Typed(args)) => audit::run(args),
-        Command::Log(Typed(args)) => log::run(args),
-        Command::Show(Typed(args)) => show::run(args),
-        Command::Diff(Typed(args)) => diff::run(args),
-        Command::Branch(Typed(args)) => branch::run(args),
-        Command::Branches(Typed(args)) => branches::run(args),
-        Command::Restore(Typed(args)) => restore::run(args),
-        Command::Run(Typed(args)) => self::run::run(args),
-        Command::Ps(Typed(args)) => ps::run(args),
-        Command::Logs(Typed(args)) => logs::run(args),
-        Command::Stop(Typed(args)) => stop::run(args),
-        Command::Rm(Typed(args)) => rm::run(args),
-        Command::Tag(Typed(args)) => tag::run(args),
-        #[cfg(feature = "fuse")]
-        Command::Mount(Typed(args)) => mount::run(args),
-        #[cfg(feature = "fuse")]
-        Command::Overlay(Typed(args)) => overlay::run(args),
-        #[cfg(feature = "fuse")]
-        Command::Umount(Typed(args)) => umount::run(args),
-        Command::Verify(Typed(args)) => verify::run(args),
-        #[cfg(feature = "dm-thin")]
-        Command::Pool(Typed(args)) => pool::run(args),
-        Command::Recover(Typed(args)) => recover::run(args),
-        Command::Doctor(Typed(args)) => doctor::run(args),
-        Command::InstallHooks(Typed(args)) => install_hooks::run(args),
-        Command::Engine(Typed(args)) => engine::run(args),
-        Command::Hook(Typed(args)) => hook::run(args),
-        Command::CriuArgs(Typed(args)) => criu_args::run(&args),
-        Command::Completions(Typed(args)) => completions::run(args, &mut Cli::<false>::command()),
-        Command::Man(Typed(args)) => man::run(args, Cli::<false>::command()),
-    }
+/// All commands.
+fn whole() -> clap::Command {
+    Cli::command()
 }
 
 fn finish(outcome: Outcome) -> u8 {

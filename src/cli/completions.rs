@@ -9,8 +9,8 @@ pub(crate) struct Args {
     shell: clap_complete::Shell,
 }
 
-pub(crate) fn run(args: Args, command: &mut clap::Command) -> Outcome {
+pub(crate) fn run(args: Args) -> Outcome {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, command, "fsnap", &mut script);
+    clap_complete::generate(args.shell, &mut super::whole(), "fsnap", &mut script);
     Output::new().text(&String::from_utf8_lossy(&script))
 }

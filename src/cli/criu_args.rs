@@ -18,7 +18,7 @@ pub(crate) struct Args {
     pid: i32,
 }
 
-pub(crate) fn run(args: &Args) -> Outcome {
+pub(crate) fn run(args: Args) -> Outcome {
     let context = Context::load()?;
     let coordinator = context.read()?;
     let tree = Tree::of_pid(args.pid)?;

@@ -14,7 +14,8 @@ pub(crate) struct Args {
     dir: Option<PathBuf>,
 }
 
-pub(crate) fn run(args: Args, command: clap::Command) -> Outcome {
+pub(crate) fn run(args: Args) -> Outcome {
+    let command = super::whole();
     if let Some(dir) = args.dir {
         let written = std::fs::create_dir_all(&dir).and_then(|()| clap_mangen::generate_to(command, &dir));
         let object = fsnap::printable(dir.as_os_str());
