@@ -26,6 +26,7 @@ mod tree;
 mod turn;
 mod wal;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -147,8 +148,21 @@ pub struct Catalog {
     state: PathBuf,
     access: Access,
     patience: Duration,
+    /// As it was set last, if it was.
+    waits_for: Cell<Option<Synchronous>>,
     /// The number of others' changes that it has seen, if the log held nothing but branches when it was opened.
     began_with: Option<i64>,
+}
+
+/// How far SQLite waits for the disk: a level of [`PRAGMA synchronous`](https://www.sqlite.org/pragma.html#pragma_synchronous).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Synchronous {
+    /// Nowhere.
+    Off = 0,
+    /// Where the log is put into the catalog, and where it is begun anew.
+    Normal = 1,
+    /// Also at each commit.
+    Full = 2,
 }
 
 /// What the log may grow to before a branch puts it into the catalog, in bytes: five branches or so. All of it is read by who opens the
@@ -184,7 +198,8 @@ impl Catalog {
             None => Connection::open_with_flags(&path, how),
         };
         let db = opened.map_err(|source| translate(&path, source))?;
-        let mut catalog = Self { db, state: state.to_owned(), access, patience, began_with: None };
+        let mut catalog =
+            Self { db, state: state.to_owned(), access, patience, waits_for: Cell::new(None), began_with: None };
         catalog.configure(alone).map_err(|source| catalog.failed(source))?;
         format::check_version(&catalog.db, &path)?;
         if access != Access::Read {
@@ -204,7 +219,6 @@ impl Catalog {
         match self.access {
             Access::Read => {}
             Access::Write | Access::Create => {
-                self.db.pragma_update(None, "synchronous", "FULL")?;
                 self.db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, true)?;
                 // An empty log that stays is cheaper than one that each command makes and removes: its name need not be made durable.
                 self.db.pragma_update(None, "journal_size_limit", 0)?;
@@ -245,6 +259,11 @@ impl Catalog {
     ///
     /// Nothing but the catalog may be touched in it.
     fn transact<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        self.transact_at(Synchronous::Full, change)
+    }
+
+    fn transact_at<T>(&self, level: Synchronous, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        self.wait_for(level)?;
         self.leave_log(false)?;
         let begun = Transaction::new_unchecked(&self.db, TransactionBehavior::Immediate);
         let transaction = begun.map_err(|source| self.failed(source))?;
@@ -257,7 +276,7 @@ impl Catalog {
     ///
     /// The next durable change makes it durable, too.
     fn transact_unsynced<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
-        self.with_synchronous("NORMAL", || self.transact(change))
+        self.transact_at(Synchronous::Normal, change)
     }
 
     /// The same as [`transact`](Self::transact), with one sync instead of two where the log is empty.
@@ -273,7 +292,10 @@ impl Catalog {
         if is_empty() {
             // Nobody else can write to it from the beginning of the transaction on; somebody may have before that.
             let change = |tx: &Transaction<'_>| if is_empty() { change(tx).map(Some) } else { Ok(None) };
-            if let Some(value) = self.with_synchronous("OFF", || self.transact(change))? {
+            let changed = self.transact_at(Synchronous::Off, change);
+            // Also what closing the catalog does is not to go without.
+            self.wait_for(Synchronous::Full)?;
+            if let Some(value) = changed? {
                 let synced = File::open(&log).and_then(|log| log.sync_data());
                 return synced.map(|()| value).map_err(|source| Error::Io { action: "sync", path: log, source });
             }
@@ -281,13 +303,14 @@ impl Catalog {
         self.transact(change)
     }
 
-    /// What SQLite waits for in `work`: a level of [`PRAGMA synchronous`](https://www.sqlite.org/pragma.html#pragma_synchronous).
-    fn with_synchronous<T>(&self, level: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let set = |level| self.db.pragma_update(None, "synchronous", level).map_err(|source| self.failed(source));
-        set(level)?;
-        let done = work();
-        set("FULL")?;
-        done
+    /// Sets what SQLite waits for, unless it does already.
+    fn wait_for(&self, level: Synchronous) -> Result<()> {
+        if self.waits_for.get() != Some(level) {
+            let set = self.db.pragma_update(None, "synchronous", level as u8);
+            set.map_err(|source| self.failed(source))?;
+            self.waits_for.set(Some(level));
+        }
+        Ok(())
     }
 
     /// Whether closing the catalog leaves what is in the log where it is, or puts it into the catalog.
@@ -323,8 +346,8 @@ impl Catalog {
 
     /// Changes its value whenever another connection has changed the catalog.
     fn changes_of_others(&self) -> Result<i64> {
-        let read = self.db.pragma_query_value(None, "data_version", |row| row.get(0));
-        read.map_err(|source| self.failed(source))
+        let read = || self.db.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0));
+        read().map_err(|source| self.failed(source))
     }
 
     /// Reads every page and record; returns what is damaged.

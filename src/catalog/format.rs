@@ -28,7 +28,8 @@
 //! held while the catalog is made, and `freezing` is described in `turn.rs`.
 //!
 //! A catalog of a release that did not record processes has no table `tree` until it is needed, and one of a release that did not index them no index
-//! of the branches of which something has to be mounted.
+//! of the branches of which something has to be mounted. One of a release before that keeps tags, tips and holds apart from their keys
+//! (without `WITHOUT ROWID`), which no query notices.
 //!
 //! Readers ignore fields of a body that they do not know. A change that an older release would misread raises the
 //! version, and a release refuses a version above its own.
@@ -50,7 +51,7 @@ pub const VERSION: i64 = 1;
 /// The catalog's file in the state directory.
 pub const FILE: &str = "catalog.db";
 
-const APPLICATION_ID: i64 = 0x6673_6e70;
+const APPLICATION_ID: i32 = 0x6673_6e70;
 
 const SCHEMA: &str = "
 CREATE TABLE store (identity TEXT PRIMARY KEY, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
@@ -64,13 +65,15 @@ CREATE TABLE branch (
     body TEXT NOT NULL, digest BLOB NOT NULL
 ) STRICT;
 CREATE INDEX branch_checkpoint ON branch (checkpoint);
-CREATE TABLE tag (name TEXT PRIMARY KEY, checkpoint TEXT NOT NULL REFERENCES checkpoint (id)) STRICT;
+CREATE TABLE tag (name TEXT PRIMARY KEY, checkpoint TEXT NOT NULL REFERENCES checkpoint (id)) STRICT, WITHOUT ROWID;
 CREATE INDEX tag_checkpoint ON tag (checkpoint);
-CREATE TABLE tip (line TEXT NOT NULL, volume TEXT NOT NULL, checkpoint TEXT NOT NULL, PRIMARY KEY (line, volume)) STRICT;
+CREATE TABLE tip (
+    line TEXT NOT NULL, volume TEXT NOT NULL, checkpoint TEXT NOT NULL, PRIMARY KEY (line, volume)
+) STRICT, WITHOUT ROWID;
 CREATE INDEX tip_checkpoint ON tip (checkpoint);
 CREATE TABLE hold (
     store TEXT NOT NULL, locator TEXT NOT NULL, holder TEXT NOT NULL, PRIMARY KEY (store, locator, holder)
-) STRICT;
+) STRICT, WITHOUT ROWID;
 CREATE INDEX hold_holder ON hold (holder);
 CREATE TABLE intent (seq INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL, digest BLOB NOT NULL) STRICT;
 ";
@@ -84,7 +87,7 @@ CREATE TABLE IF NOT EXISTS tree (
 
 /// Every command asks for these branches, and most catalogs have none among thousands.
 ///
-/// A catalog of an earlier release has it from its next branch on; until then they are searched for among all.
+/// A catalog of an earlier release has it from its next branch with a directory of its own on; until then they are searched for among all.
 pub(super) const TO_MOUNT_INDEX: &str = "
 CREATE INDEX IF NOT EXISTS branch_to_mount ON branch (seq)
 WHERE instr(body, '\"overlay\"') OR instr(body, '\"home\"');
@@ -207,6 +210,10 @@ pub(super) fn check_file(path: &Path) -> Result<()> {
             };
         }
     }
+    // Offset 68: it was written before the file got its name, and never since, so that nobody need ask SQLite.
+    if header[68..72] != APPLICATION_ID.to_be_bytes() {
+        return Err(damaged("it is not a catalog of fsnap"));
+    }
     Ok(())
 }
 
@@ -268,15 +275,10 @@ pub(super) fn check_log(path: &Path) -> Result<bool> {
     }
 }
 
-/// Refuses a database that is no catalog, or one of a later release.
+/// Refuses a catalog of a later release.
 pub(super) fn check_version(db: &Connection, path: &Path) -> Result<()> {
-    let read = |pragma| {
-        db.pragma_query_value(None, pragma, |row| row.get::<_, i64>(0)).map_err(|source| translate(path, source))
-    };
-    if read("application_id")? != APPLICATION_ID {
-        return Err(Error::Damaged { path: path.to_owned(), reason: "it is not a catalog of fsnap".into() });
-    }
-    match read("user_version")? {
+    let read = db.pragma_query_value(None, "user_version", |row| row.get(0));
+    match read.map_err(|source| translate(path, source))? {
         VERSION => Ok(()),
         found if found > VERSION => Err(Error::NewerVersion { path: path.to_owned(), found }),
         found => Err(Error::Damaged { path: path.to_owned(), reason: format!("its version is {found}") }),
@@ -286,6 +288,15 @@ pub(super) fn check_version(db: &Connection, path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_programs_database_is_no_catalog() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        Connection::open(&path).unwrap().execute_batch("CREATE TABLE message (text)").unwrap();
+        let error = check_file(&path).unwrap_err().to_string();
+        assert!(error.ends_with("is damaged: it is not a catalog of fsnap"), "{error}");
+    }
 
     #[test]
     fn pages_that_only_the_log_has_are_no_truncation() {

@@ -97,11 +97,29 @@ impl IntentFiles {
         self.dir.join(format!("{}.attendant.{mark}", self.id))
     }
 
-    /// All sockets there are, of those who stand by and of those who did.
-    fn attendants(&self) -> Vec<PathBuf> {
+    /// Opens one of them to be written, and makes it, and the directory, if there is none.
+    fn make(&self, options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+        let options = options.create(true).write(true).mode(0o600);
+        match options.open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                match std::fs::create_dir(&self.dir) {
+                    Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+                    _ => {}
+                }
+                options.open(path)
+            }
+            opened => opened,
+        }
+    }
+
+    /// All files there are, in the order in which they are removed.
+    fn all(&self) -> Vec<PathBuf> {
         let paths = std::fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        let first = self.attendant("");
-        paths.filter(|path| path.as_os_str().as_bytes().starts_with(first.as_os_str().as_bytes())).collect()
+        let socket = self.attendant("");
+        let (sockets, others): (Vec<_>, Vec<_>) =
+            paths.partition(|path| path.as_os_str().as_bytes().starts_with(socket.as_os_str().as_bytes()));
+        let last = [self.unfinished(), self.search(), self.taken(), self.lock(), self.finished()];
+        sockets.into_iter().chain(last.into_iter().filter(|path| others.contains(path))).collect()
     }
 }
 
@@ -136,7 +154,7 @@ impl IntentLock {
     }
 
     fn open_unfinished(&self) -> io::Result<File> {
-        options().create(true).truncate(true).write(true).mode(0o600).open(self.files.unfinished())
+        self.files.make(options().truncate(true), &self.files.unfinished())
     }
 
     /// Where a process listens that stands by for this intent.
@@ -181,9 +199,7 @@ impl Drop for IntentLock {
     fn drop(&mut self) {
         if self.finished {
             // A file left behind is a little dirt, which the next recovery removes; nothing depends on it.
-            let Self { files, .. } = &self;
-            let beside = [files.unfinished(), files.search(), files.taken(), files.lock(), files.finished()];
-            for path in files.attendants().into_iter().chain(beside) {
+            for path in self.files.all() {
                 let _ = std::fs::remove_file(path);
             }
         }
@@ -231,13 +247,8 @@ impl Catalog {
     /// The caller looks the intent up again afterwards: its former owner may have finished it.
     pub(crate) fn lock_intent(&self, id: IntentId) -> Result<Option<IntentLock>> {
         let files = IntentFiles::of(&self.state, id);
-        match std::fs::create_dir(&files.dir) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
-            _ => {}
-        }
         let path = files.lock();
-        let opened = options().create(true).read(true).write(true).mode(0o600).open(&path);
-        let file = opened.map_err(io_error("open", &path))?;
+        let file = files.make(options().read(true), &path).map_err(io_error("open", &path))?;
         Ok(try_lock(&file, &files)?.then(|| IntentLock { file, files, finished: false }))
     }
 
@@ -272,11 +283,7 @@ impl Catalog {
         }
         // The next to lock it makes the file again: what was seen is kept beside it.
         let path = files.finished();
-        match std::fs::create_dir(&files.dir) {
-            Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(io_error("make", &files.dir)(error)),
-            _ => {}
-        }
-        options().create(true).truncate(true).write(true).mode(0o600).open(&path).map_err(io_error("make", &path))?;
+        files.make(options().truncate(true), &path).map_err(io_error("make", &path))?;
         Ok(true)
     }
 

@@ -375,7 +375,7 @@ impl Catalog {
             let changed = tx
                 .execute("UPDATE intent SET body = ?2, digest = ?3 WHERE seq = ?1", params![id.0, body, digest])
                 .map_err(|e| self.failed(e))?;
-            self.release_in(tx, &Holder::Intent(id))?;
+            self.drop_holds_in(tx, &Holder::Intent(id))?;
             self.hold(tx, &intent.images(), &Holder::Intent(id))?;
             Ok(changed == 1)
         })
@@ -387,7 +387,7 @@ impl Catalog {
     }
 
     fn drop_intent_in(&self, tx: &Transaction<'_>, id: IntentId) -> Result<bool> {
-        self.release_in(tx, &Holder::Intent(id))?;
+        self.drop_holds_in(tx, &Holder::Intent(id))?;
         let gone = tx.execute("DELETE FROM intent WHERE seq = ?1", [id.0]).map_err(|e| self.failed(e))?;
         Ok(gone == 1)
     }
@@ -396,10 +396,9 @@ impl Catalog {
     fn release_in(&self, tx: &Transaction<'_>, holder: &Holder<'_>) -> Result<Vec<ImageRef>> {
         let query = "SELECT store, locator FROM hold AS mine WHERE holder = ?1 AND NOT EXISTS \
                      (SELECT 1 FROM hold WHERE store = mine.store AND locator = mine.locator AND holder <> ?1)";
-        let holder = holder.to_string();
         let mut statement = tx.prepare_cached(query).map_err(|e| self.failed(e))?;
         let rows = statement
-            .query_map([&holder], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
+            .query_map([holder.to_string()], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
             .map_err(|e| self.failed(e))?;
         let mut images = Vec::new();
         for row in rows {
@@ -407,8 +406,13 @@ impl Catalog {
             let at = at.parse().map_err(|_| self.damaged(format!("{at:?} stands where a locator belongs")))?;
             images.push(ImageRef { store: Identity::new(store), at });
         }
-        tx.execute("DELETE FROM hold WHERE holder = ?1", [&holder]).map_err(|e| self.failed(e))?;
+        self.drop_holds_in(tx, holder)?;
         Ok(images)
+    }
+
+    fn drop_holds_in(&self, tx: &Transaction<'_>, holder: &Holder<'_>) -> Result<()> {
+        let dropped = tx.execute("DELETE FROM hold WHERE holder = ?1", [holder.to_string()]);
+        dropped.map(drop).map_err(|e| self.failed(e))
     }
 
     /// Replaces an intent by the checkpoint that came of it; `false` if another process was faster.
@@ -469,7 +473,9 @@ impl Catalog {
     }
 
     fn add_branch_in(&self, tx: &Transaction<'_>, branch: &Branch) -> Result<bool> {
-        tx.execute_batch(format::TO_MOUNT_INDEX).map_err(|e| self.failed(e))?;
+        if !branch.homes().is_empty() {
+            tx.execute_batch(format::TO_MOUNT_INDEX).map_err(|e| self.failed(e))?;
+        }
         let (body, digest) = encode(branch);
         let added = tx
             .execute(
@@ -624,13 +630,19 @@ mod tests {
         catalog.db.execute_batch("DROP INDEX branch_to_mount").unwrap();
         assert!(!indexed());
         assert!(catalog.branches_to_mount().unwrap().is_empty());
-        let branch = Branch {
-            name: "work".parse().unwrap(),
-            checkpoint: "0123456789abcdef0123456789abcdef".parse().unwrap(),
-            time: jiff::Timestamp::UNIX_EPOCH,
-            members: Vec::new(),
+        let branch = |form: &str| -> Branch {
+            let member = format!(
+                r#"{{"volume":"data","backend":"b","store":"s","at":"1","path":"/b","identity":"i","origin":"/v"{form}}}"#
+            );
+            let time = jiff::Timestamp::UNIX_EPOCH;
+            let id = "0123456789abcdef0123456789abcdef";
+            let body = format!(r#"{{"name":"work","checkpoint":"{id}","time":"{time}","members":[{member}]}}"#);
+            serde_json::from_str(&body).unwrap()
         };
-        assert!(!catalog.add_unmade_branch(&branch).unwrap(), "there is no such checkpoint");
+        // There is no such checkpoint.
+        assert!(!catalog.add_unmade_branch(&branch("")).unwrap());
+        assert!(!indexed(), "nothing has to be mounted of that one");
+        assert!(!catalog.add_unmade_branch(&branch(r#","home":"/b/work""#)).unwrap());
         assert!(indexed());
     }
 }
