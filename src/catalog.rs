@@ -297,10 +297,19 @@ impl Catalog {
             self.wait_for(Synchronous::Full)?;
             if let Some(value) = changed? {
                 let synced = File::open(&log).and_then(|log| log.sync_data());
-                return synced.map(|()| value).map_err(|source| Error::Io { action: "sync", path: log, source });
+                return synced.map(|()| value).map_err(|source| self.not_synced(log, source));
             }
         }
         self.transact(change)
+    }
+
+    /// A network's file system tells only then that there is no room.
+    fn not_synced(&self, log: PathBuf, source: std::io::Error) -> Error {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match source.kind() {
+            StorageFull | QuotaExceeded => Error::Full { path: self.path() },
+            _ => Error::Io { action: "sync", path: log, source },
+        }
     }
 
     /// Sets what SQLite waits for, unless it does already.
@@ -400,6 +409,17 @@ fn translate(path: &Path, source: rusqlite::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sync_that_finds_no_room_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("state"), Access::Create, Duration::ZERO).unwrap();
+        let said = |errno: rustix::io::Errno| catalog.not_synced("/log".into(), errno.into()).to_string();
+        for full in [rustix::io::Errno::NOSPC, rustix::io::Errno::DQUOT] {
+            assert!(said(full).contains("catalog.db cannot grow"), "{}", said(full));
+        }
+        assert!(said(rustix::io::Errno::IO).starts_with("cannot sync /log: "));
+    }
 
     #[test]
     fn an_io_error_says_which() {
