@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::measure::{Failure, run};
@@ -196,9 +196,4 @@ impl Drop for Memory {
         let _ = Command::new("kill").args(["-KILL", "--", &format!("-{}", self.0.id())]).status();
         let _ = self.0.wait();
     }
-}
-
-/// Deletes a snapshot.
-pub fn delete_subvolume(path: &Path) -> Result<(), Failure> {
-    run(Command::new("btrfs").args(["subvolume", "delete"]).arg(path))
 }

@@ -17,12 +17,11 @@ mod call {
     );
 }
 
-/// `BTRFS_IOC_SNAP_CREATE_V2`, and nothing else.
-pub fn snapshot(source: &File, dir: &File, name: &str, read_only: bool) -> io::Result<()> {
+/// `BTRFS_IOC_SNAP_CREATE_V2` of a snapshot that can be written, and nothing else.
+pub fn snapshot(source: &File, dir: &File, name: &str) -> io::Result<()> {
     // SAFETY: the structure is plain integers, for which all zeroes is a value.
     let mut args: raw::btrfs_ioctl_vol_args_v2 = unsafe { std::mem::zeroed() };
     args.fd = i64::from(source.as_raw_fd());
-    args.flags = if read_only { u64::from(raw::BTRFS_SUBVOL_RDONLY) } else { 0 };
     // SAFETY: the union's member `name` is an array of characters, of which zero is one; the name is shorter than it.
     for (to, from) in unsafe { &mut args.__bindgen_anon_2.name }.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
