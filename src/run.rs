@@ -27,6 +27,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -44,7 +45,7 @@ use untold::{UNTOLD, Untold};
 use crate::branch::Branch;
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
-    Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
+    Confinement, Container, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
 };
 use crate::error::IoContext;
 use crate::name::Name;
@@ -180,7 +181,8 @@ pub struct Run {
 #[derive(Debug)]
 pub struct Place {
     path: PathBuf,
-    _lock: File,
+    lock: File,
+    container: Option<Container>,
 }
 
 impl Runs {
@@ -257,7 +259,7 @@ impl Runs {
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
         lock.lock().context("lock", &path)?;
-        let place = Place { path, _lock: lock };
+        let place = Place { path, lock, container: None };
         let output = place.path.join(OUTPUT);
         fs::create_dir(&output).context("make the directory", &output)?;
         let log = output.join(LOG);
@@ -265,7 +267,7 @@ impl Runs {
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
         // First, so that there is no run that looks like one of which somebody was told.
-        place.write(UNTOLD, &Untold::new(None)?)?;
+        place.write_untold(None)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
     }
@@ -366,7 +368,18 @@ impl Place {
 
     /// That branch is about to be recorded, for it alone.
     pub fn branch_is_recorded(&self, branch: &Branch) -> Result<()> {
-        self.write(UNTOLD, &Untold::new(Some(branch))?)
+        self.write_untold(Some(branch))
+    }
+
+    fn write_untold(&self, branch: Option<&Branch>) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(branch, self.container.clone())?)
+    }
+
+    /// A descriptor for a program that works on it: if this one is killed, nobody takes it for abandoned before that program has ended, too.
+    ///
+    /// Every program that is started inherits it, until it is dropped.
+    pub fn keep_locked(&self) -> Result<OwnedFd> {
+        rustix::io::dup(&self.lock).map_err(std::io::Error::from).context("keep locked", &self.path)
     }
 
     /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.

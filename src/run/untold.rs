@@ -14,7 +14,7 @@ use super::{Runs, remove};
 use crate::Result;
 use crate::branch::Branch;
 use crate::checkpoint::CheckpointId;
-use crate::engine::{Init, Whereabouts};
+use crate::engine::{Container, Init, Whereabouts};
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{ProcessId, Tree};
@@ -35,6 +35,9 @@ pub(super) struct Untold {
     /// The branch that may have been recorded for it.
     #[serde(default)]
     made: Option<Made>,
+    /// The container that may have been restored onto that branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    container: Option<Container>,
 }
 
 /// A branch that was made for a run or a restore alone.
@@ -62,9 +65,9 @@ impl From<&Branch> for Made {
 }
 
 impl Untold {
-    pub(super) fn new(branch: Option<&Branch>) -> Result<Self> {
+    pub(super) fn new(branch: Option<&Branch>, container: Option<Container>) -> Result<Self> {
         let boot = crate::boot_id().context("read", "the boot's id")?;
-        Ok(Self { boot, made: branch.map(Made::from) })
+        Ok(Self { boot, made: branch.map(Made::from), container })
     }
 
     /// Reads the mark in the directory `place`; `None` if there is none of this boot.
@@ -75,7 +78,7 @@ impl Untold {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).context("read", path),
         };
-        let now = Self::new(None)?;
+        let now = Self::new(None, None)?;
         Ok(serde_json::from_slice::<Self>(&bytes).ok().filter(|untold| untold.boot == now.boot))
     }
 }
@@ -85,6 +88,7 @@ impl Untold {
 pub(crate) struct Abandoned {
     /// The branch that may have been made for it.
     pub(crate) branch: Option<Made>,
+    container: Option<Container>,
     place: PathBuf,
     _lock: File,
 }
@@ -136,7 +140,15 @@ impl Abandoned {
                 Whereabouts::Nowhere => {}
             }
         }
-        Ok(Some(Self { branch: untold.made, place, _lock: lock }))
+        Ok(Some(Self { branch: untold.made, container: untold.container, place, _lock: lock }))
+    }
+
+    /// Ends the container that was restored onto the branch, and removes its bundle. To be called if the branch was made for it alone:
+    /// before there was one, there was no container either, and one of the same name and bundle is another's.
+    pub(crate) fn end_container(&self) -> Result<()> {
+        let Some(container) = &self.container else { return Ok(()) };
+        container.end()?;
+        remove(container.bundle.as_path())
     }
 
     /// Removes what is left of the run itself.

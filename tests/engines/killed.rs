@@ -175,7 +175,7 @@ fn nothing_is_left_of_it(site: &Site) {
 }
 
 /// What the next command says of its own accord.
-fn told_by_the_next(site: &Site) -> String {
+pub(crate) fn told_by_the_next(site: &Site) -> String {
     String::from_utf8(site.command(["log"]).output().unwrap().stderr).unwrap()
 }
 

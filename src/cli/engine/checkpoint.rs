@@ -15,7 +15,7 @@ use fsnap::quiesce::Quiesce;
 
 use super::super::checkpoint::{everyone_in, print, take_frozen};
 use super::super::{Context, Failure, Outcome, environment, hook, internal, say};
-use super::{Kind, Runtime, failed};
+use super::{Runtime, RuntimeKind, failed};
 
 /// Save a container, its processes and its volumes, at one instant, and let it run on
 ///
@@ -47,7 +47,7 @@ pub(super) struct Args {
     args: Vec<OsString>,
 }
 
-pub(super) fn run(kind: Kind, args: &Args) -> Outcome {
+pub(super) fn run(kind: RuntimeKind, args: &Args) -> Outcome {
     let context = Context::load()?;
     let runtime = Runtime::find(kind, args.root.as_deref(), &context)?;
     let coordinator = context.write()?;

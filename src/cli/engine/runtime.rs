@@ -4,27 +4,21 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
-use fsnap::Error;
 use fsnap::engine::bundle::Bundle;
 use fsnap::engine::criu::Criu;
-use fsnap::engine::reasons_in;
+use fsnap::engine::{RuntimeKind, reasons_in};
+use fsnap::run::Place;
+use fsnap::{Error, failpoint};
 
 use super::super::{Context, environment};
 use super::{Failure, failed};
 
-/// Which runtime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Runc,
-    Crun,
-}
-
 /// A runtime, and where it keeps the state of its containers.
 #[derive(Debug)]
 pub(super) struct Runtime<'a> {
-    kind: Kind,
+    kind: RuntimeKind,
     root: Option<&'a Path>,
     criu: Criu,
 }
@@ -47,10 +41,10 @@ impl Container {
 
 impl<'a> Runtime<'a> {
     /// Makes sure that it can save and restore containers at all.
-    pub(super) fn find(kind: Kind, root: Option<&'a Path>, context: &Context) -> Result<Self, Failure> {
+    pub(super) fn find(kind: RuntimeKind, root: Option<&'a Path>, context: &Context) -> Result<Self, Failure> {
         let runtime = Self { kind, root, criu: environment::find_criu(&context.config)? };
         let version = runtime.command().arg("--version").output().map_err(failed("run", Path::new(kind.name())))?;
-        if kind == Kind::Crun && !text(&version.stdout).contains("+CRIU") {
+        if kind == RuntimeKind::Crun && !text(&version.stdout).contains("+CRIU") {
             let said = "this crun was built without CRIU, and can neither save nor restore a container: use runc, or a crun with CRIU";
             return Err(Error::HookFailed { said: said.into() }.into());
         }
@@ -62,15 +56,11 @@ impl<'a> Runtime<'a> {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(self.kind.name());
-        if let Some(root) = self.root {
-            command.arg("--root").arg(root);
-        }
+        let mut command = self.kind.command(self.root);
         // crun calls the library of CRIU, and that the program of the search path.
-        if self.kind == Kind::Runc {
+        if self.kind == RuntimeKind::Runc {
             command.arg("--criu").arg(self.criu.program());
         }
-        command.stdin(Stdio::null());
         command
     }
 
@@ -105,12 +95,14 @@ impl<'a> Runtime<'a> {
 
     /// Restores a container of that bundle from the images, and lets it run.
     ///
-    /// `log` has what the runtime says, and what the container does if it spoke to a pipe.
+    /// The file `log` in the bundle has what the runtime says, and what the container does if it spoke to a pipe. Who finds the place
+    /// unlocked may know that the runtime has ended.
     pub(super) fn restore(
         &self,
         name: &OsStr,
         (bundle, images, work): (&Path, &Path, &Path),
         more: &[std::ffi::OsString],
+        place: &Place,
     ) -> fsnap::Result<Container> {
         let path = bundle.join("log");
         let open = |source| Error::Io { action: "create", object: fsnap::printable(path.as_os_str()), source };
@@ -118,8 +110,11 @@ impl<'a> Runtime<'a> {
         let mut command = self.command();
         command.stdout(log.try_clone().map_err(open)?).stderr(log);
         command.args(["restore", "--detach", "--bundle"]).arg(bundle).arg("--image-path").arg(images);
+        let kept = place.keep_locked()?;
         // Whatever the container has inherited stays open: only the runtime is waited for.
         let output = self.run(command.arg("--work-path").arg(work).args(more).arg(name))?;
+        drop(kept);
+        failpoint::hit("container:restored");
         match output.status.success() {
             true => self.container(name),
             false => Err(self.refusal("restore", &work.join("restore.log"), &read(&path))),
@@ -134,15 +129,6 @@ impl<'a> Runtime<'a> {
         let reasons = reasons_in(&text(&read(log)));
         let said = if reasons.is_empty() { messages_in(&text(said)) } else { reasons.join("\n") };
         Error::HookFailed { said: format!("{} could not {what} the container:\n{said}", self.name()) }
-    }
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Runc => "runc",
-            Self::Crun => "crun",
-        }
     }
 }
 
