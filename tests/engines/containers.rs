@@ -24,6 +24,7 @@ pub(crate) const CASES: &[Needy] = &[
     ("a_container_whose_criu_has_no_hook", || apart(a_container_whose_criu_has_no_hook)),
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
     ("who_restores_a_container_is_killed", who_restores_a_container_is_killed),
+    ("who_saves_a_container_is_killed", who_saves_a_container_is_killed),
 ];
 
 /// Makes changes to `dir` visible to this case only, which must run [`apart`].
@@ -365,9 +366,75 @@ fn stuck(site: &Site, here: &Path, go: &Path) -> PathBuf {
     program(site, &format!("#!/bin/sh\n[ \"$1\" = swrk ] && {wait}\nexec '{criu}' \"$@\"\n"))
 }
 
+/// CRIU that is `here` when it comes to that action, and waits until it may `go` on.
+fn stuck_at(site: &Site, action: &str, here: &Path, go: &Path) -> PathBuf {
+    let criu = fsnap_oracle::criu::Criu::find();
+    let (here, go, criu) = (here.display(), go.display(), criu.program().display());
+    let script = format!(
+        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = {action} ] || exit 0\n: >'{here}'; until [ -e '{go}' ]; do sleep 0.01; done\n"
+    );
+    let script = program(site, &script);
+    let settings = site.new_path("criu.conf");
+    fs::write(&settings, format!("action-script {}\n", script.display())).unwrap();
+    program(site, &format!("#!/bin/sh\nCRIU_CONFIG_FILE='{}' exec '{criu}' \"$@\"\n", settings.display()))
+}
+
 fn program(site: &Site, script: &str) -> PathBuf {
     let path = site.new_path("program");
     fs::write(&path, script).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     path
+}
+
+/// The container runs on, before any other command, and there is a checkpoint or there is none.
+fn who_saves_a_container_is_killed() -> Completion {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let (root, data) = (&site.volumes[0], &site.volumes[1]);
+    let first = runc.start(root, data);
+    let state = site.path("runc").display().to_string();
+    let save = |images: &Path| {
+        let mut command = site.command(["engine", "runc", "checkpoint", "--root", &state, &first, "--image-path"]);
+        command.arg(images);
+        command
+    };
+    let (mut sealed, mut noted) = (0, false);
+    for place in 1.. {
+        let images = site.new_path("outer");
+        let output = save(&images).env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        let done = output.status.success();
+        assert!(done || output.status.signal() == Some(9), "{}", said(&output));
+        counts_on(&[root, data]);
+        let found = site.ids().len() - sealed;
+        assert!(found == 1 || found == 0 && !noted && !done, "{found} after place {place}");
+        noted |= found == 1;
+        sealed += found;
+        site.holds_nothing_but(sealed);
+        if done {
+            assert!(place > 8 && sealed > 1, "there were only {} places", place - 1);
+            break;
+        }
+    }
+    // The runtime works on when its caller is gone.
+    for action in ["pre-dump", "post-dump"] {
+        let (here, go) = (site.new_path("here"), site.new_path("go"));
+        let engine = stuck_at(&site, action, &here, &go);
+        let mut saving =
+            save(&site.new_path("outer")).env("FSNAP_CRIU", &engine).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("the engine", || here.exists());
+        saving.kill().unwrap();
+        saving.wait().unwrap();
+        if action == "pre-dump" {
+            counts_on(&[root, data]);
+        }
+        site.holds_nothing_but(sealed);
+        // Who comes next waits for it.
+        let mut next = save(&site.new_path("outer")).stdout(Stdio::null()).spawn().unwrap();
+        fs::write(&go, "").unwrap();
+        assert!(next.wait().unwrap().success(), "after {action}");
+        sealed += 1;
+        counts_on(&[root, data]);
+        site.holds_nothing_but(sealed);
+    }
+    Completion::Completed
 }

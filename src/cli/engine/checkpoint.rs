@@ -103,11 +103,14 @@ impl Args {
         images: &Images,
     ) -> fsnap::Result<()> {
         let within = Duration::from_secs(self.deadline.into());
-        let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+        let turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+        // The runtime and the guard, which may outlive this process.
+        let kept = turn.keep()?;
         let quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
         coordinator.record_freeze(window, quiesce.record().clone())?;
-        let frozen = quiesce.freeze(within)?;
-        runtime.save(self.container.as_ref(), images.path(), &self.args)?;
+        let mut frozen = quiesce.freeze(within)?;
+        runtime.save(self.container.as_ref(), images.path(), &self.args, |engine| Ok(frozen.engine_works(engine)?))?;
+        drop(kept);
         criu::complete(images)?;
         let search = take_frozen(window, everyone_in(&frozen), Some(frozen.tree()))?;
         images.write_record(&hook::record(window))?;

@@ -4,11 +4,12 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use fsnap::engine::bundle::Bundle;
 use fsnap::engine::criu::Criu;
 use fsnap::engine::{RuntimeKind, reasons_in};
+use fsnap::processes::ProcessId;
 use fsnap::run::Place;
 use fsnap::{Error, failpoint};
 
@@ -81,12 +82,23 @@ impl<'a> Runtime<'a> {
 
     /// Saves the processes of a container, which are frozen and stay so.
     ///
-    /// fsnap's hook is told that these images are no business of its own.
-    pub(super) fn save(&self, name: &OsStr, images: &Path, more: &[std::ffi::OsString]) -> fsnap::Result<()> {
+    /// fsnap's hook is told that these images are no business of its own. Calls `on_start` with the runtime's process.
+    pub(super) fn save(
+        &self,
+        name: &OsStr,
+        images: &Path,
+        more: &[std::ffi::OsString],
+        on_start: impl FnOnce(ProcessId) -> fsnap::Result<()>,
+    ) -> fsnap::Result<()> {
         let mut command = self.command();
         command.env(environment::OUTER, images);
         command.args(["checkpoint", "--leave-running", "--image-path"]).arg(images).arg("--work-path").arg(images);
-        let output = self.run(command.args(more).arg(name))?;
+        let cannot = |source| Error::Io { action: "run", object: self.name().into(), source };
+        command.args(more).arg(name).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let saving = command.spawn().map_err(cannot)?;
+        let told = ProcessId::of(saving.id().cast_signed()).map_err(Error::from).and_then(on_start);
+        let output = saving.wait_with_output().map_err(cannot)?;
+        told?;
         match output.status.success() {
             true => Ok(()),
             false => Err(self.refusal("save", &images.join("dump.log"), &output.stderr)),
