@@ -17,6 +17,9 @@
 //! A run lives while its init does, which is told by pid, start time and boot: a reused pid is no run. A directory without a
 //! living init and without a lock is what is left of a run, kept for its log until the name is used again or it is removed.
 //!
+//! Which runs may have an `untold` stands in the directory `starting` beside `runs`, in the names of empty files: `NUMBER.RUN`. So nobody looks at
+//! all that have ended. Where that directory is missing, as after an earlier release, all are looked at; it is made once none has one.
+//!
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
@@ -183,6 +186,7 @@ pub struct Place {
     path: PathBuf,
     lock: File,
     container: Option<Container>,
+    note: Option<PathBuf>,
 }
 
 impl Runs {
@@ -256,10 +260,11 @@ impl Runs {
         let path = dir.join(record.name.as_str());
         self.refuse_taken(&record.name)?;
         remove(&path)?;
+        let note = self.note_start(&record.name)?;
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
         lock.lock().context("lock", &path)?;
-        let place = Place { path, lock, container: None };
+        let place = Place { path, lock, container: None, note };
         let output = place.path.join(OUTPUT);
         fs::create_dir(&output).context("make the directory", &output)?;
         let log = output.join(LOG);
@@ -391,12 +396,23 @@ impl Place {
     /// Somebody was told of it: from now on it is not undone when this program is killed.
     pub fn told(&self) -> Result<()> {
         let untold = self.path.join(UNTOLD);
-        fs::remove_file(&untold).context("remove", &untold)
+        fs::remove_file(&untold).context("remove", &untold)?;
+        self.forget_note();
+        Ok(())
     }
 
     /// It does not run, or is no run and was told of: removes everything.
     pub fn discard(&self) -> Result<()> {
-        remove(&self.path)
+        remove(&self.path)?;
+        self.forget_note();
+        Ok(())
+    }
+
+    /// One that stays goes with the next command.
+    fn forget_note(&self) {
+        if let Some(note) = &self.note {
+            let _ = fs::remove_file(note);
+        }
     }
 
     fn write(&self, name: &str, content: &impl Serialize) -> Result<()> {

@@ -43,7 +43,7 @@ impl Restores {
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
         lock.lock().context("lock", &path)?;
-        let place = Place { path, lock, container };
+        let place = Place { path, lock, container, note: None };
         place.write_untold(None)?;
         Ok(place)
     }
