@@ -7,10 +7,11 @@
 //! In reading order: [`criu`], its hooks and its program; `images`, a directory of its images; `external`, which files they lack. A restore or
 //! the start of a run goes from `restore` through a `stage` in new namespaces to a `program`, `confine` says what that can write to, and
 //! `given_back` hands it files without names. A run is saved by `dump`, from which `relay` hands calls of the action script outside; `reasons`
-//! tells why CRIU could not. For containers: [`bundle`], and [`drop_in`], the lines in CRIU's configuration. `os_text` and `sys` serve them all.
+//! tells why CRIU could not. For containers: [`bundle`], `container`, and [`drop_in`], the lines in CRIU's configuration. `os_text` and `sys` serve them all.
 
 pub mod bundle;
 mod confine;
+mod container;
 pub mod criu;
 pub mod drop_in;
 mod dump;
@@ -30,6 +31,7 @@ use std::{fmt, io};
 
 pub use confine::{Confinement, Init, LOG, OUTPUT, SCRATCH, Whereabouts};
 pub(crate) use confine::{SCRATCH_TYPE, is_locked};
+pub use container::{Container, RuntimeKind};
 pub use dump::{Action, Dump, Rest, run_dump_stage};
 pub use external::key as external_key;
 pub use given_back::GivenBack;

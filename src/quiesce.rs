@@ -282,6 +282,12 @@ impl Frozen {
         }
     }
 
+    /// An engine has begun to work on the tree: CRIU freezes a control group that it found frozen once more when it is done, and does not
+    /// end with this process. If that is killed, the guard waits for it.
+    pub fn engine_works(&mut self, engine: ProcessId) -> Result<()> {
+        self.guard.as_mut().map_or(Ok(()), |guard| guard.tell_of_engine(engine))
+    }
+
     /// Checks that every process still stands, whoever stopped it: nobody else has set one running meanwhile, not for a moment either, where
     /// the kernel counts that.
     ///

@@ -17,6 +17,9 @@
 //! A run lives while its init does, which is told by pid, start time and boot: a reused pid is no run. A directory without a
 //! living init and without a lock is what is left of a run, kept for its log until the name is used again or it is removed.
 //!
+//! Which runs may have an `untold` stands in the directory `starting` beside `runs`, in the names of empty files: `NUMBER.RUN`. So nobody looks at
+//! all that have ended. Where that directory is missing, as after an earlier release, all are looked at; it is made once none has one.
+//!
 //! The processes see `output` only, at a path that is the same for all copies; what the other files say is not theirs to change.
 
 mod checkpoint;
@@ -27,6 +30,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -44,7 +48,7 @@ use untold::{UNTOLD, Untold};
 use crate::branch::Branch;
 use crate::checkpoint::{CheckpointId, PathText};
 use crate::engine::{
-    Confinement, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
+    Confinement, Container, Ended, Images, Init, LOG, OUTPUT, SCRATCH_TYPE, TerminalId, Whereabouts, is_locked, os_text,
 };
 use crate::error::IoContext;
 use crate::name::Name;
@@ -180,7 +184,9 @@ pub struct Run {
 #[derive(Debug)]
 pub struct Place {
     path: PathBuf,
-    _lock: File,
+    lock: File,
+    container: Option<Container>,
+    note: Option<PathBuf>,
 }
 
 impl Runs {
@@ -254,10 +260,11 @@ impl Runs {
         let path = dir.join(record.name.as_str());
         self.refuse_taken(&record.name)?;
         remove(&path)?;
+        let note = self.note_start(&record.name)?;
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
         lock.lock().context("lock", &path)?;
-        let place = Place { path, _lock: lock };
+        let place = Place { path, lock, container: None, note };
         let output = place.path.join(OUTPUT);
         fs::create_dir(&output).context("make the directory", &output)?;
         let log = output.join(LOG);
@@ -265,7 +272,7 @@ impl Runs {
             .and_then(|dir| beneath::create_file(dir, LOG.as_ref(), 0o600))
             .context("make", &log)?;
         // First, so that there is no run that looks like one of which somebody was told.
-        place.write(UNTOLD, &Untold::new(None)?)?;
+        place.write_untold(None)?;
         place.write(RUN_RECORD, record)?;
         Ok(place)
     }
@@ -366,7 +373,18 @@ impl Place {
 
     /// That branch is about to be recorded, for it alone.
     pub fn branch_is_recorded(&self, branch: &Branch) -> Result<()> {
-        self.write(UNTOLD, &Untold::new(Some(branch))?)
+        self.write_untold(Some(branch))
+    }
+
+    fn write_untold(&self, branch: Option<&Branch>) -> Result<()> {
+        self.write(UNTOLD, &Untold::new(branch, self.container.clone())?)
+    }
+
+    /// A descriptor for a program that works on it: if this one is killed, nobody takes it for abandoned before that program has ended, too.
+    ///
+    /// Every program that is started inherits it, until it is dropped.
+    pub fn keep_locked(&self) -> Result<OwnedFd> {
+        rustix::io::dup(&self.lock).map_err(std::io::Error::from).context("keep locked", &self.path)
     }
 
     /// It runs: records the root of its tree, which may have ended already. From now on it is not undone when this program is killed.
@@ -378,12 +396,23 @@ impl Place {
     /// Somebody was told of it: from now on it is not undone when this program is killed.
     pub fn told(&self) -> Result<()> {
         let untold = self.path.join(UNTOLD);
-        fs::remove_file(&untold).context("remove", &untold)
+        fs::remove_file(&untold).context("remove", &untold)?;
+        self.forget_note();
+        Ok(())
     }
 
     /// It does not run, or is no run and was told of: removes everything.
     pub fn discard(&self) -> Result<()> {
-        remove(&self.path)
+        remove(&self.path)?;
+        self.forget_note();
+        Ok(())
+    }
+
+    /// One that stays goes with the next command.
+    fn forget_note(&self) {
+        if let Some(note) = &self.note {
+            let _ = fs::remove_file(note);
+        }
     }
 
     fn write(&self, name: &str, content: &impl Serialize) -> Result<()> {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -24,7 +24,16 @@ const FILE: &str = "freezing";
 
 /// As long as this is there, no other fsnap of this state directory freezes the processes for which it was made.
 #[derive(Debug)]
-pub struct FreezeTurn(#[expect(dead_code, reason = "the locks last as long as it is open")] File);
+pub struct FreezeTurn(File);
+
+impl FreezeTurn {
+    /// A descriptor for programs that work on these processes: if this one is killed, it is nobody's turn before they have ended, too.
+    ///
+    /// Every program that is started inherits it, until it is dropped.
+    pub fn keep(&self) -> Result<OwnedFd> {
+        rustix::io::dup(&self.0).map_err(|error| io_error("keep locked", Path::new(FILE))(error.into()))
+    }
+}
 
 impl Catalog {
     /// Waits until nobody else freezes one of these processes: [`Error::Freezing`] after `patience`.

@@ -7,9 +7,10 @@ mod runtime;
 use std::path::Path;
 
 use fsnap::Error;
+use fsnap::engine::RuntimeKind;
 
 use super::{Failure, Outcome};
-use runtime::{Kind, Runtime};
+use runtime::Runtime;
 
 /// Save a container from outside, or restore it as a second one on a branch
 #[derive(Debug, clap::Args)]
@@ -40,8 +41,8 @@ enum Command {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let (kind, call) = match args.engine {
-        Engine::Runc(call) => (Kind::Runc, call),
-        Engine::Crun(call) => (Kind::Crun, call),
+        Engine::Runc(call) => (RuntimeKind::Runc, call),
+        Engine::Crun(call) => (RuntimeKind::Crun, call),
     };
     match call.command {
         Command::Checkpoint(args) => checkpoint::run(kind, &args),

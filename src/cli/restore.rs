@@ -55,7 +55,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     };
     let criu = environment::find_criu(&context.config)?;
     let interrupts = Interrupts::new()?;
-    let place = Restores::of(&context.state).create(&name)?;
+    let place = Restores::of(&context.state).create(&name, None)?;
     let request = RestoreRequest {
         checkpoint: &checkpoint,
         branch: &name,

@@ -33,12 +33,7 @@ impl Coordinator {
     }
 
     /// The same, and calls `on_record` when nothing is left to do but to record it.
-    pub(super) fn branch_and_tell(
-        &self,
-        checkpoint: &Checkpoint,
-        name: &Name,
-        on_record: &dyn Fn(&Branch),
-    ) -> Result<Branch> {
+    pub fn branch_and_tell(&self, checkpoint: &Checkpoint, name: &Name, on_record: &dyn Fn(&Branch)) -> Result<Branch> {
         if self.catalog.branch(name)?.is_some() {
             return Err(Error::NameTaken { what: "the branch", name: name.clone(), by: None });
         }

@@ -105,13 +105,17 @@ impl Coordinator {
     /// Removes the branch that was made for it, and what is left of itself; tells whether there was anything.
     fn undo_abandoned(&self, abandoned: Option<Abandoned>) -> Result<bool> {
         let Some(abandoned) = abandoned else { return Ok(false) };
-        if let Some(made) = &abandoned.branch
+        if let Some(made) = &abandoned.branch {
+            let found = self.catalog.branch(&made.name)?;
             // Another of that name was not made for it.
-            && self.catalog.branch(&made.name)?.is_some_and(|found| made.is(&found))
-        {
-            self.remove_branch(&made.name)?;
-            // Of a restore that was cut short there is nothing to be read.
-            let _ = std::fs::remove_file(self.restore_log(&made.name));
+            if found.as_ref().is_none_or(|found| made.is(found)) {
+                abandoned.end_container()?;
+                if found.is_some() {
+                    self.remove_branch(&made.name)?;
+                    // Of a restore that was cut short there is nothing to be read.
+                    let _ = std::fs::remove_file(self.restore_log(&made.name));
+                }
+            }
         }
         abandoned.remove()?;
         Ok(true)

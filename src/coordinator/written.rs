@@ -16,7 +16,7 @@ use crate::checkpoint::{Checkpoint, PathText};
 use crate::name::Name;
 use crate::stores::Kind;
 use crate::volume::StoreRecord;
-use crate::{Error, Result};
+use crate::{Error, Result, failpoint};
 
 /// What the mount calls the directory of branches.
 const DIR: &str = "branches";
@@ -65,7 +65,10 @@ impl Coordinator {
         let members = checkpoint.members.iter().map(member).collect();
         let branch = Branch { name: name.clone(), checkpoint: checkpoint.id, time: jiff::Timestamp::now(), members };
         on_record(&branch);
-        if self.catalog.add_unmade_branch(&branch)? { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
+        failpoint::hit("branch:named");
+        let added = self.catalog.add_unmade_branch(&branch)?;
+        failpoint::hit("branch:recorded");
+        if added { Ok(branch) } else { Err(self.why_no_branch(name, checkpoint)?) }
     }
 
     /// Makes the store for checkpoints of such branches, or opens it.

@@ -8,6 +8,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, FreezeRecord, Result};
+use crate::processes::ProcessId;
 
 /// How to start the guard: a program that calls [`run_guard`] with its standard input and output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +24,8 @@ pub struct GuardCommand {
 enum Message {
     /// This is going to be stopped.
     Stop(FreezeRecord),
+    /// This works on what is stopped, and leaves a control group as it found it: frozen.
+    Engine(ProcessId),
     /// Everything runs again: go.
     Done,
 }
@@ -69,6 +72,10 @@ impl Guard {
         self.send(&Message::Stop(record.clone()))
     }
 
+    pub(super) fn tell_of_engine(&mut self, engine: ProcessId) -> Result<()> {
+        self.send(&Message::Engine(engine))
+    }
+
     /// Tells it that everything runs again.
     pub(super) fn dismiss(mut self) -> Result<()> {
         self.send(&Message::Done)
@@ -97,7 +104,8 @@ impl Drop for Guard {
     }
 }
 
-/// Runs as the guard: waits for the end of `input` and then thaws what it was told of, unless it was told that all runs.
+/// Runs as the guard: waits for the end of `input` and then thaws what it was told of, unless it was told that all runs; once more when an
+/// engine that still works on it has ended.
 ///
 /// Requires a process of its own, started by [`Quiesce::prepare`](super::Quiesce::prepare); it leaves the session that it
 /// was started in, and says so on `output`.
@@ -109,14 +117,18 @@ pub fn run_guard(input: impl Read, mut output: impl Write) -> Result<()> {
     rustix::process::chdir("/").map_err(|error| failed(error.into()))?;
     output.write_all(READY).and_then(|()| output.flush()).map_err(failed)?;
     drop(output);
-    let mut stopped = FreezeRecord::new();
+    let (mut stopped, mut engine) = (FreezeRecord::new(), None);
     for line in BufReader::new(input).lines() {
         // A line cut short by the sender's death was not acted upon yet.
         match line.map(|line| serde_json::from_str(&line)) {
             Ok(Ok(Message::Stop(record))) => stopped.merge(record),
+            Ok(Ok(Message::Engine(id))) => engine = Some(id),
             Ok(Ok(Message::Done)) => return Ok(()),
             Ok(Err(_)) | Err(_) => break,
         }
     }
-    stopped.thaw()
+    stopped.thaw()?;
+    let Some(engine) = engine.filter(|engine| engine.is_alive()) else { return Ok(()) };
+    engine.ends_within(None).map_err(failed)?;
+    FreezeRecord { cgroup: stopped.cgroup, ..FreezeRecord::new() }.thaw()
 }

@@ -3,13 +3,16 @@
 //! Each is a directory in `restores` of the state directory, named like its branch, from before the branch is made until somebody is told of
 //! it. It holds a lock, an `untold` and an `init`, as that of a run does that is being started, and is undone by the same rules. When the
 //! `untold` goes, the branch and the processes are the user's; what may still lie there is of no meaning.
+//!
+//! A container has no `init`: its runtime ends it. The runtime has the lock, too, and keeps it when fsnap is killed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use super::untold::{Abandoned, UNTOLD, Untold, lock_idle, names_in};
+use super::untold::{Abandoned, Untold, lock_idle, names_in};
 use super::{Place, remove};
+use crate::engine::Container;
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::{Error, Result};
@@ -27,7 +30,9 @@ impl Restores {
     }
 
     /// Begins a restore onto a branch of that name, which is not there yet; fails if another begins, or began and could not be undone.
-    pub fn create(&self, branch: &Name) -> Result<Place> {
+    ///
+    /// What it restores may be a `container`, which its runtime ends.
+    pub fn create(&self, branch: &Name, container: Option<Container>) -> Result<Place> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).context("make the directory", &self.dir)?;
         let _alone = self.alone()?;
         let path = self.dir.join(branch.as_str());
@@ -38,8 +43,8 @@ impl Restores {
         fs::DirBuilder::new().mode(0o700).create(&path).context("make the directory", &path)?;
         let lock = File::open(&path).context("open", &path)?;
         lock.lock().context("lock", &path)?;
-        let place = Place { path, _lock: lock };
-        place.write(UNTOLD, &Untold::new(None)?)?;
+        let place = Place { path, lock, container, note: None };
+        place.write_untold(None)?;
         Ok(place)
     }
 

@@ -2,8 +2,10 @@
 //!
 //! The processes of such a run end by themselves, or are ended here; its record and the branch that was made for it are of use to nobody.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -14,13 +16,15 @@ use super::{Runs, remove};
 use crate::Result;
 use crate::branch::Branch;
 use crate::checkpoint::CheckpointId;
-use crate::engine::{Init, Whereabouts};
+use crate::engine::{Container, Init, Whereabouts};
 use crate::error::IoContext;
 use crate::name::Name;
 use crate::processes::{ProcessId, Tree};
 
 /// The file that says so.
 pub(super) const UNTOLD: &str = "untold";
+/// The directory of notes about runs that may have one, in the state directory.
+const STARTING: &str = "starting";
 /// Longer than a killed process takes to end on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -35,6 +39,9 @@ pub(super) struct Untold {
     /// The branch that may have been recorded for it.
     #[serde(default)]
     made: Option<Made>,
+    /// The container that may have been restored onto that branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    container: Option<Container>,
 }
 
 /// A branch that was made for a run or a restore alone.
@@ -62,9 +69,9 @@ impl From<&Branch> for Made {
 }
 
 impl Untold {
-    pub(super) fn new(branch: Option<&Branch>) -> Result<Self> {
+    pub(super) fn new(branch: Option<&Branch>, container: Option<Container>) -> Result<Self> {
         let boot = crate::boot_id().context("read", "the boot's id")?;
-        Ok(Self { boot, made: branch.map(Made::from) })
+        Ok(Self { boot, made: branch.map(Made::from), container })
     }
 
     /// Reads the mark in the directory `place`; `None` if there is none of this boot.
@@ -75,7 +82,7 @@ impl Untold {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).context("read", path),
         };
-        let now = Self::new(None)?;
+        let now = Self::new(None, None)?;
         Ok(serde_json::from_slice::<Self>(&bytes).ok().filter(|untold| untold.boot == now.boot))
     }
 }
@@ -85,14 +92,55 @@ impl Untold {
 pub(crate) struct Abandoned {
     /// The branch that may have been made for it.
     pub(crate) branch: Option<Made>,
+    container: Option<Container>,
     place: PathBuf,
     _lock: File,
 }
 
 impl Runs {
     /// The names of those that were not told of: they are being started, or were abandoned.
+    ///
+    /// However many have ended, they are not looked at.
     pub(crate) fn untold(&self) -> Vec<Name> {
-        names_in(&self.dir(), |place| place.join(UNTOLD).symlink_metadata().is_ok())
+        let Ok(notes) = fs::read_dir(self.starting()) else { return self.untold_of_all() };
+        let names = notes.flatten().filter_map(|note| {
+            let name = noted(note.file_name().to_str()?)?;
+            let place = self.dir().join(name.as_str());
+            // Without a mark it was told of, or the mark is about to be made.
+            let is_untold = is_marked(&place) || self.alone().is_ok_and(|_alone| is_marked(&place));
+            if !is_untold {
+                let _ = fs::remove_file(note.path());
+            }
+            is_untold.then_some(name)
+        });
+        names.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The same, where no earlier command has begun to note it: an earlier release does not.
+    fn untold_of_all(&self) -> Vec<Name> {
+        // Without a directory there are no runs.
+        let Ok(_alone) = self.alone() else { return Vec::new() };
+        let untold = names_in(&self.dir(), is_marked);
+        if untold.is_empty() {
+            // Until there is one, all are looked at.
+            let _ = fs::DirBuilder::new().mode(0o700).create(self.starting());
+        }
+        untold
+    }
+
+    fn starting(&self) -> PathBuf {
+        self.state.join(STARTING)
+    }
+
+    /// Notes that a run of that name is going to have a mark; `None` if all are looked at. Nobody else makes one meanwhile.
+    pub(super) fn note_start(&self, name: &Name) -> Result<Option<PathBuf>> {
+        let number = crate::random_bytes::<8>().context("make", "a name")?;
+        let note = self.starting().join(format!("{}.{name}", hex::encode(number)));
+        match fs::write(&note, "") {
+            Ok(()) => Ok(Some(note)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).context("write", note),
+        }
     }
 
     /// Takes the run of that name, if it was abandoned, and ends what there still is of its processes.
@@ -103,6 +151,15 @@ impl Runs {
         let Some(untold) = Untold::read(&place)? else { return Ok(None) };
         Abandoned::take(place, lock, untold)
     }
+}
+
+fn is_marked(place: &Path) -> bool {
+    place.join(UNTOLD).symlink_metadata().is_ok()
+}
+
+/// The run that a note is of.
+fn noted(note: &str) -> Option<Name> {
+    note.split_once('.')?.1.parse().ok()
 }
 
 /// Those that have a directory in `dir` of which `is_wanted` holds.
@@ -136,7 +193,15 @@ impl Abandoned {
                 Whereabouts::Nowhere => {}
             }
         }
-        Ok(Some(Self { branch: untold.made, place, _lock: lock }))
+        Ok(Some(Self { branch: untold.made, container: untold.container, place, _lock: lock }))
+    }
+
+    /// Ends the container that was restored onto the branch, and removes its bundle. To be called if the branch was made for it alone:
+    /// before there was one, there was no container either, and one of the same name and bundle is another's.
+    pub(crate) fn end_container(&self) -> Result<()> {
+        let Some(container) = &self.container else { return Ok(()) };
+        container.end()?;
+        remove(container.bundle.as_path())
     }
 
     /// Removes what is left of the run itself.
@@ -172,4 +237,44 @@ fn end_below(init: ProcessId) -> io::Result<()> {
         }
     }
     Err(io::ErrorKind::TimedOut.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::PathText;
+    use crate::engine::Confinement;
+    use crate::run::RunRecord;
+
+    /// All were looked at by every command that writes.
+    #[test]
+    fn runs_that_have_ended_are_not_looked_at() {
+        let state = tempfile::tempdir().unwrap();
+        let runs = Runs::of(state.path());
+        let create = |name: &str| {
+            let (writable, read_only, scratch) = Default::default();
+            let confinement = Confinement { writable, read_only, scratch, output: PathText(runs.output()) };
+            runs.create(&RunRecord::new(name.parse().unwrap(), Vec::new(), confinement, Vec::new())).unwrap()
+        };
+        let untold = || runs.untold().iter().map(Name::to_string).collect::<Vec<_>>();
+        let notes = || fs::read_dir(runs.starting()).unwrap().count();
+        assert_eq!(untold(), [""; 0]);
+        // As of an earlier release, which notes nothing.
+        let earlier = create("earlier");
+        assert!(!runs.starting().exists());
+        assert_eq!(untold(), ["earlier"]);
+        earlier.told().unwrap();
+        assert_eq!(untold(), [""; 0]);
+        let (one, other) = (create("one"), create("other"));
+        assert_eq!((untold(), notes()), (vec!["one".into(), "other".into()], 2));
+        one.told().unwrap();
+        other.discard().unwrap();
+        assert_eq!((untold(), notes()), (Vec::new(), 0));
+        // Somebody was killed right after he had noted it, or after it was told of.
+        runs.note_start(&"one".parse().unwrap()).unwrap();
+        runs.note_start(&"third".parse().unwrap()).unwrap();
+        assert_eq!((untold(), notes()), (Vec::new(), 0));
+        fs::write(runs.dir().join("one").join(UNTOLD), "").unwrap();
+        assert_eq!(untold(), [""; 0]);
+    }
 }

@@ -31,7 +31,7 @@ pub(crate) const CASES: &[Case] = &[
 ];
 
 /// A case's name, the volumes that it needs, and what it does with them.
-type CaseOn = (&'static str, &'static [Volume], fn(&[Volume]));
+pub(crate) type CaseOn = (&'static str, &'static [Volume], fn(&[Volume]));
 
 /// Cases on kinds of volumes that the kernels of most hosts do not have.
 pub(crate) const ON_OTHER_KERNELS: &[CaseOn] = &[

@@ -3,13 +3,15 @@
 //! What is changed in /etc and /usr/libexec is laid over the machine's own, and seen by the case only.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use libtest_mimic::Completion;
 use serde_json::{Value, json};
 
+use crate::killed::told_by_the_next;
 use crate::runs::branch_path;
 use crate::sandbox::apart;
 use crate::site::{Site, Volume, run, said, wait_until};
@@ -21,6 +23,8 @@ pub(crate) const CASES: &[Needy] = &[
     ("a_container_of_runc_gets_a_twin", || apart(a_container_of_runc_gets_a_twin)),
     ("a_container_whose_criu_has_no_hook", || apart(a_container_whose_criu_has_no_hook)),
     ("a_crun_that_cannot_save_is_told", a_crun_that_cannot_save_is_told),
+    ("who_restores_a_container_is_killed", who_restores_a_container_is_killed),
+    ("who_saves_a_container_is_killed", who_saves_a_container_is_killed),
 ];
 
 /// Makes changes to `dir` visible to this case only, which must run [`apart`].
@@ -60,6 +64,30 @@ impl Runc<'_> {
     fn pid(&self, name: &str) -> Value {
         let output = self.command().args(["state", name]).stdout(Stdio::piped()).output().unwrap();
         serde_json::from_slice::<Value>(&output.stdout).unwrap()["pid"].clone()
+    }
+
+    /// The containers that there are.
+    fn list(&self) -> Vec<String> {
+        let output = self.command().args(["list", "--quiet"]).stdout(Stdio::piped()).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    /// Starts a container that counts in these directories, and tells its name.
+    fn start(&mut self, root: &Path, data: &Path) -> String {
+        populate(root);
+        let name = self.name("first");
+        let bundle = self.bundle("first", root, data);
+        self.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &name]);
+        counts_on(&[root, data]);
+        name
+    }
+
+    /// A name that no other container of this machine has.
+    fn name(&mut self, name: &str) -> String {
+        let name = format!("fsnap-test-{}-{}-{name}", std::process::id(), self.names.len());
+        self.names.push(name.clone());
+        name
     }
 
     fn ok(&self, args: &[&str]) {
@@ -259,5 +287,154 @@ fn a_crun_that_cannot_save_is_told() -> Completion {
     assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
     assert!(said(&refused).contains("this crun was built without CRIU"), "{}", said(&refused));
     assert!(!images.exists());
+    Completion::Completed
+}
+
+/// Of a second container of which nobody was told, nothing is left after the next command.
+fn who_restores_a_container_is_killed() -> Completion {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let (root, data) = (&site.volumes[0], &site.volumes[1]);
+    let first = runc.start(root, data);
+    let twin = runc.name("twin");
+    let (images, state) = (site.new_path("outer").display().to_string(), site.path("runc").display().to_string());
+    let id = site.ok(["engine", "runc", "checkpoint", "--root", &state, "--image-path", &images, &first]);
+    let restore =
+        |name: &str| site.command(["engine", "runc", "restore", "--root", &state, &id, "--json", "--name", name]);
+    let undone =
+        |name: &str| format!("fsnap: recovered: the restore onto branch {name} was not finished; it is undone\n");
+    let nothing_is_left = || {
+        assert_eq!(site.ok(["branches", "--json"]), "[]");
+        assert_eq!(runc.list(), [first.as_str()]);
+        for dir in ["state/bundles", "state/restores"] {
+            let names = fs::read_dir(site.path(dir)).into_iter().flatten().map(|entry| entry.unwrap().file_name());
+            assert_eq!(names.collect::<Vec<_>>(), [""; 0], "{dir}");
+        }
+        site.holds_nothing_but(1);
+        counts_on(&[root, data]);
+    };
+    let mut places = 0;
+    loop {
+        places += 1;
+        let output = restore(&twin).env("FSNAP_FAILPOINT", format!("{places}=kill")).output().unwrap();
+        if output.status.success() {
+            break;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{}", said(&output));
+        nothing_is_left();
+    }
+    assert!(places > 5, "there were only {} places", places - 1);
+    // One that was told of is nobody's to undo.
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    counts_on(&[&branch_path(&site, &twin, 0), &branch_path(&site, &twin, 1)]);
+    runc.ok(&["delete", "--force", &twin]);
+    site.ok(["rm", "--branch", &twin]);
+    // The name is that of a container which is somebody else's.
+    let killed = restore(&first).env("FSNAP_FAILPOINT", "container:bundled=kill").output().unwrap();
+    assert_eq!(killed.status.signal(), Some(9), "{}", said(&killed));
+    assert_eq!(told_by_the_next(&site), undone(&first));
+    nothing_is_left();
+    // The runtime works on when its caller is gone, and is undone when it has ended.
+    let (here, go) = (site.path("here"), site.path("go"));
+    let engine = stuck(&site, &here, &go);
+    let mut restoring = restore(&twin).env("FSNAP_CRIU", &engine).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("the engine", || here.exists());
+    assert_eq!(site.ok(["recover"]), "nothing is half done");
+    restoring.kill().unwrap();
+    restoring.wait().unwrap();
+    assert_eq!(told_by_the_next(&site), "");
+    assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+    let refused = restore(&twin).output().unwrap();
+    assert!(said(&refused).contains("a restore onto the branch"), "{}", said(&refused));
+    fs::write(&go, "").unwrap();
+    wait_until("the second container", || runc.list().contains(&twin));
+    let mut told = String::new();
+    wait_until("the end of the runtime", || {
+        told = told_by_the_next(&site);
+        !told.is_empty()
+    });
+    assert_eq!(told, undone(&twin));
+    nothing_is_left();
+    Completion::Completed
+}
+
+/// CRIU that is `here`, and waits until it may `go` on.
+fn stuck(site: &Site, here: &Path, go: &Path) -> PathBuf {
+    let criu = fsnap_oracle::criu::Criu::find();
+    let (here, go, criu) = (here.display(), go.display(), criu.program().display());
+    let wait = format!("{{ : >'{here}'; until [ -e '{go}' ]; do sleep 0.01; done; }}");
+    program(site, &format!("#!/bin/sh\n[ \"$1\" = swrk ] && {wait}\nexec '{criu}' \"$@\"\n"))
+}
+
+/// CRIU that is `here` when it comes to that action, and waits until it may `go` on.
+fn stuck_at(site: &Site, action: &str, here: &Path, go: &Path) -> PathBuf {
+    let criu = fsnap_oracle::criu::Criu::find();
+    let (here, go, criu) = (here.display(), go.display(), criu.program().display());
+    let script = format!(
+        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = {action} ] || exit 0\n: >'{here}'; until [ -e '{go}' ]; do sleep 0.01; done\n"
+    );
+    let script = program(site, &script);
+    let settings = site.new_path("criu.conf");
+    fs::write(&settings, format!("action-script {}\n", script.display())).unwrap();
+    program(site, &format!("#!/bin/sh\nCRIU_CONFIG_FILE='{}' exec '{criu}' \"$@\"\n", settings.display()))
+}
+
+fn program(site: &Site, script: &str) -> PathBuf {
+    let path = site.new_path("program");
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// The container runs on, before any other command, and there is a checkpoint or there is none.
+fn who_saves_a_container_is_killed() -> Completion {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let mut runc = Runc { site: &site, names: Vec::new() };
+    let (root, data) = (&site.volumes[0], &site.volumes[1]);
+    let first = runc.start(root, data);
+    let state = site.path("runc").display().to_string();
+    let save = |images: &Path| {
+        let mut command = site.command(["engine", "runc", "checkpoint", "--root", &state, &first, "--image-path"]);
+        command.arg(images);
+        command
+    };
+    let (mut sealed, mut noted) = (0, false);
+    for place in 1.. {
+        let images = site.new_path("outer");
+        let output = save(&images).env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        let done = output.status.success();
+        assert!(done || output.status.signal() == Some(9), "{}", said(&output));
+        counts_on(&[root, data]);
+        let found = site.ids().len() - sealed;
+        assert!(found == 1 || found == 0 && !noted && !done, "{found} after place {place}");
+        noted |= found == 1;
+        sealed += found;
+        site.holds_nothing_but(sealed);
+        if done {
+            assert!(place > 8 && sealed > 1, "there were only {} places", place - 1);
+            break;
+        }
+    }
+    // The runtime works on when its caller is gone.
+    for action in ["pre-dump", "post-dump"] {
+        let (here, go) = (site.new_path("here"), site.new_path("go"));
+        let engine = stuck_at(&site, action, &here, &go);
+        let mut saving =
+            save(&site.new_path("outer")).env("FSNAP_CRIU", &engine).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("the engine", || here.exists());
+        saving.kill().unwrap();
+        saving.wait().unwrap();
+        if action == "pre-dump" {
+            counts_on(&[root, data]);
+        }
+        site.holds_nothing_but(sealed);
+        // Who comes next waits for it.
+        let mut next = save(&site.new_path("outer")).stdout(Stdio::null()).spawn().unwrap();
+        fs::write(&go, "").unwrap();
+        assert!(next.wait().unwrap().success(), "after {action}");
+        sealed += 1;
+        counts_on(&[root, data]);
+        site.holds_nothing_but(sealed);
+    }
     Completion::Completed
 }

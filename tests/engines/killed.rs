@@ -12,6 +12,7 @@ use fsnap_oracle::Kind;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::Case;
+use crate::consistency::CaseOn;
 use crate::oracle::Oracle;
 use crate::site::{Site, Volume, id_in, wait_until};
 
@@ -21,11 +22,18 @@ pub(crate) const CASES: &[Case] = &[
     ("the_hook_by_its_own_commands", the_next_command),
     ("a_checkpoint_without_an_engine", a_checkpoint_without_an_engine),
     ("a_restore", a_restore),
+    ("a_restore_onto_layers", a_restore_onto_layers),
     ("a_restore_on_the_pids_of_this_machine", a_restore_on_the_pids_of_this_machine),
     ("a_restore_whose_engine_goes_on", a_restore_whose_engine_goes_on),
     ("a_restore_and_who_waits_for_it", a_restore_and_who_waits_for_it),
     ("the_engine_of_a_restore", the_engine_of_a_restore),
     ("a_restore_beside_another_branch", a_restore_beside_another_branch),
+];
+
+/// Where a branch is mounted, as an overlay or as a file system of its own.
+pub(crate) const ON_OTHER_KERNELS: &[CaseOn] = &[
+    ("a_restore_onto_dm_thin", &[Volume::DmThin], |volumes| a_restore_at(&Site::new(volumes), 0)),
+    ("a_restore_onto_nilfs2", &[Volume::Nilfs2], |volumes| a_restore_at(&Site::new(volumes), 0)),
 ];
 
 /// More places than there ever are.
@@ -108,24 +116,38 @@ fn a_checkpoint_without_an_engine() {
 }
 
 fn a_restore() {
-    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
-    let oracle = oracle(&site);
+    a_restore_at(&Site::new(&[Volume::Btrfs, Volume::Rsync]), 0);
+}
+
+/// The processes work on a branch in a mount of fsnap, and so does each copy.
+fn a_restore_onto_layers() {
+    let mut site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    site.go_to_branch("live");
+    a_restore_at(&site, 1);
+}
+
+/// Where there are so many other branches, each from a checkpoint of its own.
+fn a_restore_at(site: &Site, others: usize) {
+    let oracle = oracle(site);
     let (id, _) = site.checkpoint(oracle.pid);
+    // The first command seals it, which has places of its own.
+    assert_eq!(site.ids().len(), others + 1);
     for place in 1..MANY {
-        let mut command = site.command(["restore", &id, "--branch", "b", "--json"]);
+        // A mount shows for up to a second what had a name before.
+        let mut command = site.command(["restore", &id, "--branch", &format!("b{place}"), "--json"]);
         let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
         if output.status.success() {
             assert!(place > 3, "there were only {} places", place - 1);
             let restored: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
             // One that was told of is nobody's to undo.
             assert_eq!(site.ok(["recover"]), "nothing is half done");
-            assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), 1);
+            assert_eq!(site.json(["branches", "--json"]).as_array().unwrap().len(), others + 1);
             assert!(is_alive(restored["pid"].as_i64().unwrap()), "{restored}");
             crate::site::end(i32::try_from(restored["init"].as_i64().unwrap()).unwrap());
             return;
         }
         assert_eq!(output.status.signal(), Some(9), "{output:?}");
-        nothing_is_left_of_it(&site);
+        nothing_is_left_beside(site, others);
     }
     panic!("it never came through");
 }
@@ -166,16 +188,26 @@ fn is_alive(pid: i64) -> bool {
 
 /// The branch was, until somebody removed it.
 fn nothing_is_left_of_it(site: &Site) {
-    assert_eq!(site.ok(["branches", "--json"]), "[]");
+    nothing_is_left_beside(site, 0);
+}
+
+/// The same, where there are so many other branches, each from a checkpoint of its own.
+fn nothing_is_left_beside(site: &Site, others: usize) {
+    let branches = site.json(["branches", "--json"]);
+    assert_eq!(branches.as_array().unwrap().len(), others, "{branches}");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let here = site.path("").display().to_string();
+    let left: Vec<_> = mounts.lines().filter(|mount| mount.contains(&here) && mount.contains("/branches/b")).collect();
+    assert_eq!(left, [""; 0]);
     for dir in ["state/restores", "state/log"] {
         let names = fs::read_dir(site.path(dir)).into_iter().flatten().map(|entry| entry.unwrap().file_name());
         assert_eq!(names.collect::<Vec<_>>(), [""; 0], "{dir}");
     }
-    site.holds_nothing_but(1);
+    site.holds_nothing_but(others + 1);
 }
 
 /// What the next command says of its own accord.
-fn told_by_the_next(site: &Site) -> String {
+pub(crate) fn told_by_the_next(site: &Site) -> String {
     String::from_utf8(site.command(["log"]).output().unwrap().stderr).unwrap()
 }
 

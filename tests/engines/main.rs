@@ -84,8 +84,11 @@ fn main() -> ExitCode {
             Ok(())
         }));
     }
-    for &(name, volumes, case) in consistency::ON_OTHER_KERNELS {
-        trials.push(Trial::ignorable_test(format!("consistency::{name}"), move || {
+    let on_other_kernels = [("consistency", consistency::ON_OTHER_KERNELS), ("killed", killed::ON_OTHER_KERNELS)];
+    for (module, &(name, volumes, case)) in
+        on_other_kernels.iter().flat_map(|(module, cases)| cases.iter().map(move |case| (module, case)))
+    {
+        trials.push(Trial::ignorable_test(format!("{module}::{name}"), move || {
             match volumes.iter().find_map(|volume| volume.why_not()) {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
                 None => {

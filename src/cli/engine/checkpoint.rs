@@ -15,7 +15,7 @@ use fsnap::quiesce::Quiesce;
 
 use super::super::checkpoint::{everyone_in, print, take_frozen};
 use super::super::{Context, Failure, Outcome, environment, hook, internal, say};
-use super::{Kind, Runtime, failed};
+use super::{Runtime, RuntimeKind, failed};
 
 /// Save a container, its processes and its volumes, at one instant, and let it run on
 ///
@@ -47,7 +47,7 @@ pub(super) struct Args {
     args: Vec<OsString>,
 }
 
-pub(super) fn run(kind: Kind, args: &Args) -> Outcome {
+pub(super) fn run(kind: RuntimeKind, args: &Args) -> Outcome {
     let context = Context::load()?;
     let runtime = Runtime::find(kind, args.root.as_deref(), &context)?;
     let coordinator = context.write()?;
@@ -103,11 +103,14 @@ impl Args {
         images: &Images,
     ) -> fsnap::Result<()> {
         let within = Duration::from_secs(self.deadline.into());
-        let _turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+        let turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+        // The runtime and the guard, which may outlive this process.
+        let kept = turn.keep()?;
         let quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
         coordinator.record_freeze(window, quiesce.record().clone())?;
-        let frozen = quiesce.freeze(within)?;
-        runtime.save(self.container.as_ref(), images.path(), &self.args)?;
+        let mut frozen = quiesce.freeze(within)?;
+        runtime.save(self.container.as_ref(), images.path(), &self.args, |engine| Ok(frozen.engine_works(engine)?))?;
+        drop(kept);
         criu::complete(images)?;
         let search = take_frozen(window, everyone_in(&frozen), Some(frozen.tree()))?;
         images.write_record(&hook::record(window))?;

@@ -6,25 +6,20 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use fsnap::Error;
 use fsnap::engine::bundle::Bundle;
 use fsnap::engine::criu::Criu;
-use fsnap::engine::reasons_in;
+use fsnap::engine::{RuntimeKind, reasons_in};
+use fsnap::processes::ProcessId;
+use fsnap::run::Place;
+use fsnap::{Error, failpoint};
 
 use super::super::{Context, environment};
 use super::{Failure, failed};
 
-/// Which runtime.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    Runc,
-    Crun,
-}
-
 /// A runtime, and where it keeps the state of its containers.
 #[derive(Debug)]
 pub(super) struct Runtime<'a> {
-    kind: Kind,
+    kind: RuntimeKind,
     root: Option<&'a Path>,
     criu: Criu,
 }
@@ -47,10 +42,10 @@ impl Container {
 
 impl<'a> Runtime<'a> {
     /// Makes sure that it can save and restore containers at all.
-    pub(super) fn find(kind: Kind, root: Option<&'a Path>, context: &Context) -> Result<Self, Failure> {
+    pub(super) fn find(kind: RuntimeKind, root: Option<&'a Path>, context: &Context) -> Result<Self, Failure> {
         let runtime = Self { kind, root, criu: environment::find_criu(&context.config)? };
         let version = runtime.command().arg("--version").output().map_err(failed("run", Path::new(kind.name())))?;
-        if kind == Kind::Crun && !text(&version.stdout).contains("+CRIU") {
+        if kind == RuntimeKind::Crun && !text(&version.stdout).contains("+CRIU") {
             let said = "this crun was built without CRIU, and can neither save nor restore a container: use runc, or a crun with CRIU";
             return Err(Error::HookFailed { said: said.into() }.into());
         }
@@ -62,15 +57,11 @@ impl<'a> Runtime<'a> {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(self.kind.name());
-        if let Some(root) = self.root {
-            command.arg("--root").arg(root);
-        }
+        let mut command = self.kind.command(self.root);
         // crun calls the library of CRIU, and that the program of the search path.
-        if self.kind == Kind::Runc {
+        if self.kind == RuntimeKind::Runc {
             command.arg("--criu").arg(self.criu.program());
         }
-        command.stdin(Stdio::null());
         command
     }
 
@@ -91,12 +82,23 @@ impl<'a> Runtime<'a> {
 
     /// Saves the processes of a container, which are frozen and stay so.
     ///
-    /// fsnap's hook is told that these images are no business of its own.
-    pub(super) fn save(&self, name: &OsStr, images: &Path, more: &[std::ffi::OsString]) -> fsnap::Result<()> {
+    /// fsnap's hook is told that these images are no business of its own. Calls `on_start` with the runtime's process.
+    pub(super) fn save(
+        &self,
+        name: &OsStr,
+        images: &Path,
+        more: &[std::ffi::OsString],
+        on_start: impl FnOnce(ProcessId) -> fsnap::Result<()>,
+    ) -> fsnap::Result<()> {
         let mut command = self.command();
         command.env(environment::OUTER, images);
         command.args(["checkpoint", "--leave-running", "--image-path"]).arg(images).arg("--work-path").arg(images);
-        let output = self.run(command.args(more).arg(name))?;
+        let cannot = |source| Error::Io { action: "run", object: self.name().into(), source };
+        command.args(more).arg(name).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let saving = command.spawn().map_err(cannot)?;
+        let told = ProcessId::of(saving.id().cast_signed()).map_err(Error::from).and_then(on_start);
+        let output = saving.wait_with_output().map_err(cannot)?;
+        told?;
         match output.status.success() {
             true => Ok(()),
             false => Err(self.refusal("save", &images.join("dump.log"), &output.stderr)),
@@ -105,12 +107,14 @@ impl<'a> Runtime<'a> {
 
     /// Restores a container of that bundle from the images, and lets it run.
     ///
-    /// `log` has what the runtime says, and what the container does if it spoke to a pipe.
+    /// The file `log` in the bundle has what the runtime says, and what the container does if it spoke to a pipe. Who finds the place
+    /// unlocked may know that the runtime has ended.
     pub(super) fn restore(
         &self,
         name: &OsStr,
         (bundle, images, work): (&Path, &Path, &Path),
         more: &[std::ffi::OsString],
+        place: &Place,
     ) -> fsnap::Result<Container> {
         let path = bundle.join("log");
         let open = |source| Error::Io { action: "create", object: fsnap::printable(path.as_os_str()), source };
@@ -118,8 +122,11 @@ impl<'a> Runtime<'a> {
         let mut command = self.command();
         command.stdout(log.try_clone().map_err(open)?).stderr(log);
         command.args(["restore", "--detach", "--bundle"]).arg(bundle).arg("--image-path").arg(images);
+        let kept = place.keep_locked()?;
         // Whatever the container has inherited stays open: only the runtime is waited for.
         let output = self.run(command.arg("--work-path").arg(work).args(more).arg(name))?;
+        drop(kept);
+        failpoint::hit("container:restored");
         match output.status.success() {
             true => self.container(name),
             false => Err(self.refusal("restore", &work.join("restore.log"), &read(&path))),
@@ -134,15 +141,6 @@ impl<'a> Runtime<'a> {
         let reasons = reasons_in(&text(&read(log)));
         let said = if reasons.is_empty() { messages_in(&text(said)) } else { reasons.join("\n") };
         Error::HookFailed { said: format!("{} could not {what} the container:\n{said}", self.name()) }
-    }
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Runc => "runc",
-            Self::Crun => "crun",
-        }
     }
 }
 
