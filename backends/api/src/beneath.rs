@@ -25,7 +25,7 @@ use crate::{Error, FileKind, FileMeta, IoContext, Result, Timestamp, Xattrs};
 
 /// Opens the directory that `path` names; its last component may not be a symbolic link.
 ///
-/// This and [`open_volume`] are the only calls here that take a whole path: for roots that the user named.
+/// This, [`open_volume`] and [`leads_to`] are the only calls here that take a whole path: for roots that the user named.
 pub fn open_root(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
@@ -51,6 +51,19 @@ pub fn open_volume(dir: &Path, kind: &'static str) -> Result<OwnedFd> {
             _ => Err(error).context("open", dir),
         }
     })
+}
+
+/// Whether the path of a volume still leads to the directory that was opened by it, without opening it again.
+///
+/// `false` for whatever else the path leads to, a symbolic link to the directory included, and where it cannot be followed.
+pub fn leads_to(dir: &Path, opened: impl AsFd) -> io::Result<bool> {
+    // Put together anew for the same reason as when it was opened.
+    let dir = dir.components().collect::<PathBuf>();
+    let wanted = StatxFlags::TYPE | StatxFlags::INO;
+    let Ok(now) = rustix::fs::statx(rustix::fs::CWD, &dir, AtFlags::SYMLINK_NOFOLLOW, wanted) else { return Ok(false) };
+    let then = rustix::fs::statx(opened, "", AtFlags::EMPTY_PATH, wanted)?;
+    let place = |found: &Statx| (found.stx_dev_major, found.stx_dev_minor, found.stx_ino);
+    Ok(place(&now) == place(&then))
 }
 
 /// Opens the directory `name` in `dir`, without crossing onto another mount (`EXDEV` then).
@@ -429,6 +442,24 @@ mod tests {
         }
         assert_eq!(open_volume(Path::new("dir"), "kind").unwrap_err().kind(), ErrorKind::NotAVolume);
         assert!(open_volume(&path("dir/"), "kind").is_ok());
+    }
+
+    #[test]
+    fn a_path_leads_to_one_directory_and_to_no_other() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = |name: &str| temp.path().join(name);
+        let leads_to = |name: &str, opened: &OwnedFd| leads_to(&path(name), opened).unwrap();
+        std::fs::create_dir(path("dir")).unwrap();
+        std::fs::create_dir(path("other")).unwrap();
+        std::os::unix::fs::symlink("dir", path("link")).unwrap();
+        let opened = open_volume(&path("dir"), "kind").unwrap();
+        assert!(leads_to("dir", &opened) && leads_to("dir/", &opened));
+        for name in ["link", "link/", "other", "absent", "dir/absent"] {
+            assert!(!leads_to(name, &opened), "{name}");
+        }
+        std::fs::rename(path("dir"), path("moved")).unwrap();
+        std::fs::create_dir(path("dir")).unwrap();
+        assert!(leads_to("moved", &opened) && !leads_to("dir", &opened));
     }
 
     #[test]

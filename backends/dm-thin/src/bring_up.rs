@@ -25,10 +25,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::KIND;
 use crate::dm::{By, Mapper, Number, Target};
-use crate::pool::{Fill, Mode, Pool, ThinId};
+use crate::pool::{Pool, ThinId};
 use crate::record::random_id;
 use crate::sign::{self, Superblock};
-use crate::store::{FILE, Settings, Store, VOLUMES, is_made, make, read, write, write_json};
+use crate::store::{FILE, Settings, Store, VOLUMES, is_made, make, read, write};
 use crate::superblock::FileSystem;
 
 pub(crate) const SECTOR: u64 = 512;
@@ -90,7 +90,7 @@ pub struct Plan {
 pub struct PoolVolume {
     pub(crate) id: ThinId,
     /// Its length in sectors.
-    length: u64,
+    pub(crate) length: u64,
     /// The file system that was made on it.
     pub file_system: FileSystem,
 }
@@ -193,56 +193,6 @@ impl Store {
         Ok(device.number.named_node(&device.name))
     }
 
-    /// Makes a volume of so many bytes with a file system on it, and returns the node of its device.
-    ///
-    /// Leaves nothing if it fails; with [`ErrorKind::NoSpace`](fsnap_backend::ErrorKind::NoSpace) if the pool has no room for what
-    /// the empty file system writes.
-    pub fn make_volume(&self, name: &str, bytes: u64, file_system: FileSystem) -> Result<PathBuf> {
-        check_name(name)?;
-        let shown = || format!("the volume {name} of {}", self.pool);
-        let dir = beneath::open_dir(&self.root, OsStr::new(VOLUMES)).context("open", self.place.join(VOLUMES))?;
-        let known = volumes(&dir, &self.place)?;
-        if known.iter().any(|(other, _)| other == name) {
-            return Err(Error::Exists { what: shown() });
-        }
-        self.pool.check_room(&self.mapper, &self.settings.limits, true)?;
-        let volume = PoolVolume { id: self.free_id()?, length: bytes / SECTOR, file_system };
-        write_json(&dir, name, &volume).context("write the record of", shown())?;
-        let made = self
-            .pool
-            .create(&self.mapper, volume.id)
-            .context("make", shown())
-            .and_then(|()| self.pool.check_commit(&self.mapper))
-            .and_then(|()| start_volume(&self.mapper, &self.pool, &self.settings.uuid, name, &volume))
-            .and_then(|node| {
-                let before = self.fill()?.data;
-                make_file_system(&node, file_system).map_err(|error| self.too_large(name, &volume, before, error))?;
-                Ok(node)
-            });
-        made.map_err(|error| error.and_undo(self.remove_volume(name)))
-    }
-
-    /// What is told of an empty file system for which there was no room, of which mkfs says no more than that a write failed.
-    ///
-    /// `before` is what the pool had, in blocks: how many in use, and how many at all.
-    fn too_large(&self, name: &str, volume: &PoolVolume, before: (u64, u64), error: Error) -> Error {
-        let full = |fill: Fill| fill.mode == Mode::OutOfData || fill.data.0 == fill.data.1;
-        if !self.fill().is_ok_and(full) {
-            return error;
-        }
-        let mib = |bytes: u64| bytes >> 20;
-        let (used, all) = (before.0 * BLOCK * SECTOR, before.1 * BLOCK * SECTOR);
-        let object = format!(
-            "for the volume {name}: an empty {} of {} MiB takes more than the {} MiB that are free of the {} MiB of {}",
-            volume.file_system.name(),
-            mib(volume.bytes()),
-            mib(all - used),
-            mib(all),
-            self.pool,
-        );
-        Error::Io { action: "make a file system", object, source: Errno::NOSPC.into() }
-    }
-
     /// Removes a volume that fsnap made, and its device; its snapshots stay. Busy while it is mounted.
     pub fn remove_volume(&self, name: &str) -> Result<()> {
         let dir = beneath::open_dir(&self.root, OsStr::new(VOLUMES)).context("open", self.place.join(VOLUMES))?;
@@ -259,7 +209,7 @@ impl Store {
         remove().context("remove", self.place.join(VOLUMES).join(name))
     }
 
-    fn stop_volume(&self, name: &str) -> Result<()> {
+    pub(crate) fn stop_volume(&self, name: &str) -> Result<()> {
         let device = volume_device(&self.pool.name, name);
         match self.mapper.remove(&device) {
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
@@ -286,7 +236,7 @@ impl Store {
     }
 
     /// A number that no image and no volume of this store has.
-    fn free_id(&self) -> Result<ThinId> {
+    pub(crate) fn free_id(&self) -> Result<ThinId> {
         let images = self.records.list()?;
         let volumes = self.volumes()?;
         loop {
@@ -480,7 +430,7 @@ pub(crate) fn losetup(arguments: &[&OsStr]) -> Result<PathBuf> {
     run(Command::new("losetup").args(arguments)).map(PathBuf::from)
 }
 
-fn run(command: &mut Command) -> Result<String> {
+pub(crate) fn run(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().context("run", &program)?;
     if output.status.success() {
@@ -651,7 +601,13 @@ fn start_volumes(mapper: &Mapper, pool: &Pool, settings: &Settings, volumes: &[(
     volumes.iter().try_for_each(|(name, volume)| start_volume(mapper, pool, &settings.uuid, name, volume).map(drop))
 }
 
-fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &PoolVolume) -> Result<PathBuf> {
+pub(crate) fn start_volume(
+    mapper: &Mapper,
+    pool: &Pool,
+    store: &str,
+    name: &str,
+    volume: &PoolVolume,
+) -> Result<PathBuf> {
     let device = volume_device(&pool.name, name);
     let uuid = format!("FSNAP-{store}-volume-{name}");
     let table = pool.table(volume.id, volume.length);
@@ -666,13 +622,7 @@ fn start_volume(mapper: &Mapper, pool: &Pool, store: &str, name: &str, volume: &
     Ok(made.number.named_node(&device))
 }
 
-fn make_file_system(node: &Path, file_system: FileSystem) -> Result<()> {
-    let mut command = Command::new(format!("mkfs.{}", file_system.name()));
-    command.arg("-q").arg(node);
-    run(&mut command).map(drop)
-}
-
-fn check_name(name: &str) -> Result<()> {
+pub(crate) fn check_name(name: &str) -> Result<()> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if (1..=48).contains(&name.len()) && !name.starts_with(['.', '-']) && name.bytes().all(allowed) {
         return Ok(());

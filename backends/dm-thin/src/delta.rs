@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::process::Command;
 
 use fsnap_backend::{Differences, Error, ImageKind, IoContext, Result, Snapshot, Source, beneath};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use crate::dm::Number;
@@ -122,23 +122,12 @@ impl Store {
 
     /// Writes the note, or takes over that of a killed call and gives its copy back; `None` if somebody else's is locked.
     fn note_copy(&self) -> Result<Option<Lock>> {
-        let path = self.place.join(NOTE);
-        let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        loop {
-            let there = beneath::stat(&self.root, OsStr::new(NOTE)).is_ok();
-            let file = rustix::fs::openat(&self.root, NOTE, flags, Mode::RUSR | Mode::WUSR).context("open", &path)?;
-            let Some(lock) = Lock::try_take(file.into()).context("lock", &path)? else { return Ok(None) };
-            let same = || Ok(beneath::stat(&self.root, OsStr::new(NOTE))?.ino == beneath::stat_fd(&lock.file)?.ino);
-            match same() {
-                Err(error) if io::Error::kind(&error) == io::ErrorKind::NotFound => continue,
-                Ok(false) => continue,
-                same => same.context("look at", &path)?,
-            };
-            if there {
-                self.release_copy()?;
-            }
-            return Ok(Some(lock));
+        let there = beneath::stat(&self.root, OsStr::new(NOTE)).is_ok();
+        let note = Lock::try_take_named(&self.root, NOTE).context("lock", self.place.join(NOTE))?;
+        if there && note.is_some() {
+            self.release_copy()?;
         }
+        Ok(note)
     }
 
     fn remove_note(&self) -> Result<()> {

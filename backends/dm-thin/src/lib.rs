@@ -36,7 +36,7 @@
 //! * `suspend`: a device that stands still while a snapshot is made; `guard`: the process that resumes it when this one cannot.
 //! * `images`: putting the thin devices of images to use, and removing them; `verify`: reading one; `delta`: where two can differ.
 //! * `pool`: what is in a pool, and the messages that it takes; `survey`: which pools there are; `bring_up`: making one for those who have none;
-//!   `grow`: enlarging it; `sign`: what its data and metadata are known by.
+//!   `new_volume`: making a volume in it; `grow`: enlarging it; `sign`: what its data and metadata are known by.
 //! * `dm`: devices and tables of device-mapper; `sys`: what the crate for that lacks.
 //! # Limits
 //!
@@ -53,6 +53,7 @@ mod dm;
 mod grow;
 mod guard;
 mod images;
+mod new_volume;
 mod pool;
 mod record;
 mod sign;

@@ -239,6 +239,39 @@ impl Lock {
             locked => Ok(locked.map(|()| Some(Self { file }))?),
         }
     }
+
+    /// Locks the file of that name, which is made if it is not there; waits for who has it.
+    pub(crate) fn take_named(dir: &OwnedFd, name: &str) -> io::Result<Self> {
+        loop {
+            let lock = Self::take(open_note(dir, name)?)?;
+            if lock.is_named(dir, name)? {
+                return Ok(lock);
+            }
+        }
+    }
+
+    /// The same, if nobody has it.
+    pub(crate) fn try_take_named(dir: &OwnedFd, name: &str) -> io::Result<Option<Self>> {
+        loop {
+            match Self::try_take(open_note(dir, name)?)? {
+                Some(lock) if !lock.is_named(dir, name)? => {}
+                taken => return Ok(taken),
+            }
+        }
+    }
+
+    /// Whether the file still has its name: who had it locked may have removed it.
+    fn is_named(&self, dir: &OwnedFd, name: &str) -> io::Result<bool> {
+        match beneath::stat(dir, OsStr::new(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            found => Ok(found?.ino == beneath::stat_fd(&self.file)?.ino),
+        }
+    }
+}
+
+fn open_note(dir: &OwnedFd, name: &str) -> io::Result<File> {
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    Ok(rustix::fs::openat(dir, name, flags, Mode::RUSR | Mode::WUSR)?.into())
 }
 
 impl Drop for Lock {

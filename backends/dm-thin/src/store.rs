@@ -6,6 +6,7 @@
 //!   begun/ images/ leaving/      one record per image
 //!   suspended/                   a note for each device that is suspended just now
 //!   volumes/                     a record for each volume that fsnap made in its pool
+//!   new-volume                   a note, while a volume is being made
 //!   metadata-copy                a note, while the pool's metadata are read
 //! ```
 //!
@@ -127,7 +128,8 @@ impl Store {
 
     /// Opens the store at `place`, an absolute path.
     ///
-    /// Brings its pool up, if fsnap made that, and resumes what a killed call left suspended; changes nothing else.
+    /// Brings its pool up, if fsnap made that, resumes what a killed call left suspended, and undoes what one left of a new volume; changes
+    /// nothing else.
     pub fn open(place: &Path) -> Result<Self> {
         if !place.is_absolute() {
             return Err(not_a_store(place, "name it by an absolute path"));
@@ -168,6 +170,7 @@ impl Store {
         let (guards, known) = (Guards::default(), Known::default());
         let store = Self { info, place, root, settings, mapper, pool, records, notes, guards, known };
         store.release_left_behind()?;
+        store.undo_volume_left_behind();
         Ok(store)
     }
 

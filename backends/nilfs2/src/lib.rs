@@ -339,8 +339,7 @@ impl Store {
 fn check(volume: &Volume) -> Result<Uuid> {
     // What the descriptor stands for stays mounted, and its device keeps its number: no device has to be looked at.
     if let Some(uuid) = Uuid::of(volume.identity())
-        && let Ok(root) = beneath::open_volume(volume.dir(), KIND)
-        && same_directory(&root, volume).context("examine", volume.dir())?
+        && beneath::leads_to(volume.dir(), volume).context("examine", volume.dir())?
     {
         return Ok(uuid);
     }
@@ -352,11 +351,6 @@ fn check(volume: &Volume) -> Result<Uuid> {
         Err(error) => return Err(error),
     };
     Err(Error::WrongIdentity { what, expected: expected.clone(), found })
-}
-
-fn same_directory(one: impl AsFd, other: impl AsFd) -> io::Result<bool> {
-    let (one, other) = (beneath::look_fd(one)?, beneath::look_fd(other)?);
-    Ok((one.device, one.meta.ino) == (other.device, other.meta.ino))
 }
 
 /// Whether the recorded snapshot is there.
