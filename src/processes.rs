@@ -43,6 +43,8 @@ pub use audit::{AuditRules, Medium, Outside, Policy, Via};
 use census::Census;
 pub(crate) use cgroup::says_frozen;
 pub use cgroup::{Cgroup, CgroupVersion};
+#[cfg(feature = "fuse")]
+pub(crate) use credentials::groups_of;
 pub use diff::{ProcessChange, process_changes};
 pub use files::How;
 pub(crate) use mounts::uncovered;

@@ -25,6 +25,7 @@ use super::overlay::{Attr, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE};
 use super::wire::{
     GENERATION, caller, done, errno, kind, nothing, set_time, sized, to_fuse, unpack_device, xattr_list,
 };
+use crate::processes::groups_of;
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// As libfuse has it: what a name in a listing leads to that is known no more.
@@ -536,7 +537,12 @@ impl Filesystem for Adapter {
             return if self.is_ours(request) { self.merge_for(reply) } else { reply.error(Errno::EPERM) };
         }
         if name != SEAL {
-            return done(self.overlay.set_xattr(self.own(ino), name, value, flags.cast_unsigned()), reply);
+            let ino = self.own(ino);
+            let mut set = self.overlay.set_xattr(ino, name, value, flags.cast_unsigned());
+            if set.is_ok() && name == "system.posix_acl_access" {
+                set = self.list_was_set_by(request, ino);
+            }
+            return done(set, reply);
         }
         match std::str::from_utf8(value) {
             Ok(image) if self.own(ino) == ROOT && self.is_ours(request) => self.seal(image, reply),
@@ -665,6 +671,21 @@ impl Adapter {
         if request.uid() != 0 && !self.overlay.is_unprivileged(ino) {
             let _ = self.overlay.drop_privileges(ino);
         }
+    }
+
+    /// Takes the set-group-ID bit off a file whose access control list somebody has set who is not in its group: that may give the mode
+    /// anew, and so the kernel does it for a change of the mode. For a list it says so only in a form of the request that fuser does not read.
+    fn list_was_set_by(&self, request: &Request, ino: u64) -> super::overlay::Result<()> {
+        let stat = self.overlay.attr(ino)?.stat;
+        if request.uid() == 0 || stat.st_mode & 0o2000 == 0 {
+            return Ok(());
+        }
+        let groups = groups_of(request.pid().cast_signed()).unwrap_or_else(|_| vec![request.gid()]);
+        if groups.contains(&stat.st_gid) {
+            return Ok(());
+        }
+        let change = Change { mode: Some(stat.st_mode & 0o5777), ..Change::default() };
+        self.overlay.change(ino, &change).map(drop)
     }
 
     /// Seals the layer, in a thread of its own: the kernel writes to us meanwhile what it holds back.

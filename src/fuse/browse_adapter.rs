@@ -16,6 +16,7 @@ use super::adapter::FOREVER;
 use super::browse::{self, Attr, Browse, Keep, Listed, Natives};
 use super::given::Given;
 use super::open::{Dots, with_buffer};
+use super::overlay::no_such_xattr;
 use super::readers::{Reader, Readers};
 use super::wire::{GENERATION, errno, moment, pack_device, sized, xattr_list};
 
@@ -279,7 +280,7 @@ impl Filesystem for BrowseAdapter {
         match self.browse.xattrs(ino.0) {
             Ok(xattrs) => match xattrs.iter().find(|(key, _)| key == name) {
                 Some((_, value)) => sized(value, size, reply),
-                None => reply.error(Errno::ENODATA),
+                None => reply.error(errno(no_such_xattr(name))),
             },
             Err(error) => reply.error(errno(error)),
         }

@@ -27,9 +27,7 @@ impl Credentials {
     /// Reads those of a process.
     pub(crate) fn of(process: &ProcDir, own_user_namespace: &PathBuf) -> io::Result<Self> {
         let status = process.read_record("status")?;
-        let parsed = Self::parse(&status);
-        let mut found =
-            parsed.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not a file like /proc/PID/status"))?;
+        let mut found = Self::parse(&status).ok_or_else(not_a_status)?;
         if process.link("ns/user")? != *own_user_namespace {
             found.mapped = Some((ranges(&process.read("uid_map")?), ranges(&process.read("gid_map")?)));
         }
@@ -83,6 +81,20 @@ impl Credentials {
         };
         self.mapped.as_ref().is_none_or(|(uids, gids)| within(uids, dir.uid) && within(gids, dir.gid))
     }
+}
+
+/// The groups that a thread is in, its own among them, for the kernel's checks of accesses to files.
+///
+/// # Errors
+///
+/// The thread is of another pid namespace, or has ended.
+pub(crate) fn groups_of(thread: i32) -> io::Result<Vec<u32>> {
+    let found = Credentials::parse(&ProcDir::of(thread)?.read_record("status")?);
+    Ok(found.ok_or_else(not_a_status)?.groups)
+}
+
+fn not_a_status() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "not a file like /proc/PID/status")
 }
 
 /// The second and third column of `uid_map`: the ids outside, as seen by the reader.

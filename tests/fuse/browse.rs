@@ -357,6 +357,9 @@ fn nothing_can_be_written() {
     let flags = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let line = flags.lines().find(|line| line.contains(past.path("mnt").to_str().unwrap())).unwrap();
     assert!(line.contains(" rw,nosuid,nodev,"), "{line}");
+    for (key, error) in [("user.none", Errno::NODATA), ("none.none", Errno::OPNOTSUPP)] {
+        assert_eq!(rustix::fs::getxattr(past.at("latest/db/file"), key, &mut [0; 9]), Err(error), "{key}");
+    }
     past.unmount();
 }
 

@@ -29,6 +29,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_listing_goes_on_while_its_names_go", a_listing_goes_on_while_its_names_go),
     ("names_that_look_like_marks_are_files", names_that_look_like_marks_are_files),
     ("private_attributes_are_hidden", private_attributes_are_hidden),
+    ("attributes_that_are_not_there_are_answered_for", attributes_that_are_not_there_are_answered_for),
 ];
 
 /// Looks now, and once more after a remount; then ends.
@@ -303,5 +304,32 @@ fn private_attributes_are_hidden() {
         }
         let set = rustix::fs::setxattr(dir.join("f"), "trusted.fsnap.origin", b"7", rustix::fs::XattrFlags::empty());
         assert_eq!(set, Err(rustix::io::Errno::PERM));
+    });
+}
+
+/// Programs tell by the error what is not set from what cannot be, and take off access control lists that may not be there.
+fn attributes_that_are_not_there_are_answered_for() {
+    use rustix::fs::{getxattr, removexattr};
+    use rustix::io::Errno;
+
+    let site = Site::new(small);
+    fs::write(site.at("g"), "in the upper").unwrap();
+    twice(site, |dir| {
+        for name in ["f", "g", "d"] {
+            let path = dir.join(name);
+            let absent = [
+                ("user.none", Errno::NODATA),
+                ("trusted.none", Errno::NODATA),
+                ("security.none", Errno::NODATA),
+                ("system.none", Errno::OPNOTSUPP),
+                ("none.none", Errno::OPNOTSUPP),
+                ("user", Errno::OPNOTSUPP),
+            ];
+            for (key, error) in absent {
+                assert_eq!(getxattr(&path, key, &mut [0; 9]), Err(error), "{name}: {key}");
+                assert_eq!(removexattr(&path, key), Err(error), "{name}: {key}");
+            }
+            assert_eq!(removexattr(&path, "system.posix_acl_access"), Ok(()), "{name}");
+        }
     });
 }

@@ -7,13 +7,14 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{OFlags, RawDir, XattrFlags};
-use rustix::process::Uid;
+use rustix::process::{Gid, Uid};
 
 use crate::Case;
 use crate::site::Site;
 
 pub(crate) const CASES: &[Case] = &[
     ("what_somebody_else_writes_loses_its_set_id_bits", what_somebody_else_writes_loses_its_set_id_bits),
+    ("who_sets_the_list_of_a_group_s_file_is_in_the_group", who_sets_the_list_of_a_group_s_file_is_in_the_group),
     ("names_of_trusted_attributes_are_for_the_superuser", names_of_trusted_attributes_are_for_the_superuser),
     (
         "a_file_that_was_opened_to_append_can_be_written_elsewhere",
@@ -25,11 +26,20 @@ pub(crate) const CASES: &[Case] = &[
 /// A way to write to a file.
 type Write<'a> = &'a (dyn Fn(&File) + Sync);
 
+/// A user without any rights.
+const STRANGER: u32 = 12_345;
+
 /// What `work` returns, done by a user without any rights.
 fn as_somebody_else<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    let stranger = Uid::from_raw(12_345);
+    as_member_of(&[], work)
+}
+
+/// The same, by one who is in these groups besides the superuser's.
+fn as_member_of<T: Send>(groups: &[Gid], work: impl FnOnce() -> T + Send) -> T {
+    let stranger = Uid::from_raw(STRANGER);
     std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
+            rustix::thread::set_thread_groups(groups).unwrap();
             rustix::thread::set_thread_res_uid(stranger, stranger, stranger).unwrap();
             work()
         });
@@ -72,6 +82,32 @@ fn what_somebody_else_writes_loses_its_set_id_bits() {
         fs::set_permissions(&path, PermissionsExt::from_mode(0o6777)).unwrap();
         std::os::unix::fs::chown(&path, None, None).unwrap();
         assert_eq!(mode(&path), 0o777, "{name}");
+    }
+    site.end();
+}
+
+/// As on any file system, which looks at the groups of whoever sets it; the superuser may do what he likes.
+fn who_sets_the_list_of_a_group_s_file_is_in_the_group() {
+    const GROUP: u32 = 4_242;
+    let site = Site::new(|lower| fs::write(lower.join("below"), "").unwrap());
+    fs::create_dir(site.at("dir")).unwrap();
+    for name in ["below", "dir"] {
+        let path = site.at(name);
+        let set = || {
+            let acl = fsnap_conformance::samples::acl(77);
+            rustix::fs::setxattr(&path, "system.posix_acl_access", &acl, XattrFlags::empty()).unwrap();
+        };
+        let is_left = |set: &dyn Fn()| {
+            fs::set_permissions(&path, PermissionsExt::from_mode(0o2755)).unwrap();
+            set();
+            mode(&path) & 0o2000 != 0
+        };
+        for (group, left) in [(0, true), (GROUP, false)] {
+            std::os::unix::fs::chown(&path, Some(STRANGER), Some(group)).unwrap();
+            assert_eq!(is_left(&|| as_somebody_else(set)), left, "{name}: {group}");
+        }
+        assert!(is_left(&|| as_member_of(&[Gid::from_raw(7), Gid::from_raw(GROUP)], set)), "{name}");
+        assert!(is_left(&set), "{name}");
     }
     site.end();
 }

@@ -72,6 +72,7 @@ use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
 pub use still::Still;
 pub use store::Error;
+pub use xattr::no_such_xattr;
 
 use self::data::Source;
 use self::deeper::deeper;

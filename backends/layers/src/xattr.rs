@@ -13,6 +13,18 @@ use super::{Overlay, Result, Tree};
 /// The attribute of programs that have rights of their own.
 pub(super) const CAPABILITY: &str = "security.capability";
 
+/// The attributes of access control lists, without which the file's mode says all.
+const ACLS: [&str; 2] = ["system.posix_acl_access", "system.posix_acl_default"];
+/// What the names of all other attributes begin with that a file can have anywhere.
+const NAMESPACES: [&str; 3] = ["user.", "trusted.", "security."];
+
+/// What a file system says that has no attribute of this name: programs tell one that is not set from one that cannot be.
+pub fn no_such_xattr(name: &OsStr) -> Errno {
+    let known = ACLS.iter().any(|acl| name == *acl)
+        || NAMESPACES.iter().any(|space| name.as_encoded_bytes().starts_with(space.as_bytes()));
+    if known { Errno::NODATA } else { Errno::OPNOTSUPP }
+}
+
 /// Under which name users see what is kept in the upper or stands below; `None` if they do not.
 fn shown(keys: Keys, upper: bool, name: OsString) -> Option<OsString> {
     // Below, everything is the user's but what is never anybody's.
@@ -31,7 +43,7 @@ impl Overlay {
         let kept = if tree.node(ino)?.upper { tree.store.keys().kept(name) } else { Some(name.to_owned()) };
         let hidden = tree.store.keys().kept(name).is_none();
         let kept = kept.filter(|_| !hidden).ok_or(Errno::NODATA)?;
-        object.xattr(kept)?.ok_or(Errno::NODATA)
+        object.xattr(kept)?.ok_or_else(|| no_such_xattr(name))
     }
 
     /// The names of a file's attributes.
@@ -64,11 +76,13 @@ impl Overlay {
         tree.object(ino)?.set_xattr(kept, value, XattrFlags::from_bits_retain(flags))
     }
 
-    /// Removes an attribute.
+    /// Removes an attribute. An access control list need not be there.
     pub fn remove_xattr(&self, ino: Ino, name: &OsStr) -> Result<()> {
         let mut tree = self.tree();
         let kept = tree.store.keys().kept(name).ok_or(Errno::NODATA)?;
-        tree.object(ino)?.xattr(if tree.node(ino)?.upper { &kept } else { name })?.ok_or(Errno::NODATA)?;
+        if tree.object(ino)?.xattr(if tree.node(ino)?.upper { &kept } else { name })?.is_none() {
+            return if ACLS.iter().any(|acl| name == *acl) { Ok(()) } else { Err(no_such_xattr(name)) };
+        }
         tree.copy_up(ino, true)?;
         tree.attributes_change(ino)?;
         tree.object(ino)?.remove_xattr(kept)
