@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use libtest_mimic::Completion;
 use serde_json::{Value, json};
 
-use crate::killed::told_by_the_next;
+use crate::killed::{killed_at_each_place, told_by_the_next};
 use crate::runs::branch_path;
 use crate::sandbox::apart;
 use crate::site::{Site, Volume, run, said, wait_until};
@@ -386,7 +386,7 @@ fn program(site: &Site, script: &str) -> PathBuf {
     path
 }
 
-/// The container runs on, before any other command, and there is a checkpoint or there is none.
+/// Also while its engine is at work.
 fn who_saves_a_container_is_killed() -> Completion {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
     let mut runc = Runc { site: &site, names: Vec::new() };
@@ -398,23 +398,7 @@ fn who_saves_a_container_is_killed() -> Completion {
         command.arg(images);
         command
     };
-    let (mut sealed, mut noted) = (0, false);
-    for place in 1.. {
-        let images = site.new_path("outer");
-        let output = save(&images).env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
-        let done = output.status.success();
-        assert!(done || output.status.signal() == Some(9), "{}", said(&output));
-        counts_on(&[root, data]);
-        let found = site.ids().len() - sealed;
-        assert!(found == 1 || found == 0 && !noted && !done, "{found} after place {place}");
-        noted |= found == 1;
-        sealed += found;
-        site.holds_nothing_but(sealed);
-        if done {
-            assert!(place > 8 && sealed > 1, "there were only {} places", place - 1);
-            break;
-        }
-    }
+    let mut sealed = killed_at_each_place(&site, 8, || save(&site.new_path("outer")), || counts_on(&[root, data]));
     // The runtime works on when its caller is gone.
     for action in ["pre-dump", "post-dump"] {
         let (here, go) = (site.new_path("here"), site.new_path("go"));

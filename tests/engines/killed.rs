@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use fsnap::processes::ProcessId;
 use fsnap_oracle::Kind;
@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::Case;
 use crate::consistency::CaseOn;
 use crate::oracle::Oracle;
-use crate::site::{Site, Volume, id_in, wait_until};
+use crate::site::{Site, Volume, id_in, said, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
     ("the_hook_before_the_freeze", || the_hook("pre-dump", 4)),
@@ -92,15 +92,26 @@ fn the_next_command() {
 fn a_checkpoint_without_an_engine() {
     let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
     let oracle = oracle(&site);
-    let mut sealed = 0;
-    let mut noted = false;
+    // The guard has seen to it.
+    let checkpoint = || site.command(["checkpoint", "--pid", &oracle.pid.to_string()]);
+    killed_at_each_place(&site, 10, checkpoint, || oracle.goes_on());
+}
+
+/// Kills what takes a checkpoint at each of its places, of which there are more than `least`; returns how many checkpoints came of it.
+///
+/// The processes go on, before any other command, and there is a checkpoint or there is none.
+pub(crate) fn killed_at_each_place(
+    site: &Site,
+    least: usize,
+    mut checkpoint: impl FnMut() -> Command,
+    goes_on: impl Fn(),
+) -> usize {
+    let (mut sealed, mut noted) = (0, false);
     for place in 1..MANY {
-        let mut command = site.command(["checkpoint", "--pid", &oracle.pid.to_string()]);
-        let output = command.env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
+        let output = checkpoint().env("FSNAP_FAILPOINT", format!("{place}=kill")).output().unwrap();
         let done = output.status.success();
-        assert!(done || output.status.signal() == Some(9), "{output:?}");
-        // Before any other command: the guard has seen to it.
-        oracle.goes_on();
+        assert!(done || output.status.signal() == Some(9), "{}", said(&output));
+        goes_on();
         let found = site.ids().len() - sealed;
         // From the place on at which everything is noted, it is there, and before it is not.
         assert!(found == 1 || found == 0 && !noted && !done, "{found} after place {place}");
@@ -108,8 +119,8 @@ fn a_checkpoint_without_an_engine() {
         sealed += found;
         site.holds_nothing_but(sealed);
         if done {
-            assert!(place > 10 && sealed > 1, "there were only {} places", place - 1);
-            return;
+            assert!(place > least && sealed > 1, "there were only {} places", place - 1);
+            return sealed;
         }
     }
     panic!("it never came through");
