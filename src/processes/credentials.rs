@@ -88,6 +88,7 @@ impl Credentials {
 /// # Errors
 ///
 /// The thread is of another pid namespace, or has ended.
+#[cfg(feature = "fuse")]
 pub(crate) fn groups_of(thread: i32) -> io::Result<Vec<u32>> {
     let found = Credentials::parse(&ProcDir::of(thread)?.read_record("status")?);
     Ok(found.ok_or_else(not_a_status)?.groups)
