@@ -98,8 +98,8 @@ macro_rules! commands {
 
         /// The command that was typed, put together without the others.
         fn typed(arguments: &[OsString]) -> Option<Command> {
-            match arguments.first()?.to_str()? {
-                $($(#[$when])? $name => read::<$module::Args>($name, arguments).map(Command::$variant),)*
+            match arguments.get(1)?.to_str()? {
+                $($(#[$when])? $name => read::<$module::Args>($name, &arguments[1..]).map(Command::$variant),)*
                 _ => None,
             }
         }
@@ -179,7 +179,7 @@ pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
     } else {
         // To put all commands together takes longer than most commands do, and only the help, and what is said of wrong usage, have a use
         // for them.
-        let command = typed(&arguments[1..]).map_or_else(|| Cli::try_parse_from(&arguments).map(|cli| cli.command), Ok);
+        let command = typed(&arguments).map_or_else(|| Cli::try_parse_from(&arguments).map(|cli| cli.command), Ok);
         command.map(run)
     };
     match parsed {

@@ -95,7 +95,7 @@ impl Store {
     /// What cannot be undone now, since the device is open or the pool takes no message, keeps nobody from the other things in the
     /// store: whoever makes the next volume is told of it.
     pub(crate) fn undo_volume_left_behind(&self) {
-        if self.place.join(NOTE).exists()
+        if beneath::stat(&self.root, OsStr::new(NOTE)).is_ok()
             && let Ok(Some(note)) = Lock::try_take_named(&self.root, NOTE)
         {
             let _ = self.undo_volume(&note).and_then(|()| self.remove_new_volume());
