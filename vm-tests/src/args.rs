@@ -49,7 +49,13 @@ enum Command {
     #[command(hide = true)]
     Probe,
     /// Measure the backends that most hosts' kernels lack against bare calls; build with --release
-    Bench,
+    Bench {
+        /// What to measure, if not all
+        part: Vec<bench::Part>,
+        /// Measure in a machine of this kind
+        #[arg(long, value_name = "MACHINE", default_value = "uml")]
+        machine: Kind,
+    },
     /// Be the first process of a machine
     #[command(hide = true)]
     Guest {
@@ -102,7 +108,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Some(Command::Uml(program)) => in_machine(Kind::Uml, program),
         Some(Command::Qemu(program)) => in_machine(Kind::Qemu, program),
-        Some(Command::Bench) => bench::run(),
+        Some(Command::Bench { part, machine }) => bench::run(&part, machine),
         Some(Command::Guest { .. } | Command::Initramfs { .. } | Command::Probe) | None => {
             suites::run(&cli.only, cli.machine, cli.usual)
         }
