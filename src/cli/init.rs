@@ -42,7 +42,9 @@ pub(crate) fn run(args: Args) -> Outcome {
     let coordinator = Context::load()?.create()?;
     let wanted = Registration { dir: args.dir, name: args.name, backend: Some(args.backend), store: args.store };
     let registered = coordinator.register(wanted)?;
-    if !registered.passed_over.is_empty() {
+    // The last takes any directory, and more time than those before it.
+    let is_last = KINDS.last().is_some_and(|last| last.name == registered.store.store().kind);
+    if is_last && !registered.passed_over.is_empty() {
         let dir = &registered.volume.path;
         say("note", &format!("`fsnap doctor {dir}` tells why other backends cannot hold it"));
     }

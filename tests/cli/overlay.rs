@@ -95,7 +95,6 @@ fn a_tree_that_is_served_is_a_volume() {
     $ fsnap overlay lower store dir
     $ fsnap init dir
     volume dir at $T/dir: layers snapshots in $T/store
-    ! fsnap: note: `fsnap doctor $T/dir` tells why other backends cannot hold it
     ! fsnap: note: its branches are seen where `fsnap mount` shows them
     $ fsnap checkpoint -t base >/dev/null
     $ echo two >dir/file && rm -f dir/none && mkdir dir/new

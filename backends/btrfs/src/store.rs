@@ -184,12 +184,12 @@ pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, SubvolumeInfo)> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
     let root = beneath::open_volume(dir, KIND)?;
     if !on_btrfs(&root).context("find the file system of", dir)? {
-        return Err(refused("it does not lie on btrfs; the rsync backend takes any directory"));
+        return Err(refused("it does not lie on btrfs"));
     }
     if !nested::is_root(&root).context("read the attributes of", dir)? {
         return Err(refused(
             "it is a directory and not the root of a subvolume; make one with `btrfs subvolume create` and move the \
-             files there, or choose the rsync backend, which takes any directory",
+             files there",
         ));
     }
     let found = sys::info(&root).context("identify", dir)?;

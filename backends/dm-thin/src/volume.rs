@@ -33,8 +33,7 @@ impl Live {
         let root = beneath::open_volume(dir, KIND)?;
         if !beneath::look_fd(&root).context("examine", dir)?.mount_root {
             return Err(refused(
-                "it is not the root of a mounted file system, and a thin device is captured as a whole; name the \
-                 mount point, or choose the rsync backend, which takes any directory",
+                "it is not the root of a mounted file system, and a thin device is captured as a whole; name the mount point",
             ));
         }
         let Some(mount) = mounts::of_file(&root).context("find the mount of", dir)? else {

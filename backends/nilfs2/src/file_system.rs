@@ -153,15 +153,14 @@ fn mount(device: &Path, options: &str, read_only: bool) -> io::Result<OwnedFd> {
 pub(crate) fn open_volume(dir: &Path) -> Result<(OwnedFd, Uuid)> {
     let refused = |reason: &str| Error::NotAVolume { dir: dir.to_owned(), kind: KIND, reason: reason.to_owned() };
     let root = beneath::open_volume(dir, KIND)?;
-    let no_nilfs = "it does not lie on NILFS2; the rsync backend takes any directory";
+    let no_nilfs = "it does not lie on NILFS2";
     if rustix::fs::fstatfs(&root).context("find the file system of", dir)?.f_type as u64 != u64::from(MAGIC) {
         return Err(refused(no_nilfs));
     }
     let found = beneath::stat_fd(&root).context("read the attributes of", dir)?;
     if found.ino != ROOT_INODE {
         return Err(refused(
-            "it is not the root of its NILFS2 file system, which is captured as a whole; name the mount point, or choose \
-             the rsync backend, which takes any directory",
+            "it is not the root of its NILFS2 file system, which is captured as a whole; name the mount point",
         ));
     }
     match sys::next_number(&root) {

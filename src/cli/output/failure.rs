@@ -183,7 +183,7 @@ fn hint(error: &Error) -> Option<String> {
             ErrorKind::ReadOnly => "mount it writable first",
             ErrorKind::Permission => "run fsnap as root, or use a directory and a store of your own",
             ErrorKind::Changed => "let fsnap freeze the writers: --pid, --cgroup or --freeze-writers",
-            ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory",
+            ErrorKind::NotAVolume => "`fsnap doctor DIR` tells what each backend says of a directory; rsync takes any",
             ErrorKind::Exists => "choose another name, or remove what is there first",
             // It says already what to do.
             ErrorKind::Busy if error.to_string().contains('`') => return None,
