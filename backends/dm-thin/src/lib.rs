@@ -14,10 +14,11 @@
 //! store's [`Limits`] say how much must be free. After each change of the pool its status is looked at, since the kernel
 //! answers that a message succeeded though its commit failed.
 //!
-//! **What could not be written is in no snapshot.** A file system that is frozen has written all that was dirty, and does not say if
+//! **What could not be written is in no snapshot.** A file system that is frozen writes all that is dirty, and does not say if
 //! that failed: contents that the device or the pool refused are dropped, the suspension succeeds, and the copy holds
-//! what was there before. The failure is kept for whoever calls `syncfs(2)` next on a descriptor from before it, as the
-//! volume's is; so that is the last step. By then there is nothing left to write but what came since.
+//! what was there before. Only `syncfs(2)` tells, on a descriptor from before the failure, as the volume's is. So that is the
+//! first step: all that the stopped processes wrote is written before anything is suspended, or there is no snapshot. What others
+//! write between that and the suspension, and never synced, may be missing, as after a power cut.
 //!
 //! **Whole or not there.** The kernel makes a thin device in one step and commits the pool before it answers, and it is
 //! only asked once the volume stands still. So an image is whole if its thin device exists; the record that says which
@@ -134,6 +135,7 @@ impl Backend for Store {
         }
         let form = self.form(at, ImageKind::Snapshot)?;
         let captured = self.pool.check_room(&self.mapper, &self.settings.limits, false).and_then(|()| {
+            rustix::fs::syncfs(volume).context("write out all that the snapshot is to hold of", volume.dir())?;
             let suspended = Suspended::new(&self.mapper, &self.notes, &self.guards, &live.thin, at)?;
             let copied = self.pool.copy(&self.mapper, form.id, live.thin.id);
             let held = suspended.holds();
@@ -145,7 +147,7 @@ impl Backend for Store {
                 let what = format!("the device {}", live.thin.device.name);
                 return Err(Error::Busy { what, by: "somebody resumed it while the snapshot was taken".to_owned() });
             }
-            rustix::fs::syncfs(volume).context("write out all that the snapshot holds of", volume.dir())
+            Ok(())
         });
         // Only a name moves here, and nothing is synced: the device itself is what makes the image whole.
         let moved = captured.and_then(|()| self.records.advance(at, Stage::Begun, Stage::Whole, false));
