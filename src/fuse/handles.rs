@@ -317,6 +317,11 @@ impl Handles {
         modes.files.get(&ino).is_some_and(|mode| mode.registered.is_some() && mode.stale)
     }
 
+    /// Whether anybody has it open.
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
+        locked(&self.modes).files.get(&ino).is_some_and(|mode| mode.cached > 0 || mode.passed > 0)
+    }
+
     /// Files of which pages may have been changed that the kernel has not written to us yet.
     pub(super) fn dirty(&self) -> Vec<Ino> {
         locked(&self.modes).files.iter().filter(|(_, mode)| mode.dirty).map(|(ino, _)| *ino).collect()

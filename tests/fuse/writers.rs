@@ -113,7 +113,7 @@ fn who_sets_the_list_of_a_group_s_file_is_in_the_group() {
 }
 
 /// `cap_net_raw+ep`, as the kernel stores it.
-const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub(crate) const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn names_of_trusted_attributes_are_for_the_superuser() {
     let site = Site::new(|lower| {

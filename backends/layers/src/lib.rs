@@ -61,7 +61,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-pub use attr::{Attr, Change, SetTime};
+pub use attr::{Attr, Change, SetTime, privileges};
 pub use backend::{KIND, MERGE, SEAL, STORE, Store, abandon, prepare};
 pub use data::OpenFile;
 pub use list::Listed;
