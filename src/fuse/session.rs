@@ -9,17 +9,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fsnap_backend::mounts::{self, Mount};
-use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
+use fuser::{Config, Filesystem, INodeNo, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
-use super::browse::{Browse, Natives, Records};
+use super::browse::{Browse, Natives, Records, States};
 use super::mount_adapter::MountAdapter;
 use super::mounting;
 use super::overlay::Overlay;
+use super::watch::Watch;
 use crate::mount;
 
 /// The type of our mounts.
@@ -154,7 +155,7 @@ pub fn serve_all(
     if options.native && !rustix::process::geteuid().is_root() {
         return Err(Error::NotRoot { dir: dir.to_owned() });
     }
-    let notifier = Arc::new(OnceLock::new());
+    let (notifier, state) = (Arc::new(OnceLock::<Notifier>::new()), records.state.clone());
     let branches = Arc::new(Branches::new(records.clone(), Box::new(report), notifier.clone()));
     let browse = Arc::new(Browse::new(records, branches.clone(), Box::new(report)));
     let natives = options.native.then(|| Natives::start(browse.clone(), notifier.clone())).transpose();
@@ -185,6 +186,23 @@ pub fn serve_all(
         browse.let_go_of_all();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
+    // Where it cannot be, what is gone is seen a second later.
+    let watch = Watch::start(&state.clone(), {
+        let (browse, branches, notifier) = (browse.clone(), branches.clone(), notifier.clone());
+        let mut seen = States::default();
+        move || {
+            // To read the catalog touches its files, too.
+            let now = States::of(&state);
+            if std::mem::replace(&mut seen, now) == now {
+                return;
+            }
+            branches.let_go_of_removed();
+            for (parent, number, name) in browse.gone() {
+                // What is in use below it stays known, and is not found any more.
+                let _ = notifier.get().map(|notifier| notifier.delete(INodeNo(parent), INodeNo(number), &name));
+            }
+        }
+    });
     let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());
     let ready = |shown: &Path| {
         // The first reading of the table may have missed it.
@@ -195,6 +213,7 @@ pub fn serve_all(
         ready();
     };
     let served = serve_by(adapter, &notifier, source, dir, options, ready);
+    drop(watch);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
     let _ = keeper.join();
