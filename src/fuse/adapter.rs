@@ -21,7 +21,7 @@ use rustix::fs::OFlags;
 use super::given::Given;
 use super::handles::{Access, Handle, Handles};
 use super::open::{Dots, locked, with_buffer};
-use super::overlay::{Attr, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, privileges};
+use super::overlay::{Attr, Change, Had, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, privileges};
 use super::wire::{
     GENERATION, caller, done, errno, kind, nothing, set_time, sized, to_fuse, unpack_device, xattr_list,
 };
@@ -116,6 +116,18 @@ impl Adapter {
             self.overlay.list(ino).map(|listed| listed.into_iter().map(|entry| entry.name).collect())
         });
         Ok((names.map_err(errno)?, dir.is_shared()))
+    }
+
+    /// Notes what had a name that was taken away, where somebody may still be told of it.
+    fn gone_from(&self, dir: u64, name: &OsStr, removed: super::overlay::Result<Had>) -> super::overlay::Result<()> {
+        self.handles.name_gone(dir, name, removed?);
+        Ok(())
+    }
+
+    /// The number and the kind to be told of a name that is gone.
+    fn gone(&self, dir: u64, name: &OsStr) -> (u64, FileType) {
+        let had = self.handles.gone(dir, name);
+        had.map_or((UNKNOWN, FileType::RegularFile), |(ino, of)| (ino + self.base, kind(of)))
     }
 
     /// Answers with what was made in a directory.
@@ -251,13 +263,13 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.overlay.unlink(self.own(parent), name);
+        let removed = self.gone_from(self.own(parent), name, self.overlay.unlink(self.own(parent), name));
         self.handles.names_changed(&[self.own(parent)]);
         done(removed, reply);
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.overlay.rmdir(self.own(parent), name);
+        let removed = self.gone_from(self.own(parent), name, self.overlay.rmdir(self.own(parent), name));
         self.handles.names_changed(&[self.own(parent)]);
         done(removed, reply);
     }
@@ -284,6 +296,7 @@ impl Filesystem for Adapter {
         }
         let (from, to) = (self.own(parent), self.own(newparent));
         let renamed = self.overlay.rename((from, name), (to, newname), no_replace, exchange);
+        let renamed = self.gone_from(from, name, renamed);
         self.handles.names_changed(&[from, to]);
         done(renamed, reply);
     }
@@ -458,7 +471,7 @@ impl Filesystem for Adapter {
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             let (number, kind) = match self.overlay.peek(self.own(ino), name) {
                 Ok(Some(attr)) => (attr.ino + self.base, kind(attr.kind)),
-                _ if tells_gone => (UNKNOWN, FileType::RegularFile),
+                _ if tells_gone => self.gone(self.own(ino), name),
                 _ => continue,
             };
             if reply.add(INodeNo(number), at as u64 + 3, kind, name) {
@@ -480,7 +493,8 @@ impl Filesystem for Adapter {
             let at = at as u64 + 3;
             let Ok(attr) = self.overlay.look_up(self.own(ino), name) else {
                 // Without a number of its own, the kernel takes the name and nothing else.
-                let gone = FileAttr { ino: INodeNo(UNKNOWN), ..nothing() };
+                let (number, kind) = self.gone(self.own(ino), name);
+                let gone = FileAttr { ino: INodeNo(number), kind, ..nothing() };
                 if tells_gone && reply.add(INodeNo(0), at, name, &Duration::ZERO, &gone, GENERATION) {
                     break;
                 }

@@ -13,7 +13,7 @@
 //! from then on read for themselves, until the others are done.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use fuser::{BackingId, FopenFlags};
 
 use super::open::{List, Names, Table, locked};
-use super::overlay::{Ino, OpenFile};
+use super::overlay::{Had, Ino, OpenFile};
 use super::sys;
 
 /// An open file or directory.
@@ -85,6 +85,8 @@ struct SharedDir {
     names: Arc<Mutex<Weak<Vec<OsString>>>>,
     /// A name has come or gone since.
     changed: bool,
+    /// What had the names that have gone since.
+    gone: HashMap<OsString, Had>,
 }
 
 /// What a file is opened for.
@@ -215,6 +217,18 @@ impl Handles {
                 dir.changed = true;
             }
         }
+    }
+
+    /// A file had this name in a directory until now.
+    pub(super) fn name_gone(&self, dir: Ino, name: &OsStr, had: Had) {
+        if let Some(dir) = locked(&self.dirs).get_mut(&dir) {
+            dir.gone.insert(name.to_owned(), had);
+        }
+    }
+
+    /// What had a name in a directory, if that has gone since it was opened.
+    pub(super) fn gone(&self, dir: Ino, name: &OsStr) -> Option<Had> {
+        locked(&self.dirs).get(&dir)?.gone.get(name).copied()
     }
 
     /// Closes a directory. `forget` is called first if the kernel may have a list from before a name came or went.

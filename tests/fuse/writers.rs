@@ -1,12 +1,13 @@
 //! Who writes, and in which way.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::mem::MaybeUninit;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::fs::{OFlags, RawDir, XattrFlags};
+use rustix::fs::{FileType, OFlags, RawDir, XattrFlags};
 use rustix::process::{Gid, Uid};
 
 use crate::Case;
@@ -151,30 +152,52 @@ fn a_file_that_was_opened_to_append_can_be_written_elsewhere() {
 
 /// The kernel keeps one list of a directory. When somebody else had it renewed, whoever was in the middle of the old one went on in the new one.
 fn who_lists_while_names_go_is_told_all_others() {
-    const NAMES: usize = 1000;
     let site = Site::new(|_| {});
-    let dir = site.at("dir");
-    fs::create_dir(&dir).unwrap();
+    // Those that are gone come from the kernel's list, or from us.
+    list_while_names_go(&site, &site.at("listed"), true);
+    list_while_names_go(&site, &site.at("unlisted"), false);
+    site.end();
+}
+
+fn list_while_names_go(site: &Site, dir: &Path, listed: bool) {
+    const NAMES: usize = 1000;
+    fs::create_dir(dir).unwrap();
     for number in 0..NAMES {
         File::create(dir.join(format!("name {number}"))).unwrap();
     }
-    let list = || fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
-    // Now the kernel has it.
-    assert_eq!(list().len(), NAMES);
-    let open = File::open(&dir).unwrap();
+    let list = || fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    if listed {
+        // Now the kernel has it.
+        assert_eq!(list().len(), NAMES);
+    }
+    let open = File::open(dir).unwrap();
     let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut reader = RawDir::new(&open, &mut buffer);
+    let mut numbers = BTreeMap::new();
+    for number in 0..NAMES {
+        let name = format!("name {number}");
+        numbers.insert(name.clone(), fs::metadata(dir.join(name)).unwrap().ino());
+    }
     let mut next = || {
         loop {
-            let name = reader.next()?.unwrap().file_name().to_str().unwrap().to_owned();
+            let entry = reader.next()?.unwrap();
+            let name = entry.file_name().to_str().unwrap().to_owned();
             if name != "." && name != ".." {
+                assert_eq!((entry.ino(), entry.file_type()), (numbers[&name], FileType::RegularFile), "{name}");
                 return Some(name);
             }
         }
     };
     let mut told: Vec<String> = (0..NAMES / 5).map(|_| next().unwrap()).collect();
-    let gone = &told[..NAMES / 10];
-    gone.iter().for_each(|name| fs::remove_file(dir.join(name)).unwrap());
+    // Of those that were told, and of those that come yet.
+    let untold = numbers.keys().filter(|name| !told.contains(name)).take(NAMES / 10);
+    let gone: Vec<&String> = told[..NAMES / 10].iter().chain(untold).collect();
+    for (at, name) in gone.iter().enumerate() {
+        match at % 2 {
+            0 => fs::remove_file(dir.join(name)).unwrap(),
+            _ => fs::rename(dir.join(name), site.at(&format!("{name} {listed}"))).unwrap(),
+        }
+    }
     let left = NAMES - gone.len();
     assert_eq!(list().len(), left);
     told.extend(std::iter::from_fn(&mut next));
@@ -189,5 +212,4 @@ fn who_lists_while_names_go_is_told_all_others() {
     for _ in 0..2 {
         assert_eq!(list().len(), left + 1);
     }
-    site.end();
 }

@@ -68,6 +68,7 @@ pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
 pub use origin::{Origin, Origins, note};
+pub use remove::Had;
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
 pub use still::Still;
