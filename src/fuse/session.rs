@@ -86,6 +86,14 @@ pub enum Error {
         /// The directory.
         dir: PathBuf,
     },
+    /// Where to attach them is not known.
+    #[error(
+        "the table of mounts does not have {dir:?}: snapshots are read through it, and none is attached; unmount it, and mount it again"
+    )]
+    NotInTable {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// A system call failed.
     #[error("cannot {action} {object:?}: {source}")]
     Io {
@@ -205,10 +213,11 @@ pub fn serve_all(
     });
     let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());
     let ready = |shown: &Path| {
-        // The first reading of the table may have missed it.
-        let mount = (0..2).find_map(|_| mounted(shown).ok().flatten());
-        if let Some((natives, mount)) = natives.zip(mount) {
-            natives.mounted_at(mount);
+        if let Some(natives) = natives {
+            match in_table(shown, mounted) {
+                Ok(mount) => natives.mounted_at(mount),
+                Err(error) => report(&error.into()),
+            }
         }
         ready();
     };
@@ -405,8 +414,33 @@ fn is_ours(dir: &Path) -> io::Result<bool> {
     Ok(mounts::of_file(opened)?.is_some_and(|mount| mount.point == dir && mount.fstype == TYPE.as_bytes()))
 }
 
+/// Finds a mount in the table, whose first reading may have missed it.
+fn in_table<T>(dir: &Path, look: impl Fn(&Path) -> Result<Option<T>, Error>) -> Result<T, Error> {
+    let found = look(dir).transpose().or_else(|| look(dir).transpose());
+    found.unwrap_or_else(|| Err(Error::NotInTable { dir: dir.to_owned() }))
+}
+
 /// Our mount that is uppermost at `dir`.
 fn mounted(dir: &Path) -> Result<Option<Mount>, Error> {
     let uppermost = mounts::at(dir).map_err(failed("look for a mount at", dir))?;
     Ok(uppermost.filter(|mount| mount.fstype == TYPE.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_missed_in_the_table_is_told() {
+        let dir = Path::new("/mnt");
+        let told_at = |last: u32| {
+            let looks = std::cell::Cell::new(0);
+            in_table(dir, |_| Ok((looks.replace(looks.get() + 1) == last).then_some("found")))
+        };
+        assert!(matches!((told_at(0), told_at(1)), (Ok("found"), Ok("found"))));
+        let Err(missed) = told_at(2) else { panic!("it looks too often") };
+        assert!(missed.to_string().starts_with("the table of mounts does not have \"/mnt\": "), "{missed}");
+        let failing = in_table(dir, |_| Err::<Option<()>, _>(failed("look at", dir)(io::ErrorKind::Other.into())));
+        assert!(matches!(failing, Err(Error::Io { action: "look at", .. })));
+    }
 }
