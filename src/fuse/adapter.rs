@@ -33,7 +33,7 @@ const UNKNOWN: u64 = 0xffff_ffff;
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
 const OPENING: Duration = Duration::from_millis(1);
 /// The kernel keeps this for the file that it passes writes through to, when a program takes it off later (`F_SETFL`): all that it wrote anywhere
-/// would be added at the end. Who opens a file so is served here, unless it is passed through for somebody else already.
+/// would be added at the end. So it asks us for what is read and written by whoever opens a file so.
 const APPEND: i32 = OFlags::APPEND.bits().cast_signed();
 
 /// Serves a copy-on-write tree.

@@ -278,7 +278,9 @@ impl Handles {
                 mode.stale |= write;
                 mode.told |= access == Access::Write;
                 let handle = self.open.add(Handle::File(FileHandle { ino, file, passed: true }));
-                return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
+                // Who is not to pass has the file for mappings alone: the kernel asks us for what he reads and writes.
+                let flags = if may_pass { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
+                return Opened { handle, flags, backing: Some(backing) };
             }
         }
         if access == Access::Read && mode.cached == 0 && mode.passed == 0 && !mode.stale {

@@ -12,6 +12,7 @@ use rustix::process::{Gid, Uid};
 
 use crate::Case;
 use crate::site::Site;
+use crate::sys::Mapping;
 
 pub(crate) const CASES: &[Case] = &[
     ("what_somebody_else_writes_loses_its_set_id_bits", what_somebody_else_writes_loses_its_set_id_bits),
@@ -147,7 +148,31 @@ fn a_file_that_was_opened_to_append_can_be_written_elsewhere() {
     }
     assert_eq!(fs::read_to_string(site.at("below")).unwrap(), "new3456789endEND");
     assert_eq!(fs::read_to_string(site.at("made")).unwrap(), "newEND");
+    append_beside_who_passes(&site.at("passed"));
     site.end();
+}
+
+/// Whatever is done to a file that the kernel passes through for somebody else, it is as on a plain directory; mappings are all of one file.
+fn append_beside_who_passes(path: &Path) {
+    let open = |append| File::options().read(true).append(append).write(true).open(path).unwrap();
+    fs::write(path, "0123456789").unwrap();
+    let passing = open(false);
+    let mut appending = open(true);
+    let mappings = [Mapping::new(&passing).unwrap(), Mapping::new(&appending).unwrap()];
+    appending.write_all(b"end").unwrap();
+    rustix::fs::fcntl_setfl(&appending, OFlags::empty()).unwrap();
+    appending.write_all_at(b"new", 0).unwrap();
+    passing.write_all_at(b"past", 4).unwrap();
+    assert_eq!(mappings.each_ref().map(|mapping| [mapping.load(0), mapping.load(4)]), [*b"np"; 2]);
+    mappings[1].store(9, b'm');
+    rustix::fs::fcntl_setfl(&appending, OFlags::APPEND).unwrap();
+    appending.write_all(b"END").unwrap();
+    let mut read = [0; 16];
+    for file in [&passing, &appending] {
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert_eq!(&read, b"new3past8mendEND");
+        assert_eq!(file.metadata().unwrap().len(), 16);
+    }
 }
 
 /// The kernel keeps one list of a directory. When somebody else had it renewed, whoever was in the middle of the old one went on in the new one.
