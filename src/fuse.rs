@@ -31,6 +31,7 @@ pub mod places;
 mod readers;
 pub mod session;
 mod sys;
+mod watch;
 mod wire;
 
 pub use crate::stores::layers as overlay;

@@ -44,7 +44,7 @@ use census::Census;
 pub(crate) use cgroup::says_frozen;
 pub use cgroup::{Cgroup, CgroupVersion};
 #[cfg(feature = "fuse")]
-pub(crate) use credentials::groups_of;
+pub(crate) use credentials::Author;
 pub use diff::{ProcessChange, process_changes};
 pub use files::How;
 pub(crate) use mounts::uncovered;

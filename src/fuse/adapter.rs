@@ -21,11 +21,11 @@ use rustix::fs::OFlags;
 use super::given::Given;
 use super::handles::{Access, Handle, Handles};
 use super::open::{Dots, locked, with_buffer};
-use super::overlay::{Attr, Change, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE};
+use super::overlay::{Attr, Change, Had, MERGE, OpenFile, Overlay, ROOT, SEAL, STORE, privileges};
 use super::wire::{
     GENERATION, caller, done, errno, kind, nothing, set_time, sized, to_fuse, unpack_device, xattr_list,
 };
-use crate::processes::groups_of;
+use crate::processes::Author;
 
 pub(super) const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// As libfuse has it: what a name in a listing leads to that is known no more.
@@ -33,7 +33,7 @@ const UNKNOWN: u64 = 0xffff_ffff;
 /// The shortest time that is not none: the kernel counts in ticks of some milliseconds, in which no clock of a file moves either.
 const OPENING: Duration = Duration::from_millis(1);
 /// The kernel keeps this for the file that it passes writes through to, when a program takes it off later (`F_SETFL`): all that it wrote anywhere
-/// would be added at the end. Who opens a file so is served here, unless it is passed through for somebody else already.
+/// would be added at the end. So it asks us for what is read and written by whoever opens a file so.
 const APPEND: i32 = OFlags::APPEND.bits().cast_signed();
 
 /// Serves a copy-on-write tree.
@@ -116,6 +116,18 @@ impl Adapter {
             self.overlay.list(ino).map(|listed| listed.into_iter().map(|entry| entry.name).collect())
         });
         Ok((names.map_err(errno)?, dir.is_shared()))
+    }
+
+    /// Notes what had a name that was taken away, where somebody may still be told of it.
+    fn gone_from(&self, dir: u64, name: &OsStr, removed: super::overlay::Result<Had>) -> super::overlay::Result<()> {
+        self.handles.name_gone(dir, name, removed?);
+        Ok(())
+    }
+
+    /// The number and the kind to be told of a name that is gone.
+    fn gone(&self, dir: u64, name: &OsStr) -> (u64, FileType) {
+        let had = self.handles.gone(dir, name);
+        had.map_or((UNKNOWN, FileType::RegularFile), |(ino, of)| (ino + self.base, kind(of)))
     }
 
     /// Answers with what was made in a directory.
@@ -209,8 +221,12 @@ impl Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         let (atime, mtime) = (atime.map(set_time), mtime.map(set_time));
-        let drop_privileges = request.uid() != 0;
-        let change = Change { mode, uid, gid, size, atime, mtime, drop_privileges };
+        let mut change = Change { mode, uid, gid, size, atime, mtime, ..Change::default() };
+        match self.privileges_after(request, self.own(ino), &mut change) {
+            Allowed::Yes => {}
+            Allowed::Nothing => return self.getattr(request, ino, None, reply),
+            Allowed::No => return reply.error(Errno::EPERM),
+        }
         let _resizing = size.map(|_| locked(&self.handles.resizing));
         match self.overlay.change(self.own(ino), &change) {
             Ok(attr) => {
@@ -247,13 +263,13 @@ impl Filesystem for Adapter {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.overlay.unlink(self.own(parent), name);
+        let removed = self.gone_from(self.own(parent), name, self.overlay.unlink(self.own(parent), name));
         self.handles.names_changed(&[self.own(parent)]);
         done(removed, reply);
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = self.overlay.rmdir(self.own(parent), name);
+        let removed = self.gone_from(self.own(parent), name, self.overlay.rmdir(self.own(parent), name));
         self.handles.names_changed(&[self.own(parent)]);
         done(removed, reply);
     }
@@ -280,6 +296,7 @@ impl Filesystem for Adapter {
         }
         let (from, to) = (self.own(parent), self.own(newparent));
         let renamed = self.overlay.rename((from, name), (to, newname), no_replace, exchange);
+        let renamed = self.gone_from(from, name, renamed);
         self.handles.names_changed(&[from, to]);
         done(renamed, reply);
     }
@@ -295,8 +312,8 @@ impl Filesystem for Adapter {
             Ok(file) => file,
             Err(error) => return reply.error(errno(error)),
         };
-        if truncate && request.uid() != 0 {
-            let _ = self.overlay.drop_privileges(self.own(ino));
+        if truncate {
+            self.was_written_by(request, self.own(ino), false);
         }
         let appends = write && flags.0 & APPEND != 0;
         let may_pass =
@@ -382,7 +399,7 @@ impl Filesystem for Adapter {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -398,10 +415,8 @@ impl Filesystem for Adapter {
         };
         match self.overlay.write(self.own(ino), &file, data, offset) {
             Ok(written) => {
-                if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
-                    && !self.overlay.is_unprivileged(self.own(ino))
-                {
-                    let _ = self.overlay.drop_privileges(self.own(ino));
+                if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID) {
+                    self.was_written_by(request, self.own(ino), true);
                 }
                 reply.written(written as u32);
             }
@@ -456,7 +471,7 @@ impl Filesystem for Adapter {
         for (at, name) in names.iter().enumerate().skip((offset as usize).saturating_sub(Dots::COUNT)) {
             let (number, kind) = match self.overlay.peek(self.own(ino), name) {
                 Ok(Some(attr)) => (attr.ino + self.base, kind(attr.kind)),
-                _ if tells_gone => (UNKNOWN, FileType::RegularFile),
+                _ if tells_gone => self.gone(self.own(ino), name),
                 _ => continue,
             };
             if reply.add(INodeNo(number), at as u64 + 3, kind, name) {
@@ -478,7 +493,8 @@ impl Filesystem for Adapter {
             let at = at as u64 + 3;
             let Ok(attr) = self.overlay.look_up(self.own(ino), name) else {
                 // Without a number of its own, the kernel takes the name and nothing else.
-                let gone = FileAttr { ino: INodeNo(UNKNOWN), ..nothing() };
+                let (number, kind) = self.gone(self.own(ino), name);
+                let gone = FileAttr { ino: INodeNo(number), kind, ..nothing() };
                 if tells_gone && reply.add(INodeNo(0), at, name, &Duration::ZERO, &gone, GENERATION) {
                     break;
                 }
@@ -605,7 +621,7 @@ impl Filesystem for Adapter {
         };
         let allocated = self.overlay.allocate(self.own(ino), &file, mode.cast_unsigned(), offset, length);
         if allocated.is_ok() {
-            self.was_written_by(request, self.own(ino));
+            self.was_written_by(request, self.own(ino), false);
         }
         done(allocated, reply);
     }
@@ -649,7 +665,7 @@ impl Filesystem for Adapter {
         };
         match self.overlay.copy_range(self.own(ino_out), &to, &from, (offset_in, offset_out), len) {
             Ok(copied) => {
-                self.was_written_by(request, self.own(ino_out));
+                self.was_written_by(request, self.own(ino_out), false);
                 reply.written(copied as u32);
                 if self.handles.is_passed(self.own(ino_out)) {
                     self.attributes_changed(self.own(ino_out));
@@ -660,16 +676,61 @@ impl Filesystem for Adapter {
     }
 }
 
+/// Whether a change may be made.
+enum Allowed {
+    Yes,
+    /// It is for others to make.
+    No,
+    /// It is asked for beside another one that says more.
+    Nothing,
+}
+
+fn author(request: &Request) -> Author {
+    Author::of(request.pid().cast_signed(), request.uid(), request.gid())
+}
+
 impl Adapter {
     /// Whether somebody asks who may do with the store what he likes.
     fn is_ours(&self, request: &Request) -> bool {
         [0, rustix::process::geteuid().as_raw()].contains(&request.uid())
     }
 
-    /// Takes off what a write by somebody else takes off, where the kernel does not say that it is one.
-    fn was_written_by(&self, request: &Request, ino: u64) {
-        if request.uid() != 0 && !self.overlay.is_unprivileged(ino) {
-            let _ = self.overlay.drop_privileges(ino);
+    /// Takes off what a write by somebody else takes off. That it is one, the kernel says of a plain write alone.
+    fn was_written_by(&self, request: &Request, ino: u64, drops: bool) {
+        if self.overlay.is_unprivileged(ino) {
+            return;
+        }
+        let author = author(request);
+        if drops || !author.keeps_set_ids() {
+            let outsider = self.overlay.attr(ino).is_ok_and(|attr| !author.is_of(attr.stat.st_gid));
+            let _ = self.overlay.drop_privileges(ino, outsider);
+        }
+    }
+
+    /// Finds what a change of the length or the owner leaves of the set-id bits, and whether it may be made.
+    ///
+    /// A change of nothing is what the kernel asks for when it wants the bits off: for `chown` to nobody else, which it lets anybody call, and
+    /// before each write, even if that says so itself. Only what it writes past us says nothing more.
+    fn privileges_after(&self, request: &Request, ino: u64, change: &mut Change) -> Allowed {
+        let nothing = change.is_empty();
+        let gives = change.uid.is_some() || change.gid.is_some();
+        if !(nothing || gives || change.size.is_some()) || self.overlay.is_unprivileged(ino) {
+            return Allowed::Yes;
+        }
+        let Ok(Attr { stat, kind, .. }) = self.overlay.attr(ino) else { return Allowed::Yes };
+        // A directory keeps them.
+        if kind == rustix::fs::FileType::Directory {
+            return Allowed::Yes;
+        }
+        let author = author(request);
+        change.drop_privileges = !author.keeps_set_ids();
+        change.outsider = !author.is_of(stat.st_gid);
+        let allowed = !nothing || author.owns(stat.st_uid);
+        match (allowed, self.handles.is_open(ino)) {
+            (true, _) => Allowed::Yes,
+            (false, true) if change.drop_privileges && self.handles.is_passed(ino) => Allowed::Yes,
+            (false, false) if privileges(&stat, change.outsider) != 0 => Allowed::No,
+            (false, _) => Allowed::Nothing,
         }
     }
 
@@ -677,11 +738,7 @@ impl Adapter {
     /// anew, and so the kernel does it for a change of the mode. For a list it says so only in a form of the request that fuser does not read.
     fn list_was_set_by(&self, request: &Request, ino: u64) -> super::overlay::Result<()> {
         let stat = self.overlay.attr(ino)?.stat;
-        if request.uid() == 0 || stat.st_mode & 0o2000 == 0 {
-            return Ok(());
-        }
-        let groups = groups_of(request.pid().cast_signed()).unwrap_or_else(|_| vec![request.gid()]);
-        if groups.contains(&stat.st_gid) {
+        if stat.st_mode & 0o2000 == 0 || author(request).is_of(stat.st_gid) {
             return Ok(());
         }
         let change = Change { mode: Some(stat.st_mode & 0o5777), ..Change::default() };

@@ -9,6 +9,7 @@
 //! first has them, in every mount: that of the other change only if the first is removed.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use fsnap_backend::{Backend, Locator};
-use fuser::Notifier;
+use fuser::{INodeNo, Notifier};
 use rustix::io::Errno;
 
 use super::adapter::Adapter;
@@ -166,6 +167,16 @@ impl Branches {
         slot.used = Instant::now();
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(number, adapter.clone());
         Ok(adapter)
+    }
+
+    /// Makes the kernel ask again for these names in the directory of a branch that is gone. Not for the directory itself: who makes another one
+    /// in its place has the one above locked.
+    pub(super) fn forget(&self, dir: u64, names: &[&OsStr]) {
+        self.let_go_of_removed();
+        if let Some(notifier) = self.notifier.get() {
+            // What it does not know needs nothing.
+            names.iter().for_each(|name| drop(notifier.inval_entry(INodeNo(dir), name)));
+        }
     }
 
     /// Removes a branch by `remove`, if nothing was ever written to it; `false` if something was.

@@ -48,6 +48,7 @@ pub(super) use errno::of as errno_of;
 pub use layout::{Describe, Records};
 pub use native::Natives;
 pub use opened::Opened;
+pub(super) use unchanged::States;
 
 /// The answer to a request.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
@@ -167,8 +168,39 @@ impl Browse {
                 entry.map(|entry| Found::Entry { tree: tree.clone(), meta: entry.meta, realm: dir.realm })
             }
         };
-        let found = found.ok_or(Errno::NOENT)?;
+        let Some(found) = found else {
+            self.still_there(&parent)?;
+            return Err(Errno::NOENT);
+        };
         Ok(self.known(&parent, name, &found))
+    }
+
+    /// Tells the kernel to look again where the directory that it asks about is gone: there may be another one of that name.
+    fn still_there(&self, node: &Node) -> Result<()> {
+        match &node.what {
+            What::Place(place) if place.keep() != Keep::Forever => {
+                let meta = self.with_room(|| self.layout.meta(place).map_err(|error| self.failed(&error)))?;
+                meta.map(drop).ok_or(Errno::STALE)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that a directory is there, when it is opened: later on, the kernel looks for no other one.
+    pub fn open_dir(&self, number: u64) -> Result<()> {
+        self.still_there(&*self.node(number)?)
+    }
+
+    /// The directories of checkpoints and branches that the kernel knows and that are recorded no more: that of each, its own number and its name.
+    pub fn gone(&self) -> Vec<(u64, u64, OsString)> {
+        let known = self.nodes.recorded();
+        if known.is_empty() {
+            return Vec::new();
+        }
+        let Ok(there) = self.layout.there() else { return Vec::new() };
+        let is_gone = |node: &Arc<Node>| matches!(&node.what, What::Place(place) if !there(place));
+        let told = |node: Arc<Node>| Some((node.parent.as_ref()?.number, node.number, node.name.clone()));
+        known.into_iter().filter(is_gone).filter_map(told).collect()
     }
 
     fn known(&self, parent: &Arc<Node>, name: &OsStr, found: &Found) -> Attr {
@@ -187,6 +219,15 @@ impl Browse {
         let parent = self.node(parent)?;
         let What::Place(Place::Branches) = parent.what else { return Err(Errno::ROFS) };
         let branch = self.layout.make_branch(name).map_err(|error| self.failed(&error))?;
+        let is_replaced = |place: &Place| match place {
+            Place::Branch(name, made) => *name == branch.name && *made != branch.time,
+            _ => false,
+        };
+        let is_replaced = |node: &&Arc<Node>| matches!(&node.what, What::Place(place) if is_replaced(place));
+        let volumes: Vec<_> = branch.members.iter().map(|member| OsStr::new(member.volume.as_str())).collect();
+        for replaced in self.nodes.recorded().iter().filter(is_replaced) {
+            self.branches.forget(replaced.number, &volumes);
+        }
         let found = Found::Place(Place::of_branch(&branch));
         let attr = self.known(&parent, OsStr::new(branch.name.as_str()), &found);
         Ok(Attr { name: Keep::Not, ..attr })

@@ -221,6 +221,9 @@ impl Filesystem for BrowseAdapter {
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if let Err(error) = self.browse.open_dir(ino.0) {
+            return reply.error(errno(error));
+        }
         let kept = match self.browse.never_changes(ino.0) {
             true => FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE,
             false => FopenFlags::empty(),

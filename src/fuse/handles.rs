@@ -13,7 +13,7 @@
 //! from then on read for themselves, until the others are done.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use fuser::{BackingId, FopenFlags};
 
 use super::open::{List, Names, Table, locked};
-use super::overlay::{Ino, OpenFile};
+use super::overlay::{Had, Ino, OpenFile};
 use super::sys;
 
 /// An open file or directory.
@@ -85,6 +85,8 @@ struct SharedDir {
     names: Arc<Mutex<Weak<Vec<OsString>>>>,
     /// A name has come or gone since.
     changed: bool,
+    /// What had the names that have gone since.
+    gone: HashMap<OsString, Had>,
 }
 
 /// What a file is opened for.
@@ -217,6 +219,18 @@ impl Handles {
         }
     }
 
+    /// A file had this name in a directory until now.
+    pub(super) fn name_gone(&self, dir: Ino, name: &OsStr, had: Had) {
+        if let Some(dir) = locked(&self.dirs).get_mut(&dir) {
+            dir.gone.insert(name.to_owned(), had);
+        }
+    }
+
+    /// What had a name in a directory, if that has gone since it was opened.
+    pub(super) fn gone(&self, dir: Ino, name: &OsStr) -> Option<Had> {
+        locked(&self.dirs).get(&dir)?.gone.get(name).copied()
+    }
+
     /// Closes a directory. `forget` is called first if the kernel may have a list from before a name came or went.
     pub(super) fn close_dir(&self, number: u64, forget: impl FnOnce()) {
         let Some(handle) = self.open.remove(number) else { return };
@@ -264,7 +278,9 @@ impl Handles {
                 mode.stale |= write;
                 mode.told |= access == Access::Write;
                 let handle = self.open.add(Handle::File(FileHandle { ino, file, passed: true }));
-                return Opened { handle, flags: FopenFlags::empty(), backing: Some(backing) };
+                // Who is not to pass has the file for mappings alone: the kernel asks us for what he reads and writes.
+                let flags = if may_pass { FopenFlags::empty() } else { FopenFlags::FOPEN_DIRECT_IO };
+                return Opened { handle, flags, backing: Some(backing) };
             }
         }
         if access == Access::Read && mode.cached == 0 && mode.passed == 0 && !mode.stale {
@@ -315,6 +331,11 @@ impl Handles {
         let mut modes = locked(&self.modes);
         drop(modes.let_go(ino));
         modes.files.get(&ino).is_some_and(|mode| mode.registered.is_some() && mode.stale)
+    }
+
+    /// Whether anybody has it open.
+    pub(super) fn is_open(&self, ino: Ino) -> bool {
+        locked(&self.modes).files.get(&ino).is_some_and(|mode| mode.cached > 0 || mode.passed > 0)
     }
 
     /// Files of which pages may have been changed that the kernel has not written to us yet.

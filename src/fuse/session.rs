@@ -9,17 +9,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fsnap_backend::mounts::{self, Mount};
-use fuser::{Config, Filesystem, Notifier, Session, SessionACL};
+use fuser::{Config, Filesystem, INodeNo, Notifier, Session, SessionACL};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
-use super::browse::{Browse, Natives, Records};
+use super::browse::{Browse, Natives, Records, States};
 use super::mount_adapter::MountAdapter;
 use super::mounting;
 use super::overlay::Overlay;
+use super::watch::Watch;
 use crate::mount;
 
 /// The type of our mounts.
@@ -82,6 +83,14 @@ pub enum Error {
     /// Only root can attach snapshots.
     #[error("cannot attach snapshots to {dir:?}, which takes root: mount it without --native")]
     NotRoot {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Where to attach them is not known.
+    #[error(
+        "the table of mounts does not have {dir:?}: snapshots are read through it, and none is attached; unmount it, and mount it again"
+    )]
+    NotInTable {
         /// The directory.
         dir: PathBuf,
     },
@@ -154,7 +163,7 @@ pub fn serve_all(
     if options.native && !rustix::process::geteuid().is_root() {
         return Err(Error::NotRoot { dir: dir.to_owned() });
     }
-    let notifier = Arc::new(OnceLock::new());
+    let (notifier, state) = (Arc::new(OnceLock::<Notifier>::new()), records.state.clone());
     let branches = Arc::new(Branches::new(records.clone(), Box::new(report), notifier.clone()));
     let browse = Arc::new(Browse::new(records, branches.clone(), Box::new(report)));
     let natives = options.native.then(|| Natives::start(browse.clone(), notifier.clone())).transpose();
@@ -185,16 +194,35 @@ pub fn serve_all(
         browse.let_go_of_all();
     });
     let keeper = keeper.map_err(failed("start a thread for", dir))?;
+    // Where it cannot be, what is gone is seen a second later.
+    let watch = Watch::start(&state.clone(), {
+        let (browse, branches, notifier) = (browse.clone(), branches.clone(), notifier.clone());
+        let mut seen = States::default();
+        move || {
+            // To read the catalog touches its files, too.
+            let now = States::of(&state);
+            if std::mem::replace(&mut seen, now) == now {
+                return;
+            }
+            branches.let_go_of_removed();
+            for (parent, number, name) in browse.gone() {
+                // What is in use below it stays known, and is not found any more.
+                let _ = notifier.get().map(|notifier| notifier.delete(INodeNo(parent), INodeNo(number), &name));
+            }
+        }
+    });
     let adapter = MountAdapter::new(browse, branches, natives.clone(), notifier.clone());
     let ready = |shown: &Path| {
-        // The first reading of the table may have missed it.
-        let mount = (0..2).find_map(|_| mounted(shown).ok().flatten());
-        if let Some((natives, mount)) = natives.zip(mount) {
-            natives.mounted_at(mount);
+        if let Some(natives) = natives {
+            match in_table(shown, mounted) {
+                Ok(mount) => natives.mounted_at(mount),
+                Err(error) => report(&error.into()),
+            }
         }
         ready();
     };
     let served = serve_by(adapter, &notifier, source, dir, options, ready);
+    drop(watch);
     drop(ended);
     // It has nothing to fail at, and what it could not let go of harms nothing.
     let _ = keeper.join();
@@ -386,8 +414,33 @@ fn is_ours(dir: &Path) -> io::Result<bool> {
     Ok(mounts::of_file(opened)?.is_some_and(|mount| mount.point == dir && mount.fstype == TYPE.as_bytes()))
 }
 
+/// Finds a mount in the table, whose first reading may have missed it.
+fn in_table<T>(dir: &Path, look: impl Fn(&Path) -> Result<Option<T>, Error>) -> Result<T, Error> {
+    let found = look(dir).transpose().or_else(|| look(dir).transpose());
+    found.unwrap_or_else(|| Err(Error::NotInTable { dir: dir.to_owned() }))
+}
+
 /// Our mount that is uppermost at `dir`.
 fn mounted(dir: &Path) -> Result<Option<Mount>, Error> {
     let uppermost = mounts::at(dir).map_err(failed("look for a mount at", dir))?;
     Ok(uppermost.filter(|mount| mount.fstype == TYPE.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_missed_in_the_table_is_told() {
+        let dir = Path::new("/mnt");
+        let told_at = |last: u32| {
+            let looks = std::cell::Cell::new(0);
+            in_table(dir, |_| Ok((looks.replace(looks.get() + 1) == last).then_some("found")))
+        };
+        assert!(matches!((told_at(0), told_at(1)), (Ok("found"), Ok("found"))));
+        let Err(missed) = told_at(2) else { panic!("it looks too often") };
+        assert!(missed.to_string().starts_with("the table of mounts does not have \"/mnt\": "), "{missed}");
+        let failing = in_table(dir, |_| Err::<Option<()>, _>(failed("look at", dir)(io::ErrorKind::Other.into())));
+        assert!(matches!(failing, Err(Error::Io { action: "look at", .. })));
+    }
 }

@@ -37,15 +37,7 @@ impl Credentials {
     fn parse(status: &[u8]) -> Option<Self> {
         const CAP_DAC_OVERRIDE: u64 = 1 << 1;
         const CAP_DAC_READ_SEARCH: u64 = 1 << 2;
-        let field = |name: &[u8]| status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name));
-        let numbers =
-            |line: &[u8]| -> Vec<u32> { line.split(u8::is_ascii_whitespace).filter_map(parse::<u32>).collect() };
-        // Real, effective, saved, and last the one for files.
-        let uid = *numbers(field(b"Uid:")?).get(3)?;
-        let mut groups = numbers(field(b"Groups:")?);
-        groups.push(*numbers(field(b"Gid:")?).get(3)?);
-        let effective = std::str::from_utf8(field(b"CapEff:")?.trim_ascii()).ok()?;
-        let effective = u64::from_str_radix(effective, 16).ok()?;
+        let Status { uid, groups, effective } = Status::parse(status)?;
         let overrides = effective & (CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH) != 0;
         Some(Self { uid, groups, overrides, mapped: None })
     }
@@ -83,15 +75,76 @@ impl Credentials {
     }
 }
 
-/// The groups that a thread is in, its own among them, for the kernel's checks of accesses to files.
-///
-/// # Errors
-///
-/// The thread is of another pid namespace, or has ended.
+/// What `/proc/PID/status` says of the kernel's checks of accesses to files.
+struct Status {
+    uid: u32,
+    /// Its own among them.
+    groups: Vec<u32>,
+    /// Capabilities, within its user namespace.
+    effective: u64,
+}
+
+impl Status {
+    fn parse(status: &[u8]) -> Option<Self> {
+        let field = |name: &[u8]| status.split(|&byte| byte == b'\n').find_map(|line| line.strip_prefix(name));
+        let numbers =
+            |line: &[u8]| -> Vec<u32> { line.split(u8::is_ascii_whitespace).filter_map(parse::<u32>).collect() };
+        // Real, effective, saved, and last the one for files.
+        let uid = *numbers(field(b"Uid:")?).get(3)?;
+        let mut groups = numbers(field(b"Groups:")?);
+        groups.push(*numbers(field(b"Gid:")?).get(3)?);
+        let effective = std::str::from_utf8(field(b"CapEff:")?.trim_ascii()).ok()?;
+        let effective = u64::from_str_radix(effective, 16).ok()?;
+        Some(Self { uid, groups, effective })
+    }
+}
+
+/// Who changes a file, as far as the kernel looks at that when it decides which set-id bits are left.
 #[cfg(feature = "fuse")]
-pub(crate) fn groups_of(thread: i32) -> io::Result<Vec<u32>> {
-    let found = Credentials::parse(&ProcDir::of(thread)?.read_record("status")?);
-    Ok(found.ok_or_else(not_a_status)?.groups)
+pub(crate) struct Author {
+    uid: u32,
+    groups: Vec<u32>,
+    /// Capabilities in the first user namespace: no others count here.
+    effective: u64,
+}
+
+#[cfg(feature = "fuse")]
+impl Author {
+    /// The thread of that number, and what is known of it besides. Of a thread that cannot be looked at (it is of another pid namespace, or
+    /// of another user's while fsnap is not the superuser's) nothing else is taken into account.
+    pub(crate) fn of(thread: i32, uid: u32, gid: u32) -> Self {
+        /// As `PROC_USER_INIT_INO` of the kernel's `proc_ns.h` has it.
+        const FIRST: &str = "user:[4026531837]";
+        let all_if_root = if uid == 0 { u64::MAX } else { 0 };
+        let read = |proc: &ProcDir| Status::parse(&proc.read_record("status").ok()?);
+        let Some((proc, status)) = ProcDir::of(thread).ok().and_then(|proc| read(&proc).map(|status| (proc, status)))
+        else {
+            return Self { uid, groups: vec![gid], effective: all_if_root };
+        };
+        let effective = match proc.link("ns/user") {
+            Ok(link) if link.as_os_str() == FIRST => status.effective,
+            Ok(_) => 0,
+            Err(_) => all_if_root,
+        };
+        Self { uid, groups: status.groups, effective }
+    }
+
+    /// Whether his writes leave all set-id bits as they are.
+    pub(crate) fn keeps_set_ids(&self) -> bool {
+        const CAP_FSETID: u64 = 1 << 4;
+        self.effective & CAP_FSETID != 0
+    }
+
+    /// Whether a file of this group that the group may not execute keeps its set-group-ID bit.
+    pub(crate) fn is_of(&self, group: u32) -> bool {
+        self.groups.contains(&group) || self.keeps_set_ids()
+    }
+
+    /// Whether he may give away a file of this owner's, or change its mode.
+    pub(crate) fn owns(&self, owner: u32) -> bool {
+        const CAP_FOWNER: u64 = 1 << 3;
+        self.uid == owner || self.effective & CAP_FOWNER != 0
+    }
 }
 
 fn not_a_status() -> io::Error {
@@ -132,6 +185,19 @@ mod tests {
 
     fn who(uid: u32, groups: &[u32], overrides: bool) -> Credentials {
         Credentials { uid, groups: groups.to_vec(), overrides, mapped: None }
+    }
+
+    #[cfg(feature = "fuse")]
+    #[test]
+    fn who_cannot_be_looked_at_is_who_he_says() {
+        // No thread has this number.
+        let of = |uid| Author::of(-1, uid, 8);
+        assert!(of(0).keeps_set_ids() && of(0).is_of(9) && of(0).owns(7));
+        assert!(!of(7).keeps_set_ids() && of(7).is_of(8) && !of(7).is_of(9) && of(7).owns(7) && !of(7).owns(6));
+        // This one may say what he likes.
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        let gid = rustix::process::getgid().as_raw();
+        assert!(Author::of(own, 7, gid + 1).is_of(gid));
     }
 
     #[test]

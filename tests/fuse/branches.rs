@@ -22,6 +22,8 @@ pub(crate) const CASES: &[Case] = &[
     ("made_and_written_over_rsync", || made_and_written("rsync")),
     ("named_by_prefix_tag_and_latest", named_by_prefix_tag_and_latest),
     ("removed_while_nothing_was_written", removed_while_nothing_was_written),
+    ("one_made_again_is_the_new_one_at_once", one_made_again_is_the_new_one_at_once),
+    ("who_watches_is_told_of_a_removal", who_watches_is_told_of_a_removal),
     ("a_first_write_and_a_removal_exclude_each_other", a_first_write_and_a_removal_exclude_each_other),
     ("one_server_has_a_branch", one_server_has_a_branch),
     ("numbers_are_the_same_in_every_mount", numbers_are_the_same_in_every_mount),
@@ -212,6 +214,77 @@ fn removed_while_nothing_was_written() {
     // A new one of that name has nothing of it.
     fs::create_dir(past.at("branches/used@latest")).unwrap();
     assert_eq!(names(past.at("branches/used/db")), ["file"]);
+    past.unmount();
+}
+
+/// Whatever the kernel remembered of the old one.
+fn one_made_again_is_the_new_one_at_once() {
+    let past = Past::new();
+    let db = past.volume("db", "rsync");
+    fs::write(db.join("file"), "one").unwrap();
+    fs::write(db.join("old"), "old").unwrap();
+    let first = past.checkpoint();
+    fs::write(db.join("file"), "another").unwrap();
+    fs::rename(db.join("old"), db.join("new")).unwrap();
+    let second = past.checkpoint();
+    past.mount();
+    type Look = fn(&Path) -> std::io::Result<String>;
+    let looks: [(&str, Look, &str, &str); 8] = [
+        ("list", |branch| Ok(names(branch.join("db")).join(" ")), "file old", "file new"),
+        ("volumes", |branch| Ok(names(branch).join(" ")), "db", "db"),
+        ("read", |branch| fs::read_to_string(branch.join("db/file")), "one", "another"),
+        ("length", |branch| Ok(fs::metadata(branch.join("db/file"))?.len().to_string()), "3", "7"),
+        ("there before", |branch| fs::read_to_string(branch.join("db/old")), "old", "not found"),
+        ("there since", |branch| fs::read_to_string(branch.join("db/new")), "not found", "old"),
+        ("write", |branch| fs::write(branch.join("db/made"), "").map(|()| "done".into()), "done", "done"),
+        (
+            "rename",
+            |branch| fs::rename(branch.join("db/file"), branch.join("db/f")).map(|()| "done".into()),
+            "done",
+            "done",
+        ),
+    ];
+    let told = |look: Look| match look(&past.at("branches/try")) {
+        Ok(found) => found,
+        Err(error) if error.kind() == ErrorKind::NotFound => "not found".into(),
+        Err(error) => error.to_string(),
+    };
+    for (name, look, before, after) in looks {
+        fs::create_dir(past.at(&format!("branches/try@{first}"))).unwrap();
+        assert_eq!(told(look), before, "{name}");
+        let remove = || past.command().args(["rm", "--branch", "try"]).output().unwrap().status.success();
+        // The kernel lets go of a file a little after the process that had it.
+        until("nobody uses it", remove);
+        fs::create_dir(past.at(&format!("branches/try@{second}"))).unwrap();
+        assert_eq!(told(look), after, "{name}");
+        until("nobody uses it", remove);
+    }
+    past.unmount();
+}
+
+/// And so is the kernel, which remembers names.
+fn who_watches_is_told_of_a_removal() {
+    use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch, init};
+    let past = Past::new();
+    fs::write(past.volume("db", "rsync").join("file"), "one").unwrap();
+    let first = past.checkpoint();
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    let watches = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+    for (dir, remove) in
+        [("branches/try".to_owned(), ["--branch", "try"].as_slice()), (format!("ids/{first}"), &[&first])]
+    {
+        assert_eq!(names(past.at(&dir)), ["db"]);
+        let watch = add_watch(&watches, past.at(&dir), WatchFlags::DELETE_SELF).unwrap();
+        past.fsnap(["rm"].iter().chain(remove));
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 1024];
+        let mut reader = Reader::new(&watches, &mut buffer);
+        until("it is told", || {
+            reader.next().is_ok_and(|event| event.wd() == watch && event.events().contains(ReadFlags::DELETE_SELF))
+        });
+        assert_eq!(fs::metadata(past.at(&dir)).unwrap_err().kind(), ErrorKind::NotFound);
+    }
     past.unmount();
 }
 

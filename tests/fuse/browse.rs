@@ -668,6 +668,18 @@ fn without_privileges_through_fusermount() {
          wait $first
          cat mnt/file; ./fsnap umount mnt";
     assert_eq!(shell(late), "new\n");
+    // What its owner may not write to can be linked, moved and removed, and so can what lies in such a directory be changed.
+    let change = "ln a c; rm a; mv b d; stat -c %h d; mv shut moved; echo more >>moved/deeper/file; chmod 600 moved/own
+         stat -c '%n %a' moved moved/deeper moved/own d; cat moved/deeper/file d; chmod 444 moved/own; ln moved/own own; rm own";
+    let changed = shell(&format!(
+        "mkdir -p plain/shut/deeper; cd plain; echo linked >a; ln a b; echo deep >shut/deeper/file; echo own >shut/own
+         chmod 444 a shut/own; chmod 555 shut shut/deeper; cp -a . ../read-only; {change}"
+    ));
+    assert_eq!(
+        shell(&format!("./fsnap overlay read-only three mnt; cd mnt; {change}; cd ..; ./fsnap umount mnt")),
+        changed
+    );
+    shell("chmod -R u+w plain read-only three");
     drop(device);
 }
 

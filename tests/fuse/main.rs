@@ -15,6 +15,7 @@ mod operations;
 mod past;
 mod programs;
 mod semantics;
+mod set_ids;
 mod site;
 mod sys;
 #[path = "../support/thin.rs"]
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         ("native", native::CASES),
         ("programs", programs::CASES),
         ("semantics", semantics::CASES),
+        ("set_ids", set_ids::CASES),
         ("union", union::CASES),
         ("writers", writers::CASES),
     ];

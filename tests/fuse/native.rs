@@ -22,6 +22,7 @@ use crate::tree;
 pub(crate) const CASES: &[Case] = &[
     ("what_is_attached_is_what_fuse_shows", what_is_attached_is_what_fuse_shows),
     ("every_way_of_looking_finds_it", every_way_of_looking_finds_it),
+    ("what_was_attached_too_soon_is_attached_again", what_was_attached_too_soon_is_attached_again),
     ("all_at_once", all_at_once),
     ("others_see_it_if_they_may", others_see_it_if_they_may),
     ("what_is_removed_is_taken_off", what_is_removed_is_taken_off),
@@ -100,6 +101,15 @@ fn what_is_attached_is_what_fuse_shows() {
 
 /// Whichever system call looks first, it sees the snapshot itself and no error.
 fn every_way_of_looking_finds_it() {
+    look_in_every_way("");
+}
+
+/// The kernel drops the name that it was told to look up again, and with it what was attached there in the meantime.
+fn what_was_attached_too_soon_is_attached_again() {
+    look_in_every_way("native:again=sleep:100");
+}
+
+fn look_in_every_way(failpoint: &str) {
     type Look = fn(&Past, &str) -> u64;
     fn opened(file: OwnedFd) -> u64 {
         rustix::fs::fstat(file).unwrap().st_dev
@@ -138,7 +148,7 @@ fn every_way_of_looking_finds_it() {
     fs::create_dir(db.join("dir")).unwrap();
     fs::write(db.join("dir/file"), "one").unwrap();
     let ids: Vec<_> = looks.iter().map(|_| past.checkpoint()).collect();
-    past.mount_with(&["--native"]);
+    past.mount_by(&["--native"], failpoint);
     for ((name, look), id) in looks.iter().zip(&ids) {
         let dir = format!("ids/{id}");
         let first = look(&past, &dir);

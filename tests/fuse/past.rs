@@ -104,7 +104,7 @@ impl Past {
         self.mount_by(options, "");
     }
 
-    fn mount_by(&self, options: &[&str], failpoint: &str) {
+    pub(crate) fn mount_by(&self, options: &[&str], failpoint: &str) {
         let mut command = self.command();
         command.env("FSNAP_FAILPOINT", failpoint);
         command.args(["mount", "--foreground"]).args(options).arg(self.path("mnt"));

@@ -1,16 +1,18 @@
 //! Who writes, and in which way.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::mem::MaybeUninit;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use rustix::fs::{OFlags, RawDir, XattrFlags};
+use rustix::fs::{FileType, OFlags, RawDir, XattrFlags};
 use rustix::process::{Gid, Uid};
 
 use crate::Case;
 use crate::site::Site;
+use crate::sys::Mapping;
 
 pub(crate) const CASES: &[Case] = &[
     ("what_somebody_else_writes_loses_its_set_id_bits", what_somebody_else_writes_loses_its_set_id_bits),
@@ -113,7 +115,7 @@ fn who_sets_the_list_of_a_group_s_file_is_in_the_group() {
 }
 
 /// `cap_net_raw+ep`, as the kernel stores it.
-const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub(crate) const CAPABILITY: &[u8] = &[1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn names_of_trusted_attributes_are_for_the_superuser() {
     let site = Site::new(|lower| {
@@ -146,35 +148,81 @@ fn a_file_that_was_opened_to_append_can_be_written_elsewhere() {
     }
     assert_eq!(fs::read_to_string(site.at("below")).unwrap(), "new3456789endEND");
     assert_eq!(fs::read_to_string(site.at("made")).unwrap(), "newEND");
+    append_beside_who_passes(&site.at("passed"));
     site.end();
+}
+
+/// Whatever is done to a file that the kernel passes through for somebody else, it is as on a plain directory; mappings are all of one file.
+fn append_beside_who_passes(path: &Path) {
+    let open = |append| File::options().read(true).append(append).write(true).open(path).unwrap();
+    fs::write(path, "0123456789").unwrap();
+    let passing = open(false);
+    let mut appending = open(true);
+    let mappings = [Mapping::new(&passing).unwrap(), Mapping::new(&appending).unwrap()];
+    appending.write_all(b"end").unwrap();
+    rustix::fs::fcntl_setfl(&appending, OFlags::empty()).unwrap();
+    appending.write_all_at(b"new", 0).unwrap();
+    passing.write_all_at(b"past", 4).unwrap();
+    assert_eq!(mappings.each_ref().map(|mapping| [mapping.load(0), mapping.load(4)]), [*b"np"; 2]);
+    mappings[1].store(9, b'm');
+    rustix::fs::fcntl_setfl(&appending, OFlags::APPEND).unwrap();
+    appending.write_all(b"END").unwrap();
+    let mut read = [0; 16];
+    for file in [&passing, &appending] {
+        file.read_exact_at(&mut read, 0).unwrap();
+        assert_eq!(&read, b"new3past8mendEND");
+        assert_eq!(file.metadata().unwrap().len(), 16);
+    }
 }
 
 /// The kernel keeps one list of a directory. When somebody else had it renewed, whoever was in the middle of the old one went on in the new one.
 fn who_lists_while_names_go_is_told_all_others() {
-    const NAMES: usize = 1000;
     let site = Site::new(|_| {});
-    let dir = site.at("dir");
-    fs::create_dir(&dir).unwrap();
+    // Those that are gone come from the kernel's list, or from us.
+    list_while_names_go(&site, &site.at("listed"), true);
+    list_while_names_go(&site, &site.at("unlisted"), false);
+    site.end();
+}
+
+fn list_while_names_go(site: &Site, dir: &Path, listed: bool) {
+    const NAMES: usize = 1000;
+    fs::create_dir(dir).unwrap();
     for number in 0..NAMES {
         File::create(dir.join(format!("name {number}"))).unwrap();
     }
-    let list = || fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
-    // Now the kernel has it.
-    assert_eq!(list().len(), NAMES);
-    let open = File::open(&dir).unwrap();
+    let list = || fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    if listed {
+        // Now the kernel has it.
+        assert_eq!(list().len(), NAMES);
+    }
+    let open = File::open(dir).unwrap();
     let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut reader = RawDir::new(&open, &mut buffer);
+    let mut numbers = BTreeMap::new();
+    for number in 0..NAMES {
+        let name = format!("name {number}");
+        numbers.insert(name.clone(), fs::metadata(dir.join(name)).unwrap().ino());
+    }
     let mut next = || {
         loop {
-            let name = reader.next()?.unwrap().file_name().to_str().unwrap().to_owned();
+            let entry = reader.next()?.unwrap();
+            let name = entry.file_name().to_str().unwrap().to_owned();
             if name != "." && name != ".." {
+                assert_eq!((entry.ino(), entry.file_type()), (numbers[&name], FileType::RegularFile), "{name}");
                 return Some(name);
             }
         }
     };
     let mut told: Vec<String> = (0..NAMES / 5).map(|_| next().unwrap()).collect();
-    let gone = &told[..NAMES / 10];
-    gone.iter().for_each(|name| fs::remove_file(dir.join(name)).unwrap());
+    // Of those that were told, and of those that come yet.
+    let untold = numbers.keys().filter(|name| !told.contains(name)).take(NAMES / 10);
+    let gone: Vec<&String> = told[..NAMES / 10].iter().chain(untold).collect();
+    for (at, name) in gone.iter().enumerate() {
+        match at % 2 {
+            0 => fs::remove_file(dir.join(name)).unwrap(),
+            _ => fs::rename(dir.join(name), site.at(&format!("{name} {listed}"))).unwrap(),
+        }
+    }
     let left = NAMES - gone.len();
     assert_eq!(list().len(), left);
     told.extend(std::iter::from_fn(&mut next));
@@ -189,5 +237,4 @@ fn who_lists_while_names_go_is_told_all_others() {
     for _ in 0..2 {
         assert_eq!(list().len(), left + 1);
     }
-    site.end();
 }

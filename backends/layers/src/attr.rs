@@ -52,11 +52,18 @@ pub struct Change {
     pub mtime: Option<SetTime>,
     /// Whoever changes it is not above set-id bits: a change of length takes them off.
     pub drop_privileges: bool,
+    /// Nor is he in the file's group: so does a change of owner with the set-group-ID bit of a file that the group may not execute.
+    pub outsider: bool,
 }
 
 impl Change {
-    fn is_empty(&self) -> bool {
-        self.mode.is_none() && self.size.is_none() && self.atime.is_none() && self.mtime.is_none()
+    fn owner_stays(&self) -> bool {
+        self.uid.is_none() && self.gid.is_none()
+    }
+
+    /// Nothing is to change.
+    pub fn is_empty(&self) -> bool {
+        self.owner_stays() && self.mode.is_none() && self.size.is_none() && self.atime.is_none() && self.mtime.is_none()
     }
 }
 
@@ -87,8 +94,11 @@ impl Overlay {
         tree.copy_up(ino, change.size != Some(0))?;
         let object = tree.object(ino)?;
         // The kernel asks for a change of nothing where set-id bits and capabilities are to go: `chown` takes them off by itself.
-        if change.uid.is_some() || change.gid.is_some() || change.is_empty() {
+        if !change.owner_stays() || change.is_empty() {
             object.chown(change.uid, change.gid)?;
+            if change.outsider && object.stat().is_ok_and(|stat| stat.st_mode & 0o2000 != 0) {
+                drop_privileges(&object, true)?;
+            }
         }
         if let Some(mode) = change.mode {
             object.chmod(Mode::from_raw_mode(mode & 0o7777))?;
@@ -96,7 +106,7 @@ impl Overlay {
         if let Some(size) = change.size {
             tree.content(ino)?.truncate(size)?;
             if change.drop_privileges {
-                drop_privileges(&object)?;
+                drop_privileges(&object, change.outsider)?;
             }
         }
         if change.atime.is_some() || change.mtime.is_some() {
@@ -110,23 +120,23 @@ impl Overlay {
         tree.attr(ino)
     }
 
-    /// Takes the set-id bits and capabilities off a file that somebody else has written to.
-    pub fn drop_privileges(&self, ino: Ino) -> Result<()> {
+    /// Takes the set-id bits and capabilities off a file that somebody else has written to, who may be an outsider to its group.
+    pub fn drop_privileges(&self, ino: Ino, outsider: bool) -> Result<()> {
         let mut tree = self.tree();
         let object = tree.object(ino)?;
-        drop_privileges(&object)
+        drop_privileges(&object, outsider)
     }
 }
 
-/// The set-id bits that a write by somebody else takes off.
-pub(super) fn privileges(stat: &Stat) -> u32 {
-    let group = if stat.st_mode & 0o2010 == 0o2010 { 0o2000 } else { 0 };
-    (stat.st_mode & 0o4000) | group
+/// The set-id bits that a write by somebody else takes off: `setattr_should_drop_suidgid` of the kernel.
+pub fn privileges(stat: &Stat, outsider: bool) -> u32 {
+    let group = if outsider || stat.st_mode & 0o010 != 0 { 0o2000 } else { 0 };
+    stat.st_mode & (0o4000 | group)
 }
 
-fn drop_privileges(object: &Object) -> Result<()> {
+fn drop_privileges(object: &Object, outsider: bool) -> Result<()> {
     let stat = object.stat()?;
-    let privileges = privileges(&stat);
+    let privileges = privileges(&stat, outsider);
     if privileges != 0 {
         object.chmod(Mode::from_raw_mode(stat.st_mode & 0o7777 & !privileges))?;
     }
@@ -226,11 +236,10 @@ impl Tree {
 }
 
 impl Overlay {
-    /// Whether a write by somebody else would leave the file's mode and capabilities as they are.
+    /// Whether a write by anybody else would leave the file's mode and capabilities as they are.
     pub fn is_unprivileged(&self, ino: Ino) -> bool {
         let mut tree = self.tree();
         let Ok(object) = tree.object(ino) else { return false };
-        object.stat().is_ok_and(|stat| privileges(&stat) == 0 && stat.st_mode & 0o6000 == 0)
-            && matches!(object.xattr(CAPABILITY), Ok(None))
+        object.stat().is_ok_and(|stat| stat.st_mode & 0o6000 == 0) && matches!(object.xattr(CAPABILITY), Ok(None))
     }
 }

@@ -211,13 +211,21 @@ impl Tree {
 
 /// Moves what was prepared to its place, where nothing is, and leaves the directory's times as they were.
 fn put_in_place(
-    work: &OwnedFd,
+    work: &std::sync::Arc<OwnedFd>,
     temporary: &std::ffi::OsStr,
     dir: &std::sync::Arc<OwnedFd>,
     name: &std::ffi::OsStr,
 ) -> Result<()> {
     let parent = Object::of(dir.clone());
     let times = object::times_of(&parent.stat()?);
-    rustix::fs::renameat(work, temporary, dir, name)?;
+    let place = || rustix::fs::renameat(work, temporary, dir, name);
+    let mut placed = place();
+    if placed == Err(Errno::ACCESS) {
+        // Whoever has no privileges needs the right to write to the directory, and to one that is moved, which tells where it lies.
+        let moved = Object::at(work.clone(), temporary).pin()?;
+        let is_dir = object::kind_of(&moved.stat()?) == FileType::Directory;
+        placed = parent.as_if_writable(|_| if is_dir { moved.as_if_writable(|_| place()) } else { place() });
+    }
+    placed?;
     parent.set_times(&times)
 }

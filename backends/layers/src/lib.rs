@@ -61,13 +61,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-pub use attr::{Attr, Change, SetTime};
+pub use attr::{Attr, Change, SetTime, privileges};
 pub use backend::{KIND, MERGE, SEAL, STORE, Store, abandon, prepare};
 pub use data::OpenFile;
 pub use list::Listed;
 pub use lower::Below;
 pub use node::{Ino, ROOT};
 pub use origin::{Origin, Origins, note};
+pub use remove::Had;
 use rustix::io::Errno;
 pub use seal::MOST_LAYERS;
 pub use still::Still;

@@ -217,7 +217,7 @@ impl Site {
             {
                 return Err(Errno::INVAL);
             }
-            self.overlay().rename(self.parent(at(from))?, self.parent(at(to))?, false, exchange)
+            self.overlay().rename(self.parent(at(from))?, self.parent(at(to))?, false, exchange).map(drop)
         };
         let overlay = self.overlay();
         match *operation {

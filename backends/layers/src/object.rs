@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fsnap_backend::{Dir, Xattrs, mounts};
@@ -264,17 +264,38 @@ impl Object {
     }
 
     pub(super) fn set_xattr(&self, key: impl AsRef<OsStr>, value: &[u8], flags: XattrFlags) -> Result<()> {
-        match self.name {
-            Some(_) => rustix::fs::lsetxattr(self.path()?, key.as_ref(), value, flags),
-            None => rustix::fs::setxattr(self.path()?, key.as_ref(), value, flags),
-        }
+        self.as_if_writable(|path| match self.name {
+            Some(_) => rustix::fs::lsetxattr(path, key.as_ref(), value, flags),
+            None => rustix::fs::setxattr(path, key.as_ref(), value, flags),
+        })
     }
 
     pub(super) fn remove_xattr(&self, key: impl AsRef<OsStr>) -> Result<()> {
-        match self.name {
-            Some(_) => rustix::fs::lremovexattr(self.path()?, key.as_ref()),
-            None => rustix::fs::removexattr(self.path()?, key.as_ref()),
+        self.as_if_writable(|path| match self.name {
+            Some(_) => rustix::fs::lremovexattr(path, key.as_ref()),
+            None => rustix::fs::removexattr(path, key.as_ref()),
+        })
+    }
+
+    /// Changes attributes, of a file as well that its owner may not write to: without privileges, the kernel asks for that right even for what only
+    /// says which file it is. The tree is locked, so that nobody sees the right given; who is killed in between leaves it.
+    pub(super) fn as_if_writable(&self, change: impl Fn(&Path) -> Result<()>) -> Result<()> {
+        let path = self.path()?;
+        let changed = change(&path);
+        if changed != Err(Errno::ACCESS) {
+            return changed;
         }
+        let stat = self.stat()?;
+        let mode = stat.st_mode & 0o7777;
+        // Who gives himself rights to a file of a group that he is not in takes its set-group-ID bit off.
+        let may = stat.st_uid == rustix::process::geteuid().as_raw() && mode & 0o2200 == 0;
+        if !may || kind_of(&stat) == FileType::Symlink {
+            return changed;
+        }
+        self.chmod(Mode::from_raw_mode(mode | 0o200))?;
+        let changed = change(&path);
+        self.chmod(Mode::from_raw_mode(mode))?;
+        changed
     }
 }
 

@@ -12,14 +12,18 @@ use super::node::Ino;
 use super::object::{self, Object};
 use super::{Overlay, Result, Tree};
 
+/// The number and the kind of a file that had a name.
+pub type Had = (Ino, FileType);
+
 impl Overlay {
-    /// Removes a name of a file that is no directory.
-    pub fn unlink(&self, parent: Ino, name: &OsStr) -> Result<()> {
+    /// Removes a name of a file that is no directory, and tells what had it.
+    pub fn unlink(&self, parent: Ino, name: &OsStr) -> Result<Had> {
         let mut tree = self.tree();
         let seen = tree.look(parent, name)?.ok_or(Errno::NOENT)?;
         if seen.attr.kind == FileType::Directory {
             return Err(Errno::ISDIR);
         }
+        let had = (seen.ino, seen.attr.kind);
         tree.copy_up(parent, true)?;
         let (ino, upper_name) = tree.prepare_removal(parent, name, seen)?;
         let covers = tree.lower_at(parent, name)?.is_some();
@@ -29,11 +33,12 @@ impl Overlay {
         } else {
             rustix::fs::unlinkat(&dir, name, AtFlags::empty())?;
         }
-        tree.name_is_gone(ino, parent, name, upper_name)
+        tree.name_is_gone(ino, parent, name, upper_name)?;
+        Ok(had)
     }
 
-    /// Removes an empty directory.
-    pub fn rmdir(&self, parent: Ino, name: &OsStr) -> Result<()> {
+    /// Removes an empty directory, and tells which it was.
+    pub fn rmdir(&self, parent: Ino, name: &OsStr) -> Result<Had> {
         let mut tree = self.tree();
         let seen = tree.look(parent, name)?.ok_or(Errno::NOENT)?;
         if seen.attr.kind != FileType::Directory {
@@ -57,7 +62,7 @@ impl Overlay {
         tree.node_mut(ino)?.pin = Some(pin);
         tree.nodes.remove_name(ino, parent, name);
         tree.nodes.drop_unused(ino);
-        Ok(())
+        Ok((ino, FileType::Directory))
     }
 }
 

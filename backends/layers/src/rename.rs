@@ -9,11 +9,12 @@ use super::create::check_length;
 use super::look::is_whiteout;
 use super::node::Ino;
 use super::object::{self, Object};
+use super::remove::Had;
 use super::{Overlay, Result, Tree};
 
 impl Overlay {
-    /// `renameat2(2)`; with `exchange` both names must exist, with `no_replace` the second must not.
-    pub fn rename(&self, from: (Ino, &OsStr), to: (Ino, &OsStr), no_replace: bool, exchange: bool) -> Result<()> {
+    /// `renameat2(2)`; with `exchange` both names must exist, with `no_replace` the second must not. Tells what had the first.
+    pub fn rename(&self, from: (Ino, &OsStr), to: (Ino, &OsStr), no_replace: bool, exchange: bool) -> Result<Had> {
         check_length(to.1)?;
         let mut tree = self.tree();
         if exchange { tree.exchange(from, to) } else { tree.rename(from, to, no_replace) }
@@ -21,16 +22,17 @@ impl Overlay {
 }
 
 impl Tree {
-    fn rename(&mut self, (from, old): (Ino, &OsStr), (to, new): (Ino, &OsStr), no_replace: bool) -> Result<()> {
+    fn rename(&mut self, (from, old): (Ino, &OsStr), (to, new): (Ino, &OsStr), no_replace: bool) -> Result<Had> {
         let source = self.look(from, old)?.ok_or(Errno::NOENT)?;
         let target = self.look(to, new)?;
+        let had = (source.ino, source.attr.kind);
         let is_dir = source.attr.kind == FileType::Directory;
         if let Some(target) = &target {
             if no_replace {
                 return Err(Errno::EXIST);
             }
             if target.ino == source.ino {
-                return Ok(());
+                return Ok(had);
             }
             match (is_dir, target.attr.kind == FileType::Directory) {
                 (true, false) => return Err(Errno::NOTDIR),
@@ -102,14 +104,15 @@ impl Tree {
             self.lose_lower_name(ino)?;
         }
         self.nodes.drop_unused(ino);
-        Ok(())
+        Ok(had)
     }
 
-    fn exchange(&mut self, (from, old): (Ino, &OsStr), (to, new): (Ino, &OsStr)) -> Result<()> {
+    fn exchange(&mut self, (from, old): (Ino, &OsStr), (to, new): (Ino, &OsStr)) -> Result<Had> {
         let first = self.look(from, old)?.ok_or(Errno::NOENT)?;
         let second = self.look(to, new)?.ok_or(Errno::NOENT)?;
+        let had = (first.ino, first.attr.kind);
         if first.ino == second.ino {
-            return Ok(());
+            return Ok(had);
         }
         self.copy_up(to, true)?;
         self.copy_up(from, true)?;
@@ -141,7 +144,7 @@ impl Tree {
             }
             self.nodes.drop_unused(ino);
         }
-        Ok(())
+        Ok(had)
     }
 
     /// Marks a directory so that in its new place the same lower directory shows through, or none.

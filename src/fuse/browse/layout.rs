@@ -1,6 +1,6 @@
 //! The upper part of the tree: what the catalog records, as directories and links.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
@@ -208,6 +208,17 @@ impl Layout {
 
     pub(super) fn is_recorded(&self, checkpoint: &CheckpointId) -> Result<bool> {
         Ok(self.records.open()?.catalog().checkpoint(checkpoint)?.is_some())
+    }
+
+    /// Tells which directories of checkpoints and branches are there.
+    pub(super) fn there(&self) -> Result<impl Fn(&Place) -> bool + use<>> {
+        let records = self.records.open()?;
+        let ids: HashSet<_> = records.catalog().ids_with_prefix("", u32::MAX)?.into_iter().collect();
+        let branches: HashSet<_> = records.catalog().branches()?.iter().map(Place::of_branch).collect();
+        Ok(move |place: &Place| match place {
+            Place::Checkpoint(id) => ids.contains(id),
+            place => branches.contains(place),
+        })
     }
 
     /// What a directory has under this name.

@@ -30,6 +30,7 @@ use super::node::What;
 use super::tree::{Tree, Used};
 use super::{Attr, Browse, Keep, Result};
 use crate::checkpoint::CheckpointId;
+use crate::failpoint;
 use crate::mount::Error;
 
 /// So many snapshots are attached at the most, besides those that are in use: each is a line in everybody's table of mounts.
@@ -137,6 +138,10 @@ impl Natives {
     fn enter(&self, above: u64, attr: Attr, tree: Arc<Tree>, thread: u32, answer: Answer) {
         let in_passing = Attr { name: Keep::Not, ..attr };
         let mut known = locked(&self.known);
+        let is_attached = known.get(&tree.number).is_some_and(|known| matches!(known.state, State::Attached { .. }));
+        if is_attached && self.is_dropped(&tree) {
+            known.remove(&tree.number);
+        }
         let found = match known.get_mut(&tree.number).map(|known| &mut known.state) {
             Some(State::Awaited { found, .. }) if self.attacher.get() == Some(&thread) => {
                 *found = true;
@@ -168,6 +173,7 @@ impl Natives {
         if let Some(notifier) = self.notifier.get() {
             let _ = notifier.inval_inode(INodeNo(above), -1, 0);
         }
+        failpoint::hit("native:again");
         answer(Err(Errno::STALE));
     }
 
@@ -288,6 +294,15 @@ impl Natives {
             Ok(None) => Found::Gone,
             _ => Found::Covered,
         }
+    }
+
+    /// Whether the kernel has dropped what was attached. It does so when it drops the name: whoever was told to walk again, and comes to that only after
+    /// the attaching, has it dropped. He looks the name up next, which nobody needs to who finds it attached.
+    fn is_dropped(&self, tree: &Tree) -> bool {
+        let point = self.point(tree);
+        // As in `find`, but a look at it would wait for an answer from here.
+        let is_gone = || matches!(mounts::at(&point), Ok(None));
+        is_gone() && is_gone()
     }
 
     fn is_seen(&self, tree: &Tree, mount: u64) -> bool {

@@ -96,6 +96,12 @@ impl Nodes {
         free_or_same(&self.locked(), parent, name, found)
     }
 
+    /// The directories of checkpoints and branches among them.
+    pub(super) fn recorded(&self) -> Vec<Arc<Node>> {
+        let is_recorded = |node: &Node| matches!(node.what, What::Place(Place::Checkpoint(_) | Place::Branch(..)));
+        self.locked().values().map(|known| &known.node).filter(|node| is_recorded(node)).cloned().collect()
+    }
+
     pub(super) fn forget(&self, number: u64, names: u64) {
         let mut known = self.locked();
         if let Some(entry) = known.get_mut(&number).filter(|_| number != ROOT) {

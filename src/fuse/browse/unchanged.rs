@@ -16,20 +16,23 @@ use crate::catalog::format;
 /// Many times longer than a tick.
 const SETTLED: Duration = Duration::from_millis(200);
 
-/// How a file is, if it is there: which one, its length, and when it was last changed.
+/// How a file is, if it is there: which one, its length, and when it was last changed. Of the log, when it was last written: the superuser gives it
+/// to the catalog's owner whenever he opens it, to read as well.
 type State = Option<(u64, u64, u64, i64, i64)>;
 
 /// How the catalog's file and its log are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct States([State; 2]);
+pub(in crate::fuse) struct States([State; 2]);
 
 impl States {
-    fn of(dir: &Path) -> Self {
-        let log = format!("{}-wal", format::FILE);
-        Self([format::FILE, &log].map(|name| {
-            let meta = std::fs::symlink_metadata(dir.join(name)).ok()?;
-            Some((meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()))
-        }))
+    /// How they are in this directory.
+    pub(in crate::fuse) fn of(dir: &Path) -> Self {
+        let log = dir.join(format!("{}-wal", format::FILE));
+        let look = |path: &Path| std::fs::symlink_metadata(path).ok();
+        let file = look(&dir.join(format::FILE))
+            .map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()));
+        let log = look(&log).map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()));
+        Self([file, log])
     }
 
     /// Whether every later change will show.
@@ -76,5 +79,33 @@ impl<Q: Eq + Hash, A: Clone> Remembered<Q, A> {
             answers.insert(asked, answer.clone());
         }
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::catalog::{Access, Catalog};
+
+    #[test]
+    fn to_read_the_catalog_does_not_change_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |access| Catalog::open(dir.path(), access, Duration::ZERO);
+        // Somebody has it open, so that there is a log.
+        let _open = open(Access::Create).unwrap();
+        let (remembered, read) = (Remembered::default(), Cell::new(0));
+        while !States::of(dir.path()).are_settled() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let ask = || {
+            remembered.ask(dir.path(), (), || {
+                read.set(read.get() + 1);
+                open(Access::Read).map(|catalog| catalog.branches().map(|branches| branches.len()).unwrap())
+            })
+        };
+        assert_eq!((ask().unwrap(), ask().unwrap(), ask().unwrap()), (0, 0, 0));
+        assert_eq!(read.get(), 1);
     }
 }
