@@ -50,6 +50,30 @@ fn a_directory_becomes_a_volume() {
     "#);
 }
 
+/// Nobody else may write to a store, whatever the umask is: the kernel makes a subvolume for all whom that does not keep out.
+#[test]
+fn a_store_is_closed_to_others() {
+    let site = Site::btrfs();
+    assert_snapshot!(site.in_dir("fs").session(
+        "umask 0; fsnap init db
+         stat -c '%A %n' .fsnap
+         fsnap checkpoint >/dev/null
+         umask 0; mkdir plain; fsnap init plain
+         stat -c '%A %n' .fsnap-rsync"
+    ), @"
+    $ umask 0; fsnap init db
+    volume db at $T/fs/db: btrfs snapshots in $T/fs/.fsnap
+    $ stat -c '%A %n' .fsnap
+    drwx------ .fsnap
+    $ fsnap checkpoint >/dev/null
+    $ umask 0; mkdir plain; fsnap init plain
+    volume plain at $T/fs/plain: rsync snapshots in $T/fs/.fsnap-rsync
+    ! fsnap: note: `fsnap doctor $T/fs/plain` tells why other backends cannot hold it
+    $ stat -c '%A %n' .fsnap-rsync
+    drwx------ .fsnap-rsync
+    ");
+}
+
 #[test]
 fn a_subvolume_becomes_a_volume() {
     let site = Site::btrfs();

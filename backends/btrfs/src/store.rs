@@ -17,7 +17,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use btrfsutil::subvolume::Subvolume;
-use fsnap_backend::{Capabilities, Consistency, Error, FileKind, Identity, IoContext, Result, StoreInfo, beneath};
+use fsnap_backend::{
+    Capabilities, Consistency, Error, FileKind, FileMeta, Identity, IoContext, Result, StoreInfo, beneath,
+};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 use rustix::fs::{AtFlags, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
@@ -230,6 +232,19 @@ fn parent_of(place: &Path) -> Result<(OwnedFd, PathBuf)> {
 
 /// Opens the store's subvolume; whoever could write to it could pass off his own files as snapshots.
 fn open_root(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<OwnedFd> {
+    let (root, meta) = open_subvolume(parent, name, place)?;
+    let user = rustix::process::geteuid();
+    if meta.uid != user.as_raw() && meta.uid != 0 || is_open_to_others(&meta) {
+        return Err(not_a_store(place, "others than its user may write to it"));
+    }
+    Ok(root)
+}
+
+fn is_open_to_others(meta: &FileMeta) -> bool {
+    meta.mode & 0o022 != 0
+}
+
+fn open_subvolume(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<(OwnedFd, FileMeta)> {
     let root = match beneath::open_dir(parent, name) {
         Ok(root) => root,
         Err(error) => match error.raw_os_error().map(Errno::from_raw_os_error) {
@@ -244,15 +259,24 @@ fn open_root(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<OwnedFd> {
     if !on_btrfs(&root).context("find the file system of", place)? || meta.ino != sys::ROOT_INODE {
         return Err(not_a_store(place, "it exists and is not a btrfs subvolume; name a place where nothing is yet"));
     }
-    let user = rustix::process::geteuid();
-    if meta.uid != user.as_raw() && meta.uid != 0 || meta.mode & 0o022 != 0 {
-        return Err(not_a_store(place, "others than its user may write to it"));
+    Ok((root, meta))
+}
+
+/// Closes a new subvolume to others. The kernel makes it for all whom the umask does not keep out.
+fn close(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<()> {
+    let (root, meta) = open_subvolume(parent, name, place)?;
+    let is_empty = || beneath::names(&root).map(|names| names.is_empty()).context("list", place);
+    if !is_open_to_others(&meta) || meta.uid != rustix::process::geteuid().as_raw() || !is_empty()? {
+        return Ok(());
     }
-    Ok(root)
+    rustix::fs::fchmod(&root, Mode::RWXU).context("close to others", place)?;
+    // From now on nobody adds anything.
+    if is_empty()? { Ok(()) } else { Err(not_a_store(place, "somebody has put files in it meanwhile; remove it")) }
 }
 
 /// Puts into a new subvolume what makes it a store, the version last.
 fn furnish(parent: &OwnedFd, name: &OsStr, place: &Path) -> Result<()> {
+    close(parent, name, place)?;
     let root = open_root(parent, name, place)?;
     if read_version(&root).context("read the version of", place)?.is_some() {
         return Ok(());
