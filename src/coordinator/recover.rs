@@ -112,9 +112,9 @@ impl Coordinator {
                 abandoned.end_container()?;
                 if found.is_some() {
                     self.remove_branch(&made.name)?;
-                    // Of a restore that was cut short there is nothing to be read.
-                    let _ = std::fs::remove_file(self.restore_log(&made.name));
                 }
+                // Nobody was told of it. Who failed and was killed while it undid itself has removed the branch already.
+                let _ = std::fs::remove_file(self.restore_log(&made.name));
             }
         }
         abandoned.remove()?;
