@@ -221,6 +221,7 @@ fn freeze_and_take(
     let members = tree.members().map(|member| member.id);
     let all = Tree::of_processes(members.chain(outside.iter().copied()));
     let turn = coordinator.catalog().turn_to_freeze(&all, within)?;
+    environment::tell(&coordinator.recover_frozen(&all)?);
     // Should this process be killed, it is nobody's turn before the guard has set all running.
     let kept = turn.keep()?;
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;

@@ -516,6 +516,33 @@ fn a_freeze_that_is_killed_has_its_turn_until_all_runs() {
     site.expect_order(&["", ""]);
 }
 
+/// Who waits while another is killed has looked for half done things before: the next command thawed for the killed one what he had frozen.
+#[test]
+fn who_had_to_wait_for_his_turn_is_not_thawed_by_others() {
+    let site = Site::plain();
+    let shell = site.top();
+    shell.run("fsnap init db");
+    let mut writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
+    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    let checkpoint = format!("exec fsnap checkpoint --deadline 3600 --pid {}", writer.id());
+    let (mut killed, _) = stopped_at("take:all", shell.command(&checkpoint));
+    let mut second = shell.command(&checkpoint);
+    let second =
+        second.env("FSNAP_FAILPOINT", "take:all=stop").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    shell.run(r#"until [ "$(ls "$FSNAP_STATE/intents" | wc -l)" = 2 ]; do sleep 0.01; done"#);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let pid = Pid::from_child(&second);
+    waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    shell.run("fsnap recover");
+    kill_process(pid, Signal::CONT).unwrap();
+    let output = second.wait_with_output().unwrap();
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    site.expect_order(&[""]);
+}
+
 #[test]
 fn the_order_is_not_the_clocks() {
     let site = Site::plain();
