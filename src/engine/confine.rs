@@ -103,6 +103,11 @@ impl Init {
         read(&place.join(INIT))
     }
 
+    /// It, by its pid where it was noted.
+    pub(crate) fn id(&self) -> ProcessId {
+        self.id
+    }
+
     /// Tells how the root of the run's tree ended, when the init is not there any more.
     ///
     /// The init notes it at once. Where it noted nothing it was killed before, and the kernel kills all that are in a pid namespace with its
