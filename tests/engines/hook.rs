@@ -11,7 +11,6 @@ use std::process::{Command, Stdio};
 use crate::Case;
 use crate::alone::classes;
 use crate::oracle::Oracle;
-use crate::runs::TIMERS;
 use crate::site::{Site, Volume, create_subvolume, end, id_in, run, wait_until};
 
 pub(crate) const CASES: &[Case] = &[
@@ -36,7 +35,6 @@ pub(crate) const CASES: &[Case] = &[
     ("volumes_are_named_by_environment_and_setting", volumes_are_named_by_environment_and_setting),
     ("a_volume_that_was_replaced_is_refused", a_volume_that_was_replaced_is_refused),
     ("a_volume_that_was_removed_is_refused", a_volume_that_was_removed_is_refused),
-    ("it_sets_timers_going_in_a_restore_by_others", it_sets_timers_going_in_a_restore_by_others),
     ("thirty_two_at_once", thirty_two_at_once),
 ];
 
@@ -397,30 +395,6 @@ fn a_volume_that_was_removed_is_refused() {
         says(&log, &["fsnap: error: ", &volume.to_string()]);
         untouched(&site, &oracle);
     }
-}
-
-/// CRIU takes a periodic timer that has expired for one that is off.
-fn it_sets_timers_going_in_a_restore_by_others() {
-    let site = Site::new(&[Volume::Rsync]);
-    let volume = &site.volumes[0];
-    let (hold, said) = (volume.join("hold"), volume.join("said"));
-    fs::write(&hold, "").unwrap();
-    let mut command = Command::new("setsid");
-    // What this program was started with lies on mounts that CRIU does not see.
-    let program = format!("import os; os.closerange(3, 100)\n{TIMERS}");
-    command.args(["/usr/bin/python3", "-c", &program]).current_dir(volume).stdin(Stdio::null()).stderr(Stdio::null());
-    let mut process =
-        command.stdout(fs::File::options().append(true).create(true).open(&said).unwrap()).spawn().unwrap();
-    let has_said = |line: &str| fs::read_to_string(&said).unwrap().lines().any(|said| said == line);
-    wait_until("the timers", || has_said("ready"));
-    let pid = process.id().cast_signed();
-    let (_, images) = site.checkpoint(pid);
-    process.kill().unwrap();
-    process.wait().unwrap();
-    fs::remove_file(hold).unwrap();
-    let hook = ["--action-script".into(), site.hook().into_os_string()];
-    let _restored = site.criu().restore(pid, &images, &[], hook).unwrap();
-    wait_until("what it reads", || has_said("goes goes goes goes goes goes still still"));
 }
 
 fn thirty_two_at_once() {

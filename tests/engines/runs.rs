@@ -23,7 +23,6 @@ pub(crate) const CASES: &[Case] = &[
     ("nothing_but_volumes_can_be_written", nothing_but_volumes_can_be_written),
     ("why_it_cannot_be_saved_is_told", why_it_cannot_be_saved_is_told),
     ("a_lock_that_gets_lost_is_told", a_lock_that_gets_lost_is_told),
-    ("timers_that_nobody_read_go_on", timers_that_nobody_read_go_on),
     ("a_tree_without_its_root_is_refused", a_tree_without_its_root_is_refused),
     ("a_program_that_is_not_there", a_program_that_is_not_there),
     ("names_and_remains", names_and_remains),
@@ -329,46 +328,6 @@ fn a_lock_that_gets_lost_is_told() {
     let is_free =
         |name: &str| fs::File::open(branch_path(&site, "copy", 0).join(name)).is_ok_and(|file| can_lock(&file));
     assert_eq!([is_free("mapped"), is_free("plain")], [true, false]);
-}
-
-/// Periodic timers, none of which it reads before the file in its directory is gone: two that have expired by then, one that has not, and one that is off.
-pub(crate) const TIMERS: &str = r#"
-import ctypes, os, select, time
-libc = ctypes.CDLL(None)
-TICK = 20_000_000
-def timer(first, flags, interval=TICK):
-    fd = libc.timerfd_create(time.CLOCK_MONOTONIC, 0)
-    when = (ctypes.c_long * 4)(interval // 10**9, interval % 10**9, first // 10**9, first % 10**9)
-    assert libc.timerfd_settime(fd, flags, when, None) == 0
-    return fd
-def read(fd):
-    if not select.select([fd], [], [], 2)[0]:
-        return "still"
-    ticks = int.from_bytes(os.read(fd, 8), "little")
-    return "goes" if 0 < ticks < 10_000 else ticks
-now = time.monotonic_ns()
-timers = [timer(TICK, 0), timer(now + TICK, 1), timer(now + 10**12, 1, 10**12), timer(0, 0)]
-time.sleep(0.1)
-print("ready", flush=True)
-while os.path.exists("hold"):
-    time.sleep(0.01)
-print(*[read(fd) for fd in timers[:2] for time in range(3)], read(timers[2]), read(timers[3]), flush=True)
-time.sleep(1000)
-"#;
-
-/// CRIU takes one that has expired for one that is off.
-fn timers_that_nobody_read_go_on() {
-    let site = Site::new(&[Volume::Rsync]);
-    let running = Running(&site);
-    let volume = &site.volumes[0];
-    fs::write(volume.join("hold"), "").unwrap();
-    let script = format!("cd {} && exec /usr/bin/python3 -c \"$0\"", volume.display());
-    site.ok(["run", "--name", "one", "--volume", "v0", "--", "sh", "-c", &script, TIMERS]);
-    running.says("one", "ready");
-    site.ok(["checkpoint", "one"]);
-    site.ok(["branch", "@latest", "copy", "--run"]);
-    fs::remove_file(branch_path(&site, "copy", 0).join("hold")).unwrap();
-    running.says("copy", "goes goes goes goes goes goes still still");
 }
 
 /// Whether nobody else has a lock of fcntl(2) on it.
