@@ -173,6 +173,9 @@ pub(crate) fn main(arguments: Vec<OsString>) -> u8 {
     if arguments.len() == 1 && fsnap::engine::is_relay(Path::new(&arguments[0]), environment::of_engine) {
         return finish(internal::relay());
     }
+    if arguments.len() == 1 && fsnap::engine::is_for_timers(environment::of_engine) {
+        return finish(internal::timers());
+    }
     // What is not for users is no part of the help, the completions and the manual.
     let parsed = if arguments.get(1).is_some_and(|command| command == internal::NAME) {
         internal::Args::try_parse_from(&arguments[1..]).map(internal::run)

@@ -6,7 +6,7 @@
 //!
 //! In reading order: [`criu`], its hooks and its program; `images`, a directory of its images; `external`, which files they lack. A restore or
 //! the start of a run goes from `restore` through a `stage` in new namespaces to a `program`, `confine` says what that can write to, and
-//! `given_back` hands it files without names. A run is saved by `dump`, from which `relay` hands calls of the action script outside; `reasons`
+//! `given_back` hands it files without names, and `timers` sets going what CRIU leaves still. A run is saved by `dump`, from which `relay` hands calls of the action script outside; `reasons`
 //! tells why CRIU could not. For containers: [`bundle`], `container`, and [`drop_in`], the lines in CRIU's configuration. `os_text` and `sys` serve them all.
 
 pub mod bundle;
@@ -25,6 +25,7 @@ mod relay;
 mod restore;
 mod stage;
 pub(crate) mod sys;
+mod timers;
 
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
@@ -42,6 +43,7 @@ pub use reasons::of as reasons_in;
 pub use relay::{is_relay, run_relay};
 pub use restore::{Ended, MountPlan, PidSpace, Restore, Restored, StageCommand, Start};
 pub use stage::run_stage;
+pub use timers::{arm as arm_timers, is_for_timers, run_for_timers};
 
 /// The result of dealing with an engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

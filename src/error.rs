@@ -297,7 +297,7 @@ pub enum Error {
     },
     /// The engine asked for the end of a checkpoint that it did not begin.
     #[error(
-        "no checkpoint was begun for process {engine} and the images in {images}: the hook was not called before the freeze, or its checkpoint was undone"
+        "no checkpoint was begun by the engine, process {engine}, with the images in {images}: the hook was not called before the freeze, or its checkpoint was undone"
     )]
     NotBegun {
         /// The engine's process.

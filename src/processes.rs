@@ -51,7 +51,7 @@ pub(crate) use mounts::uncovered;
 pub use observer::{Observation, Outlook, observe};
 pub use pattern::{InvalidPattern, Pattern};
 pub use process_id::{BootTicks, ProcessId};
-pub use reach::{Candidate, CandidateKind, Reach, reach, users};
+pub use reach::{Candidate, CandidateKind, Reach, reach, users, users_elsewhere};
 pub use record::{FilePlace, InVolume, MappedFile, OpenFile, OpenKind, ProcessRecord, TreeRecord};
 pub(crate) use space::{init_seen_from_outside, pid_space};
 pub(crate) use tree::own_descendants;

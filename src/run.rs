@@ -332,7 +332,10 @@ fn remove(place: &Path) -> Result<()> {
 fn state_of(place: &Path) -> RunState {
     let noted = Init::read(place);
     match noted.as_ref().map(|init| init.find(place)) {
-        Some(Whereabouts::Here(init)) => return RunState::Running { init, root: root_of(place, init) },
+        Some(Whereabouts::Here(init)) => {
+            let same_pids = noted.as_ref().is_some_and(|noted| noted.id() == init);
+            return RunState::Running { init, root: root_of(place, init, same_pids) };
+        }
         Some(Whereabouts::Elsewhere) => return RunState::Elsewhere,
         Some(Whereabouts::Nowhere) | None if is_locked(place) => return RunState::Starting,
         Some(Whereabouts::Nowhere) | None => {}
@@ -343,13 +346,17 @@ fn state_of(place: &Path) -> RunState {
 }
 
 /// The recorded root; if whoever would have recorded it was killed, the one child that the init has.
-fn root_of(place: &Path, init: ProcessId) -> Option<ProcessId> {
+fn root_of(place: &Path, init: ProcessId, same_pids: bool) -> Option<ProcessId> {
     let recorded = fs::read(place.join(ROOT)).ok().and_then(|b| serde_json::from_slice::<Option<ProcessId>>(&b).ok());
     if let Some(None) = recorded {
         return None;
     }
     if let Some(root) = recorded.flatten().filter(|root| root.is_alive()) {
         return Some(root);
+    }
+    if same_pids && recorded.flatten().is_some() {
+        // It has ended. What it started at once, and left behind, has the same start time.
+        return None;
     }
     let tree = Tree::of_pid(init.pid).ok()?;
     let mut children = tree.members().filter(|member| member.parent == init.pid).map(|member| member.id);

@@ -215,13 +215,18 @@ fn freeze_and_take(
 ) -> fsnap::Result<()> {
     let observed = tree.is_some();
     let tree = tree.unwrap_or_else(|| Tree::of_processes([]));
+    let outside = if writers_too { find_writers(window.pending(), &tree, &[])?.writers } else { Vec::new() };
+    let outside: Vec<ProcessId> = outside.into_iter().map(|writer| writer.process).collect();
     // Before it is seen which of them others have stopped.
-    let _turn = observed.then(|| coordinator.catalog().turn_to_freeze(&tree, within)).transpose()?;
+    let members = tree.members().map(|member| member.id);
+    let all = Tree::of_processes(members.chain(outside.iter().copied()));
+    let turn = coordinator.catalog().turn_to_freeze(&all, within)?;
+    environment::tell(&coordinator.recover_frozen(&all)?);
+    // Should this process be killed, it is nobody's turn before the guard has set all running.
+    let kept = turn.keep()?;
     let mut quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
-    if writers_too {
-        let outside = find_writers(window.pending(), quiesce.tree(), &[])?;
-        quiesce.also(outside.writers.into_iter().map(|writer| writer.process));
-    }
+    drop(kept);
+    quiesce.also(outside);
     coordinator.record_freeze(window, quiesce.record().clone())?;
     let mut frozen = quiesce.freeze(within)?;
     if writers_too {

@@ -7,12 +7,12 @@ mod search;
 use fsnap::checkpoint::{CheckpointId, EngineImages, PathText};
 use fsnap::coordinator::{Begun, Coordinator, Request, Target, Window};
 use fsnap::engine::criu::{self, HookCall};
-use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase};
+use fsnap::engine::{ImageRecord, Images, MemberRecord, Phase, arm_timers};
 use fsnap::processes::{Policy, ProcessId, Tree};
 use fsnap::{Error, failpoint};
 
 use super::process::deadline::{Deadline, hold_off_signals};
-use super::{Context, Failure, Outcome, Output, environment, say};
+use super::{Context, Failure, Outcome, Output, environment, internal, say};
 use search::Search;
 
 /// The name under which fsnap is CRIU's action script.
@@ -56,8 +56,18 @@ pub(crate) fn criu() -> Outcome {
         Phase::Starting => start(&Context::for_hook()?, &call),
         Phase::Frozen => take(&Context::for_hook()?, &call),
         Phase::Restoring => check(&Context::for_hook()?, &call),
-        Phase::Restored | Phase::Resumed | Phase::Failed => Ok(()),
+        Phase::Restored => {
+            wind_up(&call);
+            Ok(())
+        }
+        Phase::Resumed | Phase::Failed => Ok(()),
     }
+}
+
+/// The processes are there, and do not run yet: sets those timers going that CRIU has left still.
+fn wind_up(call: &HookCall) {
+    let Some(Ok(tree)) = call.tree.map(Tree::of_pid) else { return };
+    arm_timers(&tree).unwrap_or_else(|error| internal::warn_of_timers(&error));
 }
 
 /// The processes run: plan, and do all that can be done ahead.

@@ -10,7 +10,7 @@ use fsnap::run::HookCommand;
 use nix::sys::signal::{SaFlags, SigHandler, Signal};
 
 use super::process::sys;
-use super::{Failure, Outcome, environment, hook};
+use super::{Failure, Outcome, environment, hook, say};
 
 /// The first argument, by which fsnap knows that it was started by itself.
 pub(crate) const NAME: &str = "internal";
@@ -70,6 +70,17 @@ fn connection() -> Result<UnixStream, Failure> {
 pub(crate) fn relay() -> Outcome {
     fsnap::engine::run_relay(environment::of_engine)
         .map_err(|error| Failure::Error(fsnap::Error::HookFailed { said: error.to_string() }))
+}
+
+/// Looks after the timers of what CRIU restores; that it cannot is no reason to end the processes.
+pub(crate) fn timers() -> Outcome {
+    fsnap::engine::run_for_timers(environment::of_engine).unwrap_or_else(|error| warn_of_timers(&error));
+    Ok(())
+}
+
+/// To the engine's log.
+pub(crate) fn warn_of_timers(error: &io::Error) {
+    say("warning", &format!("a periodic timer of the processes may stand still: {error}"));
 }
 
 /// Starts the guard of a freeze.

@@ -10,6 +10,7 @@ use super::{Begun, Coordinator, adopt};
 use crate::catalog::{Doomed, Intent, IntentId, IntentLock, Note, PendingCheckpoint, Taken};
 use crate::checkpoint::{CheckpointId, OtherWriters};
 use crate::name::Name;
+use crate::processes::Tree;
 use crate::run::{self, Abandoned, Restores, Runs};
 use crate::volume::StoreRecord;
 use crate::{Result, engine};
@@ -112,9 +113,9 @@ impl Coordinator {
                 abandoned.end_container()?;
                 if found.is_some() {
                     self.remove_branch(&made.name)?;
-                    // Of a restore that was cut short there is nothing to be read.
-                    let _ = std::fs::remove_file(self.restore_log(&made.name));
                 }
+                // Nobody was told of it. Who failed and was killed while it undid itself has removed the branch already.
+                let _ = std::fs::remove_file(self.restore_log(&made.name));
             }
         }
         abandoned.remove()?;
@@ -124,6 +125,16 @@ impl Coordinator {
     /// Seals the checkpoints that were taken and that nobody works on, and leaves all else that is half done alone.
     pub fn seal_taken(&self) -> Result<Vec<Recovered>> {
         self.recover_those(|id, intent| matches!(intent, Intent::Checkpoint(_)) && self.catalog.may_be_taken(id))
+    }
+
+    /// Recovers the checkpoints that were left by somebody who is gone, and that froze one of these processes.
+    ///
+    /// To be asked when it is one's turn to freeze them: whoever recovered such a checkpoint later would set running what is frozen by then.
+    pub fn recover_frozen(&self, tree: &Tree) -> Result<Vec<Recovered>> {
+        self.recover_those(|_, intent| match intent {
+            Intent::Checkpoint(pending) => pending.freeze.as_ref().is_some_and(|freeze| freeze.concerns(tree)),
+            Intent::Branch { .. } | Intent::Remove { .. } => false,
+        })
     }
 
     fn recover_those(&self, wanted: impl Fn(IntentId, &Intent) -> bool) -> Result<Vec<Recovered>> {

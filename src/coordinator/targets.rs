@@ -10,6 +10,7 @@ use crate::branch::{Branch, BranchMember};
 use crate::catalog::{ImageRef, PlannedMember};
 use crate::checkpoint::PathText;
 use crate::error::IoContext;
+use crate::mount::SERVED;
 use crate::name::Name;
 use crate::processes::{self, Candidate, CandidateKind, Tree};
 use crate::volume::RegisteredVolume;
@@ -119,7 +120,13 @@ impl Coordinator {
         let shown = self.shown();
         let (candidates, _) =
             candidates(branch.members.iter().map(|member| on_branch(&shown, branch, member)).collect());
-        let users = processes::users(&candidates)?;
+        let mut users = processes::users(&candidates)?;
+        // A server goes on when its mount is taken off here, for copies in mount namespaces of their own.
+        let served = branch.members.iter().filter(|member| member.form.layers().is_some());
+        let served: Vec<PathBuf> = served.map(|member| Shown::in_mount(branch, member)).collect();
+        if !served.is_empty() {
+            users.extend(processes::users_elsewhere(SERVED, self.catalog.state(), &served)?);
+        }
         Ok(users.iter().map(|user| format!("{} ({})", user.id.pid, user.command)).collect())
     }
 

@@ -106,6 +106,12 @@ impl Shown<'_> {
             return Some(member.path.0.clone());
         }
         let mounts = self.mounts.get_or_init(|| crate::mount::served(self.state).unwrap_or_default());
-        mounts.last().map(|mount| mount.join(DIR).join(branch.name.as_str()).join(member.volume.as_str()))
+        let below = Self::in_mount(branch, member);
+        mounts.last().map(|mount| mount.join(below.strip_prefix("/").unwrap_or(&below)))
+    }
+
+    /// The same within each mount, from its root on.
+    pub(super) fn in_mount(branch: &Branch, member: &BranchMember) -> PathBuf {
+        Path::new("/").join(DIR).join(branch.name.as_str()).join(member.volume.as_str())
     }
 }

@@ -7,6 +7,7 @@
 //! What lies in the scratch places belongs to the processes and not to the volumes: it is saved with the process image
 //! ([`save_scratch`]), and is there again before the engine restores.
 
+use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,7 +15,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use fsnap_backend::{MountSpec, beneath};
+use fsnap_backend::{MountSpec, beneath, mounts};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -100,6 +101,11 @@ impl Init {
     /// Reads who waits for the processes of the run with the directory `place`; `None` as long as there is nobody.
     pub fn read(place: &Path) -> Option<Self> {
         read(&place.join(INIT))
+    }
+
+    /// It, by its pid where it was noted.
+    pub(crate) fn id(&self) -> ProcessId {
+        self.id
     }
 
     /// Tells how the root of the run's tree ended, when the init is not there any more.
@@ -286,7 +292,22 @@ pub(super) fn save_scratch(places: &[PathBuf], images: &Path) -> io::Result<()> 
         return Ok(());
     }
     let file = File::create(images.join(SAVED_SCRATCH))?;
-    tar(&["--create", "--one-file-system", "--sparse"], &used, |tar| tar.stdout(file))
+    // What is mounted there is made anew. Of its directory tar would save the owner, who may mean nothing in the namespace.
+    let mounted = mounts::own()?.into_iter().map(|mount| mount.point);
+    let mounted = mounted.filter(|point| !places.iter().any(|place| place.starts_with(point)));
+    let mut work: Vec<OsString> =
+        ["--create", "--one-file-system", "--sparse", "--anchored", "--no-wildcards"].map(Into::into).into();
+    for point in mounted {
+        let Some(point) =
+            point.strip_prefix("/").ok().filter(|point| used.iter().any(|place| point.starts_with(place)))
+        else {
+            continue;
+        };
+        let mut exclude = OsString::from("--exclude=");
+        exclude.push(point);
+        work.push(exclude);
+    }
+    tar(&work, &used, |tar| tar.stdout(file))
 }
 
 /// What is saved in less time than a snapshot takes.
@@ -303,10 +324,10 @@ pub(super) fn holds_little(places: &[PathBuf]) -> bool {
 }
 
 fn load_scratch(saved: File) -> io::Result<()> {
-    tar(&["--extract", "--preserve-permissions", "--same-owner"], &[], |tar| tar.stdin(saved))
+    tar(&["--extract", "--preserve-permissions", "--same-owner"].map(Into::into), &[], |tar| tar.stdin(saved))
 }
 
-fn tar(work: &[&str], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
+fn tar(work: &[OsString], places: &[&Path], connect: impl FnOnce(&mut Command) -> &mut Command) -> io::Result<()> {
     let mut command = Command::new("tar");
     command.args(work).args(["--numeric-owner", "--xattrs", "--warning=no-file-ignored", "--directory", "/"]);
     // Nobody's settings change what is saved.

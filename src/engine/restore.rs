@@ -37,7 +37,8 @@ use crate::processes::{ProcessId, Tree};
 
 /// How to start a stage: a program that calls [`run_stage`](super::run_stage) with its standard input and output.
 ///
-/// It must call it while it has one thread only.
+/// It must call it while it has one thread only. The engine of a restore starts it once more, without arguments, as its action script: then it must
+/// call [`run_for_timers`](super::run_for_timers), if [`is_for_timers`](super::is_for_timers) says so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageCommand {
     /// The program, for example `/proc/self/exe`.

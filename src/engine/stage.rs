@@ -21,7 +21,7 @@ use super::confine::{self, Cell, ENDED};
 use super::given_back::{self, PlannedFile};
 use super::program::{Program, TerminalId};
 use super::restore::{Ended, MountPlan, PidSpace, StageCommand};
-use super::{Error, Images, Result, os_text};
+use super::{Error, Images, Result, os_text, timers};
 use crate::checkpoint::PathText;
 use crate::mount::{Prepared, Restrictions};
 use crate::processes::{ProcessId, own_descendants};
@@ -368,6 +368,8 @@ fn restore(plan: &Plan, images: OwnedFd, contents: Vec<File>) -> Result<Option<i
     for (file, given) in returned.iter().zip(&plan.returned) {
         command.arg("--inherit-fd").arg(format!("fd[{}]:{}", file.as_raw_fd(), given.external));
     }
+    // It is seen there whatever covers the program: the first process of the namespace, if there is one, is this one.
+    command.args(["--action-script", &format!("/proc/{}/exe", std::process::id())]).env(timers::VARIABLE, "1");
     let status = command
         .args(&plan.args)
         .stdin(Stdio::null())

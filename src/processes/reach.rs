@@ -18,7 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 
 use super::credentials::Credentials;
 use super::files::{How, InUse, Lens, visit_all};
-use super::mounts::{Device, Place, may_hang};
+use super::mounts::{Device, Mount, Place, may_hang};
 use super::proc_dir::{ProcDir, is_gone};
 use super::view::{Located, View, Views};
 use super::{Error, Member, ProcessId, Result, Tree};
@@ -103,15 +103,32 @@ pub fn reach(tree: &Tree, candidates: &[Candidate]) -> Result<Vec<Reach>> {
 /// system, and a server that holds one would else be a user of everything there. Processes that may not be looked at are
 /// left out.
 pub fn users(candidates: &[Candidate]) -> Result<Vec<Member>> {
-    let mut survey = Survey::new(candidates, Doubt::Ignored)?;
-    let mut found = Vec::new();
+    Survey::new(candidates, Doubt::Ignored)?.users()
+}
+
+/// Finds the same of directories that are shown to other mount namespaces only, by file systems of that type and source: `dirs` are paths in these.
+///
+/// What fsnap's own mount namespace shows is left out.
+pub fn users_elsewhere(fstype: &str, source: &Path, dirs: &[PathBuf]) -> Result<Vec<Member>> {
+    let mut views = views()?;
+    let mut devices: HashSet<Device> = HashSet::new();
     for process in super::all()? {
-        let mut uses = false;
-        // Its files are seen one after the other: what was found before a failure is true.
-        let _ = survey.examine(process, &mut |_, _| uses = true);
-        found.extend(uses.then(|| Member::look_up(process.pid)).flatten());
+        let Ok(view) = open(process).and_then(|dir| views.of(&dir)) else { continue };
+        let wanted = |mount: &&Mount| mount.fstype == fstype.as_bytes() && mount.source == source;
+        devices.extend(view.table.iter().filter(wanted).map(|mount| mount.root.device));
     }
-    Ok(found)
+    for mount in views.own().table.iter() {
+        devices.remove(&mount.root.device);
+    }
+    let places: Vec<_> =
+        devices.iter().flat_map(|&device| dirs.iter().map(move |dir| Place { device, path: dir.clone() })).collect();
+    // No directory of ours is one of them.
+    let nowhere = Candidate { dir: PathBuf::new(), dev: 0, ino: 0, kind: CandidateKind::Branch };
+    let candidates = vec![nowhere; places.len()];
+    match places.is_empty() {
+        true => Ok(Vec::new()),
+        false => Survey::at(places, views, &candidates, Doubt::Ignored).users(),
+    }
 }
 
 /// Whether a file counts of which cannot be told which candidate of its file system it belongs to.
@@ -145,6 +162,25 @@ impl<'a> Survey<'a> {
         let places: Vec<_> = candidates.iter().map(|candidate| place_of(candidate, &views)).collect();
         let devices = places.iter().flatten().map(|place| place.device).collect();
         Self { candidates, doubt, places, devices, views, seen: HashSet::new() }
+    }
+
+    /// With one place for each candidate, which is not looked for.
+    fn at(places: Vec<Place>, views: Views, candidates: &'a [Candidate], doubt: Doubt) -> Self {
+        let devices = places.iter().map(|place| place.device).collect();
+        let places = places.into_iter().map(Some).collect();
+        Self { candidates, doubt, places, devices, views, seen: HashSet::new() }
+    }
+
+    /// All processes that use one of the candidates, or see it mounted.
+    fn users(mut self) -> Result<Vec<Member>> {
+        let mut found = Vec::new();
+        for process in super::all()? {
+            let mut uses = false;
+            // Its files are seen one after the other: what was found before a failure is true.
+            let _ = self.examine(process, &mut |_, _| uses = true);
+            found.extend(uses.then(|| Member::look_up(process.pid)).flatten());
+        }
+        Ok(found)
     }
 
     /// For a look at the files of a process that has this view.

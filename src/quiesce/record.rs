@@ -38,6 +38,12 @@ impl FreezeRecord {
         self.cgroup = other.cgroup.or(self.cgroup.take());
     }
 
+    /// Whether it stops one of these processes.
+    pub(crate) fn concerns(&self, tree: &Tree) -> bool {
+        let in_cgroup = self.cgroup.as_ref().and_then(|cgroup| cgroup.pids().ok()).unwrap_or_default();
+        tree.members().any(|member| self.processes.contains(&member.id) || in_cgroup.contains(&member.id.pid))
+    }
+
     /// Sets running what stands of it; succeeds if nothing does.
     ///
     /// Repeatable. A process whose pid belongs to another one now is left alone. All are tried before a failure is

@@ -6,6 +6,7 @@
 
 use std::process::{Child, Command, Stdio};
 
+use fsnap::processes::Tree;
 use insta::{allow_duplicates, assert_snapshot};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
 
@@ -480,6 +481,66 @@ fn freezes_of_one_tree_take_turns() {
         child.wait().unwrap();
     }
     site.expect_order(&["", "", ""]);
+}
+
+/// Who is killed leaves it to its guard to set the processes running: until that has, it is nobody else's turn.
+#[test]
+fn a_freeze_that_is_killed_has_its_turn_until_all_runs() {
+    let site = Site::plain();
+    let shell = site.top();
+    shell.run("fsnap init db");
+    let mut writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
+    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    let by_pid = format!("exec fsnap checkpoint --pid {}", writer.id());
+    for checkpoint in [&by_pid, "exec fsnap checkpoint --freeze-writers"] {
+        let (mut killed, pid) = stopped_at("take:all", shell.command(checkpoint));
+        let tree = Tree::of_pid(pid.as_raw_pid()).unwrap();
+        let guards: Vec<_> = tree.members().map(|member| member.id.pid).filter(|&id| id != pid.as_raw_pid()).collect();
+        let [guard] = guards[..] else { panic!("{guards:?}") };
+        let guard = Pid::from_raw(guard).unwrap();
+        kill_process(guard, Signal::STOP).unwrap();
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let next = [&by_pid, "exec fsnap checkpoint --freeze-writers"];
+        let refused = next.map(|next| shell.output(&format!("{next} --deadline 0.1")));
+        kill_process(guard, Signal::CONT).unwrap();
+        for refused in refused {
+            let said = String::from_utf8_lossy(&refused.stderr);
+            let why = "another fsnap freezes these processes";
+            assert!(refused.status.code() == Some(1) && said.contains(why), "{checkpoint}: {said}");
+        }
+        shell.run(&format!("{by_pid} --deadline 3600"));
+    }
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    site.expect_order(&["", ""]);
+}
+
+/// Who waits while another is killed has looked for half done things before: the next command thawed for the killed one what he had frozen.
+#[test]
+fn who_had_to_wait_for_his_turn_is_not_thawed_by_others() {
+    let site = Site::plain();
+    let shell = site.top();
+    shell.run("fsnap init db");
+    let mut writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
+    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    let checkpoint = format!("exec fsnap checkpoint --deadline 3600 --pid {}", writer.id());
+    let (mut killed, _) = stopped_at("take:all", shell.command(&checkpoint));
+    let mut second = shell.command(&checkpoint);
+    let second =
+        second.env("FSNAP_FAILPOINT", "take:all=stop").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    shell.run(r#"until [ "$(ls "$FSNAP_STATE/intents" | wc -l)" = 2 ]; do sleep 0.01; done"#);
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let pid = Pid::from_child(&second);
+    waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    shell.run("fsnap recover");
+    kill_process(pid, Signal::CONT).unwrap();
+    let output = second.wait_with_output().unwrap();
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    site.expect_order(&[""]);
 }
 
 #[test]

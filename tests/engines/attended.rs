@@ -148,7 +148,11 @@ fn frozen_it_is_ended_and_nobody_waits() {
     set("1");
     let says = |word: &str| fs::read_to_string(cgroup.dir.join("cgroup.events")).unwrap().contains(word);
     wait_until("the attendant's freeze", || says("frozen 1"));
+    // rsync refuses a file that changes all the time while it is read.
+    let signal = |signal| kill_process(Pid::from_raw(oracle.pid).unwrap(), signal).unwrap();
+    signal(Signal::STOP);
     let taken = call(&site, "frozen", oracle.pid, &images);
+    signal(Signal::CONT);
     let is_there = site.fsnaps().contains(&attendant);
     set("0");
     assert!(taken.status.success() && !is_there, "{}", said(&taken));

@@ -85,7 +85,9 @@ impl Runc<'_> {
 
     /// A name that no other container of this machine has.
     fn name(&mut self, name: &str) -> String {
-        let name = format!("fsnap-test-{}-{}-{name}", std::process::id(), self.names.len());
+        // Control groups are named like their containers, and no namespace keeps those of other cases and programs away.
+        let site = self.site.path("").display().to_string().replace(|c: char| !c.is_ascii_alphanumeric(), "-");
+        let name = format!("fsnap-test{site}-{}-{name}", self.names.len());
         self.names.push(name.clone());
         name
     }
@@ -159,11 +161,8 @@ fn a_container_of_runc_gets_a_twin() -> Completion {
     assert!(told.contains("write /etc/criu/runc.conf"), "{told}");
     let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
     populate(&root);
-    let first = format!("fsnap-test-{}-first", std::process::id());
-    let second = format!("fsnap-test-{}-second", std::process::id());
-    let third = format!("fsnap-test-{}-third-of-hooks", std::process::id());
+    let [first, second, third] = ["first", "second", "third-of-hooks"].map(|name| runc.name(name));
     let bundle = runc.bundle("first", &root, &data);
-    runc.names.extend([first.clone(), second.clone(), third.clone()]);
     runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
     counts_on(&[&root, &data]);
     let (images, work) = (site.images(), site.path("work"));
@@ -213,10 +212,8 @@ fn a_container_whose_criu_has_no_hook() -> Completion {
     let mut runc = Runc { site: &site, names: Vec::new() };
     let (root, data) = (site.volumes[0].clone(), site.volumes[1].clone());
     populate(&root);
-    let [first, second, third] =
-        ["outer", "twin", "third"].map(|name| format!("fsnap-test-{}-{name}", std::process::id()));
+    let [first, second, third] = ["outer", "twin", "third"].map(|name| runc.name(name));
     let bundle = runc.bundle("first", &root, &data);
-    runc.names.extend([first.clone(), second.clone(), third.clone()]);
     runc.ok(&["run", "--detach", "--bundle", bundle.to_str().unwrap(), &first]);
     counts_on(&[&root, &data]);
     let (images, state) = (site.new_path("outer").display().to_string(), site.path("runc").display().to_string());

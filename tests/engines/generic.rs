@@ -103,7 +103,10 @@ fn steps_out_of_order_take_nothing() {
     assert_eq!(early.status.code(), Some(1), "{}", said(&early));
     let answered = answer(&images);
     assert_eq!((&answered["call"], &answered["ok"]), (&"frozen".into(), &false.into()));
-    assert!(answered["error"].as_str().unwrap().contains("no checkpoint was begun"), "{answered}");
+    assert!(
+        answered["error"].as_str().unwrap().contains("no checkpoint was begun by the engine, process "),
+        "{answered}"
+    );
     for step in ["failed", "resumed", "restoring", "restored"] {
         let done = call(step);
         assert!(done.status.success(), "{step}: {}", said(&done));

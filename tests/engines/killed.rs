@@ -27,6 +27,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_restore_whose_engine_goes_on", a_restore_whose_engine_goes_on),
     ("a_restore_and_who_waits_for_it", a_restore_and_who_waits_for_it),
     ("the_engine_of_a_restore", the_engine_of_a_restore),
+    ("a_restore_that_failed", a_restore_that_failed),
     ("a_restore_beside_another_branch", a_restore_beside_another_branch),
 ];
 
@@ -299,6 +300,26 @@ fn the_engine_of_a_restore() {
     assert!(!is_alive(pid.into()));
     assert_eq!(site.ok(["branches", "--json"]), "[]");
     site.holds_nothing_but(1);
+}
+
+/// Its log stayed, of which nobody was told.
+fn a_restore_that_failed() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Rsync]);
+    let (_, id) = saved(&site);
+    let engine = site.engine("exit 1", "");
+    for place in 1..MANY {
+        let mut command = site.command(["restore", &id, "--branch", "b"]);
+        command.env("FSNAP_CRIU", &engine).env("FSNAP_FAILPOINT", format!("{place}=kill"));
+        let output = command.output().unwrap();
+        if output.status.code() == Some(1) {
+            assert!(place > 5, "there were only {} places", place - 1);
+            assert!(said(&output).contains("restore-b.log"), "{}", said(&output));
+            return;
+        }
+        assert_eq!(output.status.signal(), Some(9), "{output:?}");
+        nothing_is_left_of_it(&site);
+    }
+    panic!("it never came through");
 }
 
 /// Somebody has made one of the same name, from the same checkpoint, or the restore was of another boot.

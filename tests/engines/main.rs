@@ -25,6 +25,7 @@ mod sandbox;
 mod site;
 #[path = "../support/thin.rs"]
 mod thin;
+mod timers;
 mod together;
 mod tour;
 mod unlinked;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         ("hostile", hostile::CASES),
         ("alone", alone::CASES),
         ("runs", runs::CASES),
+        ("timers", timers::CASES),
         ("together", together::CASES),
         ("ends", ends::CASES),
         ("tour", tour::CASES),

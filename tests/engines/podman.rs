@@ -13,7 +13,10 @@ use crate::runs::branch_path;
 use crate::sandbox::apart;
 use crate::site::{Site, Volume, run, said, wait_until};
 
-pub(crate) const CASES: &[Case] = &[("a_container_of_podman_gets_a_twin", || apart(a_container_of_podman_gets_a_twin))];
+pub(crate) const CASES: &[Case] = &[
+    ("a_container_of_podman_gets_a_twin", || apart(a_container_of_podman_gets_a_twin)),
+    ("a_container_of_podman_whose_hook_is_killed", || apart(a_container_of_podman_whose_hook_is_killed)),
+];
 
 /// The machine's directories that fsnap writes to.
 const LAID_OVER: [&str; 2] = ["/etc", "/usr/libexec"];
@@ -148,4 +151,26 @@ fn a_container_of_podman_gets_a_twin() {
     assert!(!refused.status.success(), "{}", said(&refused));
     counts_on(&own);
     site.holds_nothing_but(1);
+}
+
+/// At each of its places, before the freeze and in the frozen window: the container runs on, and there is no checkpoint.
+fn a_container_of_podman_whose_hook_is_killed() {
+    let site = Site::new(&[Volume::Btrfs, Volume::Btrfs, Volume::Rsync]);
+    let podman = Podman::new(&site);
+    let own = [0, 1, 2].map(|index| site.volumes[index].as_path());
+    populate(own[0]);
+    podman.create("first", own);
+    podman.ok(&["start", "first"]);
+    fs::create_dir("/etc/criu").unwrap();
+    for (sealed, action) in ["pre-dump", "post-dump"].into_iter().enumerate() {
+        let came_through = (1..20).find(|place| {
+            let hook = site.hook_after(action, &format!("export FSNAP_FAILPOINT={place}=kill"));
+            fs::write("/etc/criu/runc.conf", format!("action-script {}\n", hook.display())).unwrap();
+            let saved = podman.command(&["container", "checkpoint", "-R", "first"]).output().unwrap();
+            counts_on(&own);
+            site.holds_nothing_but(sealed + usize::from(saved.status.success()));
+            saved.status.success()
+        });
+        assert!(came_through.is_some_and(|place| place > 3), "{action}: {came_through:?}");
+    }
 }

@@ -37,6 +37,7 @@ pub(crate) const CASES: &[Case] = &[
     ("over_nilfs2::checkpoints_of_a_branch", || checkpoints_of_a_branch("nilfs2")),
     ("over_dm_thin::removed_while_browsed", || removed_while_browsed("dm-thin")),
     ("over_nilfs2::removed_while_browsed", || removed_while_browsed("nilfs2")),
+    ("used_where_another_namespace_shows_it", used_where_another_namespace_shows_it),
     ("set_user_id_and_devices_mean_nothing_to_others", set_user_id_and_devices_mean_nothing_to_others),
     ("what_was_sealed_outlives_everything_else", what_was_sealed_outlives_everything_else),
     ("old_checkpoints_of_a_branch_give_their_room_back", old_checkpoints_of_a_branch_give_their_room_back),
@@ -558,6 +559,40 @@ fn removed_while_browsed(backend: &str) {
     assert!(past.fsnap(["recover"]).contains("finished: a removal"));
     assert_eq!(past.fsnap(["recover"]), "nothing is half done");
     assert_eq!(past.fsnap(["log"]), "");
+}
+
+/// As restored processes do, whose server goes on: when the mount had been taken off here, it was removed from under them.
+fn used_where_another_namespace_shows_it() {
+    // The mounts of other cases would be kept by this namespace.
+    const SCRIPT: &str = "mount --bind \"$1\" \"$2\" && cp /proc/self/mounts \"$3\" &&
+        while read -r _ point type _; do
+            [ $type != fuse.fsnap ] || [ \"$point\" = \"$2\" ] || umount -l \"$point\" || exit
+        done <\"$3\"
+        echo ready && exec sleep 1000 >/dev/null";
+    let past = Past::new();
+    past.volume("db", "rsync");
+    past.checkpoint();
+    past.mount();
+    fs::create_dir(past.at("branches/try@latest")).unwrap();
+    fs::write(past.at("branches/try/db/new"), "one").unwrap();
+    let (point, mounts) = (past.path("point"), past.path("mounts"));
+    fs::create_dir(&point).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", SCRIPT, "sh"]).arg(past.at("branches/try/db")).arg(&point).arg(mounts);
+    let mut user = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = [0; 6];
+    user.stdout.take().unwrap().read_exact(&mut said).unwrap();
+    let inside = std::path::PathBuf::from(format!("/proc/{}/root{}/new", user.id(), point.display()));
+    past.fsnap(["umount".as_ref(), past.path("mnt").as_os_str()]);
+    let refused = past.command().args(["rm", "--branch", "try"]).output().unwrap();
+    let seen = fs::read_to_string(&inside);
+    user.kill().unwrap();
+    user.wait().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    let named = format!("the branch try is in use: {} (sleep)", user.id());
+    assert!(refused.status.code() == Some(1) && said.contains(&named), "{said}");
+    assert_eq!(seen.unwrap(), "one");
+    until("it is removed", || past.command().args(["rm", "--branch", "try"]).output().unwrap().status.success());
 }
 
 /// A branch goes on for ever if old checkpoints are removed: it takes the room of those that are kept.

@@ -21,6 +21,11 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|arg| arg == "helper") {
         return live::helper(&args[2..]);
     }
+    let variable = |name: &str| std::env::var_os(name);
+    if args.len() == 1 && fsnap::engine::is_for_timers(variable) {
+        fsnap::engine::run_for_timers(variable).unwrap();
+        return ExitCode::SUCCESS;
+    }
     let mut trials = Vec::new();
     for (module, cases) in [
         ("mounts", mounts::CASES),

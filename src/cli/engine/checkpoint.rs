@@ -104,6 +104,7 @@ impl Args {
     ) -> fsnap::Result<()> {
         let within = Duration::from_secs(self.deadline.into());
         let turn = coordinator.catalog().turn_to_freeze(&tree, within)?;
+        environment::tell(&coordinator.recover_frozen(&tree)?);
         // The runtime and the guard, which may outlive this process.
         let kept = turn.keep()?;
         let quiesce = Quiesce::prepare(tree, &internal::guard_command())?;
