@@ -50,6 +50,19 @@ pub use native::Natives;
 pub use opened::Opened;
 pub(super) use unchanged::States;
 
+/// A directory that is there no more.
+#[derive(Debug)]
+pub struct Gone {
+    /// The number of the directory that it was in.
+    pub parent: u64,
+    /// Its own.
+    pub number: u64,
+    /// Its name.
+    pub name: OsString,
+    /// There will be no other one of that name.
+    pub for_good: bool,
+}
+
 /// The answer to a request.
 pub type Result<T, E = Errno> = std::result::Result<T, E>;
 
@@ -191,15 +204,18 @@ impl Browse {
         self.still_there(&*self.node(number)?)
     }
 
-    /// The directories of checkpoints and branches that the kernel knows and that are recorded no more: that of each, its own number and its name.
-    pub fn gone(&self) -> Vec<(u64, u64, OsString)> {
+    /// The directories of checkpoints and branches that the kernel knows and that are recorded no more.
+    pub fn gone(&self) -> Vec<Gone> {
         let known = self.nodes.recorded();
         if known.is_empty() {
             return Vec::new();
         }
         let Ok(there) = self.layout.there() else { return Vec::new() };
         let is_gone = |node: &Arc<Node>| matches!(&node.what, What::Place(place) if !there(place));
-        let told = |node: Arc<Node>| Some((node.parent.as_ref()?.number, node.number, node.name.clone()));
+        let told = |node: Arc<Node>| {
+            let for_good = matches!(&node.what, What::Place(Place::Checkpoint(_)));
+            Some(Gone { parent: node.parent.as_ref()?.number, number: node.number, name: node.name.clone(), for_good })
+        };
         known.into_iter().filter(is_gone).filter_map(told).collect()
     }
 

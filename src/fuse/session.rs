@@ -16,7 +16,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use super::adapter::Adapter;
 use super::branches::Branches;
-use super::browse::{Browse, Natives, Records, States};
+use super::browse::{Browse, Gone, Natives, Records, States};
 use super::mount_adapter::MountAdapter;
 use super::mounting;
 use super::overlay::Overlay;
@@ -205,9 +205,15 @@ pub fn serve_all(
                 return;
             }
             branches.let_go_of_removed();
-            for (parent, number, name) in browse.gone() {
+            let Some(notifier) = notifier.get() else { return };
+            for Gone { parent, number, name, for_good } in browse.gone() {
+                let parent = INodeNo(parent);
                 // What is in use below it stays known, and is not found any more.
-                let _ = notifier.get().map(|notifier| notifier.delete(INodeNo(parent), INodeNo(number), &name));
+                let _ = match for_good {
+                    true => notifier.delete(parent, INodeNo(number), &name),
+                    // Who is on his way through it would find nothing in a directory that is deleted, and is to look for the one that was made since.
+                    false => notifier.inval_entry(parent, &name),
+                };
             }
         }
     });

@@ -2,11 +2,14 @@
 //!
 //! To open the catalog takes most of a millisecond, which each look through `latest` would take again. Whoever commits to it writes its
 //! file or its log, and that shows in their times and lengths. Times tell only ticks of the clock apart: an answer is
-//! remembered only if the last change lies so far back that no later one can have the same time.
+//! remembered only if the last change lies so far back that no later one can have the same time. What was written to the log is seen only when it
+//! is durable, which may take longer than any such time: then the header of the log's index changes ([the WAL-index format]).
+//!
+//! [the WAL-index format]: https://www.sqlite.org/walformat.html#the_wal_index_file_format
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -20,19 +23,31 @@ const SETTLED: Duration = Duration::from_millis(200);
 /// to the catalog's owner whenever he opens it, to read as well.
 type State = Option<(u64, u64, u64, i64, i64)>;
 
+/// The part of the header of the log's index that tells what of the log counts.
+type Index = [u8; 48];
+
 /// How the catalog's file and its log are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(in crate::fuse) struct States([State; 2]);
+pub(in crate::fuse) struct States {
+    files: [State; 2],
+    /// It is shared by all who have the catalog open; without it, nobody has.
+    index: Option<Index>,
+}
 
 impl States {
     /// How they are in this directory.
     pub(in crate::fuse) fn of(dir: &Path) -> Self {
-        let log = dir.join(format!("{}-wal", format::FILE));
+        let beside = |end: &str| dir.join(format!("{}-{end}", format::FILE));
         let look = |path: &Path| std::fs::symlink_metadata(path).ok();
         let file = look(&dir.join(format::FILE))
             .map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()));
-        let log = look(&log).map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()));
-        Self([file, log])
+        let log =
+            look(&beside("wal")).map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()));
+        let index = std::fs::File::open(beside("shm")).and_then(|shm| {
+            let mut index = [0; size_of::<Index>()];
+            shm.read_exact_at(&mut index, 0).map(|()| index)
+        });
+        Self { files: [file, log], index: index.ok() }
     }
 
     /// Whether every later change will show.
@@ -44,7 +59,7 @@ impl States {
             let changed = u64::try_from(seconds).map(|seconds| Duration::new(seconds, nanoseconds as u32));
             since.zip(changed.ok()).is_some_and(|(since, changed)| changed < since)
         };
-        self.0.iter().all(is_old)
+        self.files.iter().all(is_old)
     }
 }
 
@@ -107,5 +122,23 @@ mod tests {
         };
         assert_eq!((ask().unwrap(), ask().unwrap(), ask().unwrap()), (0, 0, 0));
         assert_eq!(read.get(), 1);
+    }
+
+    #[test]
+    fn what_becomes_durable_late_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let _open = Catalog::open(dir.path(), Access::Create, Duration::ZERO).unwrap();
+        let other = rusqlite::Connection::open(dir.path().join(format::FILE)).unwrap();
+        let index = dir.path().join(format!("{}-shm", format::FILE));
+        let before = std::fs::read(&index).unwrap();
+        other.execute_batch("CREATE TABLE another (a)").unwrap();
+        let after = States::of(dir.path());
+        // As it is while the log is being made durable, however long that takes.
+        let now = std::fs::read(&index).unwrap();
+        std::fs::write(&index, &before).unwrap();
+        let meanwhile = States::of(dir.path());
+        std::fs::write(&index, &now).unwrap();
+        assert_eq!((meanwhile.files, States::of(dir.path())), (after.files, after));
+        assert_ne!(meanwhile, after);
     }
 }
