@@ -78,6 +78,9 @@ impl DirHandle {
     }
 }
 
+/// So many names that have gone from a directory are remembered. Some programs have one open for as long as they run, and make and remove files in it.
+const MOST_GONE: usize = 10_000;
+
 /// A directory that is open by handles for which the kernel has one list.
 #[derive(Debug, Default)]
 struct SharedDir {
@@ -85,7 +88,7 @@ struct SharedDir {
     names: Arc<Mutex<Weak<Vec<OsString>>>>,
     /// A name has come or gone since.
     changed: bool,
-    /// What had the names that have gone since.
+    /// What had the names that have gone since, of these the last.
     gone: HashMap<OsString, Had>,
 }
 
@@ -222,6 +225,9 @@ impl Handles {
     /// A file had this name in a directory until now.
     pub(super) fn name_gone(&self, dir: Ino, name: &OsStr, had: Had) {
         if let Some(dir) = locked(&self.dirs).get_mut(&dir) {
+            if dir.gone.len() >= MOST_GONE {
+                dir.gone.clear();
+            }
             dir.gone.insert(name.to_owned(), had);
         }
     }
@@ -358,5 +364,26 @@ impl Handles {
         if modes.files.get(&ino).is_some_and(|mode| mode.cached == 0 && mode.passed == 0) {
             modes.files.remove(&ino);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::FileType;
+
+    use super::*;
+
+    #[test]
+    fn a_directory_that_stays_open_takes_no_more_and_more_room() {
+        let handles = Handles::default();
+        let (dir, name) = (7, |number: usize| OsString::from(number.to_string()));
+        let (open, _) = handles.open_dir(dir);
+        for number in 0..=MOST_GONE {
+            handles.name_gone(dir, &name(number), (number as u64, FileType::RegularFile));
+        }
+        assert_eq!(handles.gone(dir, &name(MOST_GONE)), Some((MOST_GONE as u64, FileType::RegularFile)));
+        assert_eq!(locked(&handles.dirs)[&dir].gone.len(), 1);
+        handles.close_dir(open, || {});
+        assert_eq!(handles.gone(dir, &name(MOST_GONE)), None);
     }
 }
