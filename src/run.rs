@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use checkpoint::remove_images;
 pub use checkpoint::{
-    AUDIT, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
+    AUDIT, DEADLINE, EXTERNAL, HookCommand, IN_ORDER, REST, RunCheckpoint, UNLINKED, engine_args, sweep_images,
 };
 pub use restores::Restores;
 pub(crate) use untold::Abandoned;

@@ -17,6 +17,9 @@ use fsnap::run::{Run, RunCheckpoint, Runs, sweep_images};
 use super::audit::Rules;
 use super::{Context, Failure, Outcome, Output, environment, hook, internal, json, say};
 
+/// How long freezing may take, if nothing else is asked for.
+const WITHIN: Duration = Duration::from_secs(10);
+
 /// Take a snapshot of every volume at one instant, and print the new checkpoint's id
 ///
 /// With --pid or --cgroup, the processes are frozen meanwhile, and the volumes are those that they can write to; the
@@ -41,9 +44,10 @@ pub(crate) struct Args {
     /// Freeze others that have files of the volumes open for writing, too
     #[arg(long)]
     freeze_writers: bool,
-    /// Give up, and let the processes run, if they are not frozen after so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
-    deadline: f64,
+    /// Give up, and let the processes run, if they are not frozen after so many seconds, 10 if not given; or if those of a run stand for so many, by default as
+    /// long as in a hook
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    deadline: Option<f64>,
     /// Take the volumes of this branch
     #[arg(long, value_name = "NAME", conflicts_with = "volumes")]
     branch: Option<Name>,
@@ -98,7 +102,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         ..Request::default()
     };
     let mut window = coordinator.window(coordinator.begin(request)?)?;
-    let within = Duration::from_secs_f64(args.deadline);
+    let within = args.deadline.map_or(WITHIN, Duration::from_secs_f64);
     let taken = if tree.is_some() || args.freeze_writers {
         freeze_and_take(&coordinator, &mut window, tree, args.freeze_writers, within)
     } else {
@@ -178,6 +182,7 @@ fn checkpoint_run(context: &Context, coordinator: Coordinator, run: &Run, args: 
         args: &args.args,
         external: &external,
         audit: &args.rules.over(environment::audit(&context.config)?),
+        deadline: args.deadline.map(Duration::from_secs_f64),
         stage: &internal::dump_command(),
         hook: &internal::hook_command(),
         message: &args.message,

@@ -156,7 +156,7 @@ pub(crate) fn external_files(
 /// The processes are frozen: take the snapshots, and leave all else for later.
 pub(crate) fn take(context: &Context, call: &HookCall) -> Outcome {
     // As long as this process lives, the application is frozen. What was taken so far is undone by the next command.
-    let limit = context.config.hook.deadline();
+    let limit = environment::deadline(&context.config);
     let late = Error::Deadline { what: "taking the snapshots".to_owned(), seconds: limit.as_secs_f64() };
     let cannot = |source| Error::Io { action: "set", object: "the deadline".into(), source };
     let deadline = Deadline::set(limit, &late.into()).map_err(cannot)?;

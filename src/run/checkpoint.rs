@@ -48,6 +48,8 @@ pub struct RunCheckpoint<'a> {
     pub external: &'a [String],
     /// What is done about what it can write to besides; what is its own is known.
     pub audit: &'a AuditRules,
+    /// How long it may stand, if that is not what the settings say of hooks.
+    pub deadline: Option<Duration>,
     /// How to start the stage of the dump.
     pub stage: &'a StageCommand,
     /// How to call the hook.
@@ -67,6 +69,8 @@ pub const UNLINKED: [&str; 3] = ["--link-remap", "--ghost-limit", "1024G"];
 pub const EXTERNAL: &str = "FSNAP_EXTERNAL";
 /// A variable that tells the hook, in JSON, how the audit of a run is made.
 pub const AUDIT: &str = "FSNAP_AUDIT";
+/// A variable that tells the hook, in seconds, how long the run may stand, if that is not what the settings say.
+pub const DEADLINE: &str = "FSNAP_DEADLINE";
 /// A variable that tells the hook to wait, before it says that everything was taken, for [`IN_ORDER`] at its standard input: something else is
 /// done beside it.
 pub const REST: &str = "FSNAP_REST";
@@ -207,6 +211,7 @@ impl RunCheckpoint<'_> {
             .env("CRTOOLS_INIT_PID", root.to_string())
             .envs((!self.external.is_empty()).then_some((EXTERNAL, "1")))
             .env(AUDIT, audit)
+            .envs(self.deadline.map(|deadline| (DEADLINE, deadline.as_secs_f64().to_string())))
             .env("FSNAP_MESSAGE", self.message)
             .envs(frozen.then_some((REST, "1")))
             .stdin(if frozen { Stdio::piped() } else { Stdio::null() })

@@ -166,9 +166,8 @@ fn checkpoint() {
               Freeze others that have files of the volumes open for writing, too
 
           --deadline <SECONDS>
-              Give up, and let the processes run, if they are not frozen after so many seconds
-
-              [default: 10]
+              Give up, and let the processes run, if they are not frozen after so many seconds, 10 if
+              not given; or if those of a run stand for so many, by default as long as in a hook
 
           --branch <NAME>
               Take the volumes of this branch

@@ -210,7 +210,8 @@ fn criu_args() {
     kept with the checkpoint, whatever their size, and `fsnap restore` gives them back: CRIU is told to
     leave them out. Others it saves itself, and has to be told to whatever their size.
 
-    Ask right before the dump: criu dump -t PID --action-script HOOK $(fsnap criu-args PID)
+    Ask right before the dump: criu dump -t PID --action-script HOOK $(fsnap criu-args PID). HOOK is a
+    link to fsnap named `fsnap-criu-hook`.
 
     Usage: fsnap criu-args <PID>
 

@@ -86,7 +86,11 @@ fn main() -> ExitCode {
             Ok(())
         }));
     }
-    let on_other_kernels = [("consistency", consistency::ON_OTHER_KERNELS), ("killed", killed::ON_OTHER_KERNELS)];
+    let on_other_kernels = [
+        ("consistency", consistency::ON_OTHER_KERNELS),
+        ("killed", killed::ON_OTHER_KERNELS),
+        ("unlinked", unlinked::ON_OTHER_KERNELS),
+    ];
     for (module, &(name, volumes, case)) in
         on_other_kernels.iter().flat_map(|(module, cases)| cases.iter().map(move |case| (module, case)))
     {

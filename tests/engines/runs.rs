@@ -529,6 +529,12 @@ fn failing_hooks_leave_the_run_alone() {
         site.holds_nothing_but(0);
         assert_eq!(fs::read_dir(site.path("state/images")).unwrap().count(), 0, "{place}");
     }
+    // The hook's deadline was the settings', whatever was asked for.
+    let mut command = site.command(["checkpoint", "one", "--deadline", "0.3"]);
+    let failed = command.env("FSNAP_FAILPOINT", "hook:frozen=sleep:3600000").output().unwrap();
+    assert!(said(&failed).contains("taking the snapshots took longer than 0.3 s"), "{}", said(&failed));
+    running.counts_on("one");
+    site.holds_nothing_but(0);
     // What lies in its scratch places cannot be saved, for there is no tar(1).
     let failed = site.command(["checkpoint", "one"]).env("PATH", "/usr/sbin:/sbin").output().unwrap();
     assert_eq!(failed.status.code(), Some(1), "{}", said(&failed));
