@@ -231,10 +231,13 @@ fn reopen(dir: &OwnedFd, name: &OsStr) -> io::Result<File> {
     Ok(rustix::fs::openat(dir, name, flags, Mode::empty())?.into())
 }
 
-/// So much is compared and written at once.
+/// So much is compared at once.
 const BLOCK: usize = 1 << 20;
+/// Of what differs, only pieces of this size are written: holes are no smaller.
+const PIECE: usize = 4096;
 
-/// Makes the content of `target` that of `source`: by sharing blocks, and else by writing what differs. Holes stay holes.
+/// Makes the content of `target` that of `source`: by sharing blocks, and else by writing what differs. Holes stay holes, and zeros become some where
+/// the target had nothing.
 pub(crate) fn copy(source: &File, target: &File) -> io::Result<()> {
     let size = source.metadata()?.size();
     // Blocks can be shared up to an end that is not a whole block only if the other file ends there as well.
@@ -294,8 +297,17 @@ fn write_differences(
             return Ok(());
         }
         let known = read_at(Some(target), &mut theirs[..read], at)?;
-        if ours[..read] != theirs[..known] {
-            target.write_all_at(&ours[..read], at)?;
+        // What it has not yet will be a hole: some file systems tell of none (NILFS2), and give out zeros as data.
+        theirs[known..read].fill(0);
+        let mut piece = 0;
+        while ours[piece..read] != theirs[piece..read] {
+            let differs = |piece: usize| {
+                let part = piece..read.min(piece + PIECE);
+                !part.is_empty() && ours[part.clone()] != theirs[part]
+            };
+            let begin = (piece..read).step_by(PIECE).find(|&piece| differs(piece)).unwrap_or(read);
+            piece = (begin..read).step_by(PIECE).find(|&piece| !differs(piece)).unwrap_or(read);
+            target.write_all_at(&ours[begin..piece], at + begin as u64)?;
         }
         at += read as u64;
     }
@@ -379,5 +391,22 @@ mod tests {
             let (is, should) = (target.metadata().unwrap().blocks(), source.metadata().unwrap().blocks());
             assert!(is <= should + 64, "{name} has {is} blocks, and the source {should}");
         }
+    }
+
+    /// As holes are read where the file system tells of none: two GiB of them took as much room.
+    #[test]
+    fn zeros_that_are_given_out_as_data_take_no_room() {
+        let (source, target) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let zeros = vec![0; 16 << 20];
+        source.write_all_at(&zeros, 0).unwrap();
+        source.write_all_at(b"end", 16 << 20).unwrap();
+        target.write_all_at(b"before", 3 << 20).unwrap();
+        let from = WholeFile::new(source.try_clone().unwrap()).unwrap();
+        let length = from.len();
+        write_differences(&from, &target, 0..length, &mut (vec![0; BLOCK], vec![0; BLOCK])).unwrap();
+        let mut content = vec![1; length as usize + 1];
+        assert_eq!(read_at(Some(&target), &mut content, 0).unwrap() as u64, length);
+        assert!(content.starts_with(&zeros) && content[zeros.len()..].starts_with(b"end"));
+        assert!(target.metadata().unwrap().blocks() * 512 <= 64 << 10);
     }
 }

@@ -117,14 +117,15 @@ fn every_kind(volume: Volume, blocks: u32) {
     running.says("one", "3");
     // NILFS2 tells no holes, and a program that is played reads two GiB slowly.
     let first = site.ok(["checkpoint", "one", "--deadline", "3600"]);
-    left_to_fsnap(&site, &first);
+    left_to_fsnap(&site, &first, 1);
     running.counts_on("one");
     site.ok(["branch", &first, "copy", "--run", "--count", "2"]);
     for name in ["one", "copy-1", "copy-2"] {
         running.counts_on(name);
     }
     let second = site.ok(["checkpoint", "copy-1", "--deadline", "3600"]);
-    left_to_fsnap(&site, &second);
+    // On an overlay, which a branch of NILFS2 is, those that are mapped only are shown as the layer's, and cannot be left out.
+    left_to_fsnap(&site, &second, if volume == Volume::Nilfs2 { 3 } else { 1 });
     site.ok(["branch", &second, "grandchild", "--run"]);
     let names = ["one", "copy-1", "copy-2", "grandchild"];
     for name in names {
@@ -146,17 +147,17 @@ fn every_kind(volume: Volume, blocks: u32) {
     site.holds_nothing_but(0);
 }
 
-/// Makes sure that the engine left the volume's files to fsnap, and saved only the other one itself.
-fn left_to_fsnap(site: &Site, id: &str) {
+/// Makes sure that the engine left the volume's files to fsnap, and saved only so many itself.
+fn left_to_fsnap(site: &Site, id: &str, saved: usize) {
     let shown = site.json(["show", id, "--json"]);
     let unlinked = shown["unlinked"].as_array().unwrap();
     assert!(unlinked.iter().all(|one| one["kept"] == true), "{shown:#}");
     let left = unlinked.iter().filter(|one| one["external"].is_string()).count();
-    assert_eq!((left, unlinked.len()), (7, 8), "{shown:#}");
+    assert_eq!((left, unlinked.len()), (8 - saved, 8), "{shown:#}");
     let images = Path::new(shown["engine"]["images"].as_str().unwrap());
     let files: Vec<_> = fs::read_dir(images).unwrap().map(|entry| entry.unwrap()).collect();
     let ghosts = files.iter().filter(|file| file.file_name().to_string_lossy().starts_with("ghost-file-"));
-    assert_eq!(ghosts.count(), 1, "{files:?}");
+    assert_eq!(ghosts.count(), saved, "{files:?}");
     assert!(files.iter().all(|file| file.metadata().unwrap().len() < 100 << 20), "{files:?}");
     assert!(site.ok(["show", id]).contains("bytes, kept here alone"));
 }
