@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use fsnap::catalog::Access;
-use fsnap::config::{self, Config};
+use fsnap::config::Config;
 use fsnap::coordinator::{Coordinator, Recovered};
 use fsnap::engine::criu::{self, Criu};
 use fsnap::processes::AuditRules;
@@ -275,9 +275,11 @@ pub(crate) fn audit(config: &Config) -> Result<AuditRules, Failure> {
 
 /// How long processes may stand in a hook: as fsnap has told it for a run, else what the configuration says.
 pub(crate) fn deadline(config: &Config) -> Duration {
-    let told = std::env::var(fsnap::run::DEADLINE).ok().and_then(|seconds| seconds.parse().ok());
-    told.map_or(config.hook.clone(), |deadline_seconds| config::Hook { deadline_seconds, ..config.hook.clone() })
-        .deadline()
+    let mut hook = config.hook.clone();
+    if let Some(seconds) = std::env::var(fsnap::run::DEADLINE).ok().and_then(|seconds| seconds.parse().ok()) {
+        hook.deadline_seconds = seconds;
+    }
+    hook.deadline()
 }
 
 /// CRIU, as configured or as found.

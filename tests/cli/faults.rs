@@ -10,7 +10,7 @@ use fsnap::processes::Tree;
 use insta::{allow_duplicates, assert_snapshot};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, prlimit, waitpid};
 
-use crate::site::Site;
+use crate::site::{Shell, Site};
 
 #[test]
 fn a_full_store_fails_one_checkpoint_and_no_other() {
@@ -483,14 +483,20 @@ fn freezes_of_one_tree_take_turns() {
     site.expect_order(&["", "", ""]);
 }
 
+/// A process that has a file of the volume open for writing.
+fn a_writer(shell: &Shell<'_>) -> Child {
+    shell.run("fsnap init db");
+    let writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
+    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    writer
+}
+
 /// Who is killed leaves it to its guard to set the processes running: until that has, it is nobody else's turn.
 #[test]
 fn a_freeze_that_is_killed_has_its_turn_until_all_runs() {
     let site = Site::plain();
     let shell = site.top();
-    shell.run("fsnap init db");
-    let mut writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
-    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    let mut writer = a_writer(&shell);
     let by_pid = format!("exec fsnap checkpoint --pid {}", writer.id());
     for checkpoint in [&by_pid, "exec fsnap checkpoint --freeze-writers"] {
         let (mut killed, pid) = stopped_at("take:all", shell.command(checkpoint));
@@ -521,9 +527,7 @@ fn a_freeze_that_is_killed_has_its_turn_until_all_runs() {
 fn who_had_to_wait_for_his_turn_is_not_thawed_by_others() {
     let site = Site::plain();
     let shell = site.top();
-    shell.run("fsnap init db");
-    let mut writer = shell.command("exec >db/file; echo; exec sleep 1000").spawn().unwrap();
-    shell.run("until [ -s db/file ]; do sleep 0.01; done");
+    let mut writer = a_writer(&shell);
     let checkpoint = format!("exec fsnap checkpoint --deadline 3600 --pid {}", writer.id());
     let (mut killed, _) = stopped_at("take:all", shell.command(&checkpoint));
     let mut second = shell.command(&checkpoint);
