@@ -13,10 +13,11 @@
 //!
 //! In reading order: [`format`](mod@format), what is in the database; `query`, its changes and questions, with `tree` for what was seen of
 //! processes; `intent`, changes before they are made; `lock`, who works on one; `attendant` and `search`, what passes between the processes that
-//! do; `wal` and `sys`, what SQLite must be asked or told besides.
+//! do; `wal`, [`index`] and `sys`, what SQLite must be asked or told besides.
 
 mod attendant;
 pub mod format;
+pub mod index;
 mod intent;
 mod lock;
 mod query;
@@ -198,6 +199,7 @@ impl Catalog {
             None => Connection::open_with_flags(&path, how),
         };
         let db = opened.map_err(|source| translate(&path, source))?;
+        format::check_header(&path, &db)?;
         let mut catalog =
             Self { db, state: state.to_owned(), access, patience, waits_for: Cell::new(None), began_with: None };
         catalog.configure(alone).map_err(|source| catalog.failed(source))?;
@@ -419,6 +421,40 @@ mod tests {
             assert!(said(full).contains("catalog.db cannot grow"), "{}", said(full));
         }
         assert!(said(rustix::io::Errno::IO).starts_with("cannot sync /log: "));
+    }
+
+    /// The locks that this process has on a file, as fcntl(2) sets them.
+    fn locks_on(file: &Path) -> usize {
+        use std::os::unix::fs::MetadataExt as _;
+        let number = format!(":{}", file.metadata().unwrap().ino());
+        let own = std::process::id().to_string();
+        let locks = std::fs::read_to_string("/proc/locks").unwrap();
+        let is_own = |line: &&str| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            matches!(fields[..], [_, "POSIX", _, _, pid, file, ..] if pid == own && file.ends_with(&number))
+        };
+        locks.lines().filter(is_own).count()
+    }
+
+    #[test]
+    fn who_looks_at_the_catalog_leaves_it_locked_for_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(dir.path(), Access::Create, Duration::ZERO).unwrap();
+        assert!(catalog.branches().unwrap().is_empty());
+        let path = catalog.path();
+        let locks = || (locks_on(&path), locks_on(&format::index(&path)));
+        let before = locks();
+        assert!(before.0 > 0 && before.1 > 0, "{before:?}");
+        let other = Catalog::open(dir.path(), Access::Read, Duration::ZERO).unwrap();
+        assert!(other.branches().unwrap().is_empty());
+        assert_eq!(locks(), before);
+        drop(other);
+        assert_eq!(locks(), before);
+        index::head(dir.path()).unwrap();
+        assert_eq!(locks(), before);
+        let again = index::head(dir.path()).unwrap();
+        std::thread::scope(|scope| scope.spawn(|| assert_eq!(index::head(dir.path()).unwrap(), again)).join()).unwrap();
+        assert_eq!(locks(), before);
     }
 
     #[test]

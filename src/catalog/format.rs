@@ -36,13 +36,14 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
-use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
+use rustix::fs::{Access, AtFlags, CWD, StatVfsMountFlags};
 
+use super::sys::{self, HEADER};
 use super::{Error, Result, translate, wal};
 
 /// The version that this release writes.
@@ -169,52 +170,58 @@ impl NewPrivate for std::fs::DirBuilder {
     }
 }
 
-/// Refuses what cannot be a catalog before SQLite touches it: SQLite takes an empty file for a new database, would
-/// block on a fifo, and reads a truncated file up to the first missing page.
+/// Refuses what cannot be a catalog before SQLite opens it: SQLite takes an empty file for a new database, and would block on a fifo.
+///
+/// It is only looked at: to close a descriptor of it would take away the locks of whoever has it open in this process (`design/catalog`).
 pub(super) fn check_file(path: &Path) -> Result<()> {
-    let damaged = |reason: &str| Error::Damaged { path: path.to_owned(), reason: reason.to_owned() };
     let io = |source: std::io::Error| Error::Io { action: "open", path: path.to_owned(), source };
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let mut file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(descriptor) => File::from(descriptor),
-        Err(rustix::io::Errno::NOENT) => return Err(Error::Missing { path: path.to_owned() }),
-        Err(rustix::io::Errno::LOOP) => return Err(damaged("it is a symbolic link")),
-        Err(error) => return Err(io(error.into())),
+    let meta = match path.symlink_metadata() {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Err(Error::Missing { path: path.to_owned() }),
+        looked => looked.map_err(io)?,
     };
-    let meta = file.metadata().map_err(io)?;
+    if meta.is_symlink() {
+        return Err(damaged(path, "it is a symbolic link"));
+    }
     if !meta.is_file() {
-        return Err(damaged("it is not a regular file"));
+        return Err(damaged(path, "it is not a regular file"));
     }
-    let mut header = [0; 100];
-    if file.read_exact(&mut header).is_err() {
-        return Err(damaged("it is too short"));
+    if meta.len() < HEADER as u64 {
+        return Err(damaged(path, "it is too short"));
     }
+    rustix::fs::accessat(CWD, path, Access::READ_OK, AtFlags::EACCESS).map_err(|error| io(error.into()))
+}
+
+/// Refuses what is no catalog, or a part of one, before SQLite reads it: it would read a truncated file up to the first missing page.
+pub(super) fn check_header(path: &Path, db: &Connection) -> Result<()> {
+    let read = || sys::header(db).map_err(|source| translate(path, source));
+    let (header, length) = read()?;
     // Offsets 16 and 28 of the header: the page size, and the number of pages that the file has without its log.
     let page = match u16::from_be_bytes([header[16], header[17]]) {
         1 => 65_536,
         size => u64::from(size),
     };
     let pages = u32::from_be_bytes([header[28], header[29], header[30], header[31]]);
-    let there = meta.len().checked_div(page).ok_or_else(|| damaged("it is not a database"))?;
+    let there = length.checked_div(page).ok_or_else(|| damaged(path, "it is not a database"))?;
     let there = u32::try_from(there).unwrap_or(u32::MAX);
     if there < pages {
         // Who was cut off while the log was written back may have written the header and not yet the last pages: the log still
         // has those.
+        let io = |source| Error::Io { action: "read", path: log(path), source };
         let logged = wal::pages_in(&log(path), page).map_err(io)?;
         if !(there + 1..=pages).all(|page| logged.contains(&page)) {
             // Unless somebody wrote it back at this very moment, and began the log anew.
-            return if file.metadata().map_err(io)?.len() == meta.len() {
-                Err(damaged("it was truncated"))
-            } else {
-                check_file(path)
-            };
+            return if read()?.1 == length { Err(damaged(path, "it was truncated")) } else { check_header(path, db) };
         }
     }
     // Offset 68: it was written before the file got its name, and never since, so that nobody need ask SQLite.
     if header[68..72] != APPLICATION_ID.to_be_bytes() {
-        return Err(damaged("it is not a catalog of fsnap"));
+        return Err(damaged(path, "it is not a catalog of fsnap"));
     }
     Ok(())
+}
+
+fn damaged(path: &Path, reason: &str) -> Error {
+    Error::Damaged { path: path.to_owned(), reason: reason.to_owned() }
 }
 
 /// How SQLite is told to read a catalog whose file system is read-only; nothing if it can be read in the usual way.
@@ -229,7 +236,7 @@ pub(super) fn read_only(path: &Path) -> Option<OsString> {
     }
     match log(path).metadata().map_or(0, |log| log.len()) {
         0 => Some(uri(path, "immutable=1")),
-        _ if beside(path, "-shm").symlink_metadata().is_ok() => None,
+        _ if index(path).symlink_metadata().is_ok() => None,
         _ => Some(uri(path, "vfs=unix-none")),
     }
 }
@@ -237,6 +244,11 @@ pub(super) fn read_only(path: &Path) -> Option<OsString> {
 /// The catalog's log of changes.
 pub(super) fn log(path: &Path) -> PathBuf {
     beside(path, "-wal")
+}
+
+/// The index of the log.
+pub(super) fn index(path: &Path) -> PathBuf {
+    beside(path, "-shm")
 }
 
 /// What was in the log when a branch left it there: its [mark](wal::Mark).
@@ -293,8 +305,10 @@ mod tests {
     fn another_programs_database_is_no_catalog() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
-        Connection::open(&path).unwrap().execute_batch("CREATE TABLE message (text)").unwrap();
-        let error = check_file(&path).unwrap_err().to_string();
+        let db = Connection::open(&path).unwrap();
+        db.execute_batch("CREATE TABLE message (text)").unwrap();
+        check_file(&path).unwrap();
+        let error = check_header(&path, &db).unwrap_err().to_string();
         assert!(error.ends_with("is damaged: it is not a catalog of fsnap"), "{error}");
     }
 
@@ -315,10 +329,11 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[28..32].copy_from_slice(&pages.to_be_bytes());
         std::fs::write(&path, bytes).unwrap();
-        check_file(&path).unwrap();
+        let check = || check_header(&path, &Connection::open(&path).unwrap());
+        check().unwrap();
         let log = log(&path);
         let len = log.metadata().unwrap().len();
         File::options().write(true).open(&log).unwrap().set_len(len / 2).unwrap();
-        assert!(matches!(check_file(&path), Err(Error::Damaged { .. })));
+        assert!(matches!(check(), Err(Error::Damaged { .. })));
     }
 }

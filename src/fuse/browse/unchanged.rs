@@ -3,18 +3,16 @@
 //! To open the catalog takes most of a millisecond, which each look through `latest` would take again. Whoever commits to it writes its
 //! file or its log, and that shows in their times and lengths. Times tell only ticks of the clock apart: an answer is
 //! remembered only if the last change lies so far back that no later one can have the same time. What was written to the log is seen only when it
-//! is durable, which may take longer than any such time: then the header of the log's index changes ([the WAL-index format]).
-//!
-//! [the WAL-index format]: https://www.sqlite.org/walformat.html#the_wal_index_file_format
+//! is durable, which may take longer than any such time: then the header of the log's index changes.
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use crate::catalog::format;
+use crate::catalog::{format, index};
 
 /// Many times longer than a tick.
 const SETTLED: Duration = Duration::from_millis(200);
@@ -23,15 +21,12 @@ const SETTLED: Duration = Duration::from_millis(200);
 /// to the catalog's owner whenever he opens it, to read as well.
 type State = Option<(u64, u64, u64, i64, i64)>;
 
-/// The part of the header of the log's index that tells what of the log counts.
-type Index = [u8; 48];
-
 /// How the catalog's file and its log are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in crate::fuse) struct States {
     files: [State; 2],
     /// It is shared by all who have the catalog open; without it, nobody has.
-    index: Option<Index>,
+    index: Option<index::Head>,
 }
 
 impl States {
@@ -43,11 +38,7 @@ impl States {
             .map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec()));
         let log =
             look(&beside("wal")).map(|meta| (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()));
-        let index = std::fs::File::open(beside("shm")).and_then(|shm| {
-            let mut index = [0; size_of::<Index>()];
-            shm.read_exact_at(&mut index, 0).map(|()| index)
-        });
-        Self { files: [file, log], index: index.ok() }
+        Self { files: [file, log], index: index::head(dir).ok() }
     }
 
     /// Whether every later change will show.
