@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use fsnap_backend::{Error, ErrorKind, Identity, Image, ImageKind, ImageState, IoContext, Locator, Result, Snapshot};
 use rustix::io::Errno;
@@ -11,6 +12,9 @@ use crate::dm::{By, Device};
 use crate::pool::{ThinDevice, ThinId};
 use crate::record::{Form, Found, Record, Stage};
 use crate::store::Store;
+
+/// How long a device may take to be free: the kernel takes off the mounts of a mount namespace a moment after the last process in it has ended.
+const LETTING_GO: Duration = Duration::from_secs(1);
 
 pub(crate) fn no_image(at: &Locator) -> Error {
     Error::NotFound { what: format!("the image {at} of this {KIND} store") }
@@ -115,11 +119,18 @@ impl Store {
     /// Removes the device of an image, so that only the pool has it; busy while it is used.
     pub(crate) fn stop(&self, at: &Locator) -> Result<()> {
         let Some(device) = self.device(at)? else { return Ok(()) };
-        match self.mapper.remove(&device.name) {
-            Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
-                Err(Error::Busy { what: self.shown(at), by: "it is mounted, or its device is open".to_owned() })
+        let until = Instant::now() + LETTING_GO;
+        loop {
+            match self.mapper.remove(&device.name) {
+                Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
+                    if Instant::now() > until {
+                        let by = "it is mounted, or its device is open".to_owned();
+                        return Err(Error::Busy { what: self.shown(at), by });
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                removed => return removed.context("remove", By::Name(&device.name).to_string()),
             }
-            removed => removed.context("remove", By::Name(&device.name).to_string()),
         }
     }
 
